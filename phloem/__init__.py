@@ -1,0 +1,3 @@
+"""Phloem: disaggregated LLM serving."""
+
+__version__ = "0.1.0"

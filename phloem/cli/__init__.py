@@ -1,0 +1,1 @@
+"""The command line: `phloem up`, `serve`, `pull`, `chat`, `bench`, `doctor`."""

@@ -1,0 +1,85 @@
+"""What an engine process is told: the first frame that it reads from its front."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from msgspec import Meta, Struct
+
+from phloem.shared.protocol.cluster import Role
+from phloem.shared.protocol.codec import Codec
+
+DtypeName: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat: TypeAlias = Literal["auto", "safetensors", "dummy"]
+SchedulePolicy: TypeAlias = Literal["fcfs", "lpm"]
+
+
+class EngineOptions(Struct, frozen=True, kw_only=True):
+    """The engine's flags, shared by every worker role. Names follow SGLang's where the meaning is the same."""
+
+    model_path: Annotated[
+        str, Meta(description="a GGUF file, a Hugging Face directory (safetensors), or a hub id")
+    ] = "smollm2-135m-instruct"
+    tp: Annotated[int, Meta(ge=1, le=1, description="tensor-parallel ranks (1 in this version)")] = 1
+    device: Annotated[
+        str, Meta(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    ] = "auto"
+    dtype: Annotated[
+        DtypeName,
+        Meta(description="of weights and activations; auto: the model's own where the device is good at it"),
+    ] = "auto"
+    load_format: Annotated[LoadFormat, Meta(description="dummy: random seeded weights")] = "auto"
+    context_length: Annotated[
+        int, Meta(ge=0, le=10_000_000, description="longest prompt + output; 0: the model's own")
+    ] = 0
+    page_size: Annotated[int, Meta(ge=1, le=64, description="tokens per KV page; must divide 64")] = 16
+    max_total_tokens: Annotated[
+        int, Meta(ge=0, description="size of the KV pool in tokens; 0: from --mem-fraction-static")
+    ] = 0
+    mem_fraction_static: Annotated[
+        float,
+        Meta(gt=0.0, lt=1.0, description="share of device memory for weights and KV; of free RAM on a CPU"),
+    ] = 0.85
+    chunked_prefill_size: Annotated[
+        int, Meta(ge=1, le=1_048_576, description="most tokens of one engine step")
+    ] = 2048
+    max_running_requests: Annotated[
+        int, Meta(ge=1, le=4096, description="most requests that hold a slot at once")
+    ] = 64
+    max_queued_requests: Annotated[
+        int, Meta(ge=1, le=1_000_000, description="more than these are refused with 503")
+    ] = 1024
+    schedule_policy: Annotated[
+        SchedulePolicy, Meta(description="fcfs, or lpm: longest prefix match first")
+    ] = "fcfs"
+    disable_radix_cache: Annotated[bool, Meta(description="never reuse a prefix")] = False
+    disable_overlap_schedule: Annotated[
+        bool, Meta(description="wait for each step's results before planning the next")
+    ] = False
+    num_threads: Annotated[
+        int, Meta(ge=0, le=1024, description="CPU threads of the engine; 0: all cores, waiting passively")
+    ] = 0
+    staging_bytes: Annotated[
+        int, Meta(ge=65_536, le=1 << 30, description="bytes of one staging slot for KV transfer")
+    ] = 16 * 1024 * 1024
+    staging_slots: Annotated[int, Meta(ge=1, le=64, description="staging slots per channel and side")] = 4
+    transfer_timeout_s: Annotated[
+        float, Meta(gt=0.0, le=600.0, description="deadline of one KV transfer operation")
+    ] = 10.0
+    handover_timeout_s: Annotated[
+        float, Meta(gt=0.0, le=3600.0, description="longest wait of one side of a hand-over for the other")
+    ] = 60.0
+
+
+class EngineConfig(Struct, frozen=True, kw_only=True):
+    """Everything an engine needs; `options.model_path` is a resolved directory by now."""
+
+    worker_id: str
+    epoch: int
+    role: Role
+    host: str  # address that the transfer endpoint and its store bind to
+    cluster_secret: bytes
+    options: EngineOptions
+
+
+engine_config: Codec[EngineConfig] = Codec(EngineConfig)

@@ -1,0 +1,62 @@
+"""What is registered in Redis about each process, and the load that heartbeats carry."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from phloem.shared.protocol.codec import Codec
+
+Role: TypeAlias = Literal["prefill", "decode", "unified"]
+WorkerState: TypeAlias = Literal["ready", "draining"]
+
+
+class WorkerLoad(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A worker's load at its last heartbeat. Rates are moving averages; zero means not measured yet."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    queued_tokens: int = 0  # prompt tokens accepted, not yet computed
+    free_pages: int = 0  # free or evictable
+    total_pages: int = 0
+    prefill_tokens_per_s: float = 0.0
+    decode_step_s: float = 0.0  # at the present batch
+    transfer_bytes_per_s: float = 0.0
+
+
+class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A live worker: the value of its lease in Redis.
+
+    `kv_layout` is a fingerprint of model, dtype, page size and layer shapes; KV moves only between equal
+    ones. `transfer_address` ("host:port") is where a decode or unified worker's engine listens for prefill
+    peers.
+    """
+
+    worker_id: str
+    epoch: int
+    role: Role
+    rpc_address: str  # "host:port" of the front's gRPC server
+    model_id: str
+    page_size: int
+    context_length: int
+    kv_layout: str
+    kv_bytes_per_token: int = 0
+    transfer_address: str = ""
+    state: WorkerState = "ready"
+    device: str = "cpu"
+    max_running_requests: int = 0
+    load: WorkerLoad = WorkerLoad()
+
+
+class ServiceRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A live gateway or cache_index replica."""
+
+    kind: Literal["gateway", "cache_index"]
+    service_id: str
+    epoch: int
+    address: str
+
+
+worker_record: Codec[WorkerRecord] = Codec(WorkerRecord)
+service_record: Codec[ServiceRecord] = Codec(ServiceRecord)

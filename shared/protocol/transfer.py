@@ -1,0 +1,88 @@
+"""Prefill engine <-> decode engine: the control stream of one channel, in order.
+
+The prefill side dials. Life of one request on it: decode sends `Ready` (it holds the first pages and has
+reserved the rest); prefill sends `Piece` headers, each followed by its bytes on the channel in the same
+order, and `Last`; decode returns a `Credit` for each staging slot it has emptied. Either side may send
+`Cancel` at any time; pieces that are already under way are received and dropped.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from phloem.shared.protocol.codec import Codec
+from phloem.shared.protocol.session import FinishReason, PeerRef
+
+
+class Open(msgspec.Struct, frozen=True, tag="open"):
+    """First message of the prefill side, after authentication; `kv_layout` must equal the decode side's."""
+
+    prefill: PeerRef
+    decode: PeerRef
+    kv_layout: str
+    staging_bytes: int
+    channel_name: str  # names the store's prefix: both epochs and a counter
+
+
+class Opened(msgspec.Struct, frozen=True, tag="opened"):
+    """The decode side accepts: where its store listens, the slot size agreed on, and the first credits."""
+
+    store_address: str
+    staging_bytes: int
+    credits: int
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    code: str
+    message: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """Decode has pages for the whole prompt and holds the KV of the first `num_held_pages` already."""
+
+    request_id: str
+    attempt: int
+    num_held_pages: int
+
+
+class Piece(msgspec.Struct, frozen=True, tag="piece"):
+    """Header of one staging slot of KV: pages [page_start, page_start + num_pages) of the request's prompt,
+    layers [layer_start, layer_end), laid out as [layer, k/v, page, token, head, dim]."""
+
+    request_id: str
+    attempt: int
+    page_start: int
+    num_pages: int
+    layer_start: int
+    layer_end: int
+    num_bytes: int
+    digest: int
+
+
+class Last(msgspec.Struct, frozen=True, tag="last"):
+    """All pieces of the request were sent. `token_ids` is token 0; with `finish_reason` there is no decode.
+    `num_pieces` lets decode prove that none is missing."""
+
+    request_id: str
+    attempt: int
+    num_pieces: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+
+
+class Credit(msgspec.Struct, frozen=True, tag="credit"):
+    num_slots: int
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    request_id: str
+    attempt: int
+    code: str = "aborted"
+    message: str = ""
+
+
+TransferMessage: TypeAlias = Open | Opened | Refused | Ready | Piece | Last | Credit | Cancel
+
+transfer_message: Codec[TransferMessage] = Codec(TransferMessage, max_bytes=1024 * 1024)

@@ -1,0 +1,1 @@
+"""gRPC with generic handlers and msgspec messages: no protoc step, typed errors, one shared token."""
