@@ -1,0 +1,1 @@
+"""The gateway: OpenAI HTTP in, tokens to and from the cluster. Never imports torch."""
