@@ -1,0 +1,1 @@
+"""What a process tells its operator: structured logs and Prometheus metrics."""
