@@ -15,7 +15,7 @@ SchedulePolicy: TypeAlias = Literal["fcfs", "lpm"]
 
 
 class EngineOptions(Struct, frozen=True, kw_only=True):
-    """The engine's flags, shared by every worker role. Names follow SGLang's where the meaning is the same."""
+    """The engine flags of every worker role; names follow SGLang where the meaning is the same."""
 
     model_path: Annotated[
         str, Meta(description="a GGUF file, a Hugging Face directory (safetensors), or a hub id")

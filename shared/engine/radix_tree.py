@@ -1,0 +1,352 @@
+"""A page-granular radix tree over token ids: which KV pages hold which prefix.
+
+Pure Python, no torch. Edges hold whole pages, and a match is by exact tokens, never by hash. Each
+`cache_salt` has a root of its own, so that salts never share. A node that a request uses is locked together
+with its ancestors; only unlocked leaves are evicted, least recently used first, from their tail. (After
+RadixAttention, Zheng et al. 2024, https://arxiv.org/abs/2312.07104.)
+
+    root --[p0 p1 p2]--> A --[p3]--> B      A.tokens: 3 pages of tokens, A.page_ids: 3 pages
+                          `--[p3']-> C      a split keeps the node objects of the deeper part
+
+The tree also carries the names (block hashes) of the 64-token blocks it holds, as opaque values: a block
+belongs to the node that holds its last token. What was stored and removed since the last
+`take_events` is what the cluster's index is told.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from phloem.shared.block_hash import BLOCK_TOKENS
+
+
+class Node:
+    """One edge and its end. Owned by the tree; others hold it only to lock and unlock."""
+
+    __slots__ = (
+        "block_hashes",
+        "children",
+        "depth_tokens",
+        "last_used",
+        "lock_count",
+        "page_ids",
+        "parent",
+        "tokens",
+    )
+
+    def __init__(
+        self, parent: Node | None, tokens: list[int], page_ids: list[int], depth_tokens: int
+    ) -> None:
+        self.parent = parent
+        self.tokens = tokens
+        self.page_ids = page_ids
+        self.depth_tokens = depth_tokens  # tokens from the root to the end of this node
+        self.children: dict[tuple[int, ...], Node] = {}
+        self.block_hashes: list[bytes] = []  # of blocks whose last token lies on this edge
+        self.lock_count = 0
+        self.last_used = 0
+
+    @property
+    def start_tokens(self) -> int:
+        return self.depth_tokens - len(self.tokens)
+
+
+class Match(NamedTuple):
+    """`page_ids` hold the KV of the first `len(page_ids) * page_size` tokens; `node` is where they end."""
+
+    node: Node
+    page_ids: list[int]
+
+
+class Inserted(NamedTuple):
+    """`num_existing_pages` leading pages were in the tree before: the caller keeps its own copies of those;
+    the tree owns the rest of what was given."""
+
+    node: Node
+    num_existing_pages: int
+
+
+class TreeEvents(NamedTuple):
+    stored: list[bytes]
+    removed: list[bytes]
+
+
+class RadixTree:
+    """Owns the nodes; `page_size` must divide 64."""
+
+    def __init__(self, page_size: int) -> None:
+        assert BLOCK_TOKENS % page_size == 0
+        self.page_size = page_size
+        self.num_pages = 0
+        self.num_locked_pages = 0
+        self._roots: dict[str, Node] = {}
+        self._clock = 0
+        self._leaves: list[tuple[int, int, Node]] = []  # heap with stale entries; see _evictable
+        self._pushes = 0
+        self._stored: dict[bytes, None] = {}
+        self._removed: dict[bytes, None] = {}
+
+    @property
+    def num_evictable_pages(self) -> int:
+        return self.num_pages - self.num_locked_pages
+
+    # -- look up ---------------------------------------------------------------------------------------
+
+    def match(self, token_ids: Sequence[int], salt: str = "", *, max_pages: int | None = None) -> Match:
+        """The longest stored prefix in whole pages, at most `max_pages`; marks it as just used.
+
+        The path may be split so that `node` ends exactly where the match does. Lock the node before
+        anything is evicted.
+        """
+        limit = len(token_ids) // self.page_size
+        if max_pages is not None:
+            limit = min(limit, max_pages)
+        self._clock += 1
+        node = self._root(salt)
+        page_ids: list[int] = []
+        while len(page_ids) < limit:
+            child = node.children.get(self._page_key(token_ids, len(page_ids)))
+            if child is None:
+                break
+            shared = self._shared_pages(child, token_ids, len(page_ids), limit)
+            if shared < len(child.page_ids):
+                child = self._split(child, shared)
+            page_ids.extend(child.page_ids)
+            node = child
+            self._touch(node)
+        return Match(node, page_ids)
+
+    def num_matching_pages(self, token_ids: Sequence[int], salt: str = "") -> int:
+        """How many leading pages are stored; changes nothing."""
+        node = self._roots.get(salt)
+        limit = len(token_ids) // self.page_size
+        count = 0
+        while node is not None and count < limit:
+            child = node.children.get(self._page_key(token_ids, count))
+            if child is None:
+                break
+            shared = self._shared_pages(child, token_ids, count, limit)
+            count += shared
+            if shared < len(child.page_ids):
+                break
+            node = child
+        return count
+
+    # -- change ----------------------------------------------------------------------------------------
+
+    def insert(
+        self,
+        token_ids: Sequence[int],
+        page_ids: Sequence[int],
+        salt: str = "",
+        block_hashes: Sequence[bytes] = (),
+    ) -> Inserted:
+        """Stores `page_ids` as the KV of `token_ids` (exactly `len(page_ids)` pages of tokens).
+
+        `block_hashes` name the leading full blocks of `token_ids`; blocks past their end are not announced.
+        """
+        assert len(token_ids) == len(page_ids) * self.page_size
+        found = self.match(token_ids, salt)
+        existing = len(found.page_ids)
+        node = found.node
+        if existing < len(page_ids):
+            node = self._append(node, token_ids, list(page_ids[existing:]), existing, block_hashes)
+        return Inserted(node, existing)
+
+    def lock(self, node: Node) -> None:
+        """Protects `node` and its ancestors from eviction until the matching `unlock`."""
+        while node.parent is not None:
+            if node.lock_count == 0:
+                self.num_locked_pages += len(node.page_ids)
+            node.lock_count += 1
+            node = node.parent
+
+    def unlock(self, node: Node) -> None:
+        while node.parent is not None:
+            assert node.lock_count > 0, "unlock without lock"
+            node.lock_count -= 1
+            if node.lock_count == 0:
+                self.num_locked_pages -= len(node.page_ids)
+                self._offer(node)
+            node = node.parent
+
+    def evict(self, num_pages: int) -> list[int]:
+        """Frees up to `num_pages` pages of unlocked leaves, least recently used first; returns them."""
+        freed: list[int] = []
+        while len(freed) < num_pages:
+            leaf = self._pop_leaf()
+            if leaf is None:
+                break
+            freed += self._trim(leaf, num_pages - len(freed))
+        return freed
+
+    # -- what others are told --------------------------------------------------------------------------
+
+    def take_events(self) -> TreeEvents:
+        """Net changes since the last call; no block is in both lists."""
+        events = TreeEvents(list(self._stored), list(self._removed))
+        self._stored.clear()
+        self._removed.clear()
+        return events
+
+    def block_hashes(self) -> list[bytes]:
+        """All blocks held now, parents before children."""
+        return [block for node in self._nodes() for block in node.block_hashes]
+
+    def page_ids(self) -> list[int]:
+        """All pages held now, for the audit."""
+        return [page for node in self._nodes() for page in node.page_ids]
+
+    def num_locked_nodes(self) -> int:
+        return sum(node.lock_count > 0 for node in self._nodes())
+
+    def audit(self) -> list[str]:
+        """Checks the tree's own counts and shape; empty when all is well."""
+        problems: list[str] = []
+        pages = locked = 0
+        for node in self._nodes():
+            pages += len(node.page_ids)
+            locked += len(node.page_ids) if node.lock_count else 0
+            if len(node.tokens) != len(node.page_ids) * self.page_size or not node.page_ids:
+                problems.append("a node's tokens and pages disagree")
+            if node.lock_count < sum(child.lock_count for child in node.children.values()):
+                problems.append("a node is locked less than its children")
+        if pages != self.num_pages:
+            problems.append(f"the tree counts {self.num_pages} pages and holds {pages}")
+        if locked != self.num_locked_pages:
+            problems.append(f"the tree counts {self.num_locked_pages} locked pages and holds {locked}")
+        return problems
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _root(self, salt: str) -> Node:
+        root = self._roots.get(salt)
+        if root is None:
+            root = self._roots[salt] = Node(None, [], [], 0)
+        return root
+
+    def _nodes(self) -> Iterator[Node]:
+        stack = list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children.values())
+            if node.parent is not None:
+                yield node
+
+    def _page_key(self, token_ids: Sequence[int], page: int) -> tuple[int, ...]:
+        return tuple(token_ids[page * self.page_size : (page + 1) * self.page_size])
+
+    def _shared_pages(self, node: Node, token_ids: Sequence[int], first_page: int, limit: int) -> int:
+        """Leading pages of the node's edge that equal `token_ids` from `first_page` on; at least one."""
+        size = self.page_size
+        count = min(len(node.page_ids), limit - first_page)
+        start = first_page * size
+        if node.tokens[: count * size] == list(token_ids[start : start + count * size]):
+            return count
+        low, high = 1, count  # pages known equal; pages known to differ somewhere before
+        while high - low > 1:
+            middle = (low + high) // 2
+            if node.tokens[: middle * size] == list(token_ids[start : start + middle * size]):
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _split(self, node: Node, num_pages: int) -> Node:
+        """Cuts the edge after `num_pages`; returns the new upper node. `node` stays the deeper part."""
+        parent = node.parent
+        assert parent is not None
+        cut = num_pages * self.page_size
+        upper = Node(parent, node.tokens[:cut], node.page_ids[:num_pages], node.start_tokens + cut)
+        blocks = upper.depth_tokens // BLOCK_TOKENS - upper.start_tokens // BLOCK_TOKENS
+        upper.block_hashes, node.block_hashes = node.block_hashes[:blocks], node.block_hashes[blocks:]
+        upper.lock_count = node.lock_count
+        upper.last_used = node.last_used
+        parent.children[self._page_key(upper.tokens, 0)] = upper
+        node.parent = upper
+        node.tokens = node.tokens[cut:]
+        node.page_ids = node.page_ids[num_pages:]
+        upper.children[self._page_key(node.tokens, 0)] = node
+        return upper
+
+    def _append(
+        self,
+        parent: Node,
+        token_ids: Sequence[int],
+        page_ids: list[int],
+        first_page: int,
+        block_hashes: Sequence[bytes],
+    ) -> Node:
+        node = Node(parent, list(token_ids[first_page * self.page_size :]), page_ids, len(token_ids))
+        first_block = node.start_tokens // BLOCK_TOKENS
+        node.block_hashes = list(block_hashes[first_block : node.depth_tokens // BLOCK_TOKENS])
+        parent.children[self._page_key(node.tokens, 0)] = node
+        self.num_pages += len(page_ids)
+        for block in node.block_hashes:
+            if block in self._removed:
+                del self._removed[block]
+            else:
+                self._stored[block] = None
+        self._touch(node)
+        return node
+
+    def _touch(self, node: Node) -> None:
+        node.last_used = self._clock
+        self._offer(node)
+
+    def _offer(self, node: Node) -> None:
+        """Notes a node that could be evicted; entries that went stale are dropped when popped."""
+        if node.lock_count or node.children or not node.page_ids or node.parent is None:
+            return
+        self._pushes += 1
+        heapq.heappush(self._leaves, (node.last_used, self._pushes, node))
+        if len(self._leaves) > 64 + 8 * self.num_pages:
+            self._leaves = [entry for entry in self._leaves if self._evictable(entry)]
+            heapq.heapify(self._leaves)
+
+    def _evictable(self, entry: tuple[int, int, Node]) -> bool:
+        used, _, node = entry
+        return (
+            node.last_used == used
+            and not node.lock_count
+            and not node.children
+            and bool(node.page_ids)
+            and node.parent is not None
+        )
+
+    def _pop_leaf(self) -> Node | None:
+        while self._leaves:
+            entry = heapq.heappop(self._leaves)
+            if self._evictable(entry):
+                return entry[2]
+        return None
+
+    def _trim(self, leaf: Node, num_pages: int) -> list[int]:
+        """Takes up to `num_pages` pages off the end of a leaf; an empty leaf is removed."""
+        parent = leaf.parent
+        assert parent is not None
+        keep = max(0, len(leaf.page_ids) - num_pages)
+        freed = leaf.page_ids[keep:]
+        key = self._page_key(leaf.tokens, 0)
+        self.num_pages -= len(freed)
+        leaf.depth_tokens = leaf.start_tokens + keep * self.page_size
+        start_tokens = leaf.depth_tokens - keep * self.page_size
+        del leaf.page_ids[keep:], leaf.tokens[keep * self.page_size :]
+        self._forget_blocks(leaf, leaf.depth_tokens // BLOCK_TOKENS - start_tokens // BLOCK_TOKENS)
+        if keep:
+            self._offer(leaf)
+        else:
+            del parent.children[key]
+            leaf.parent = None
+            self._offer(parent)
+        return freed
+
+    def _forget_blocks(self, node: Node, num_kept: int) -> None:
+        for block in node.block_hashes[num_kept:]:
+            if block in self._stored:
+                del self._stored[block]
+            else:
+                self._removed[block] = None
+        del node.block_hashes[num_kept:]

@@ -1,0 +1,156 @@
+"""A request inside the engine: its tokens, its pages, and how far it has been computed.
+
+    token_ids          |--------- prompt ---------|--- generated ---|(+ num_pending, still on the device)
+    num_computed_tokens|--- KV is in pages ---------->|
+    page_ids           [ borrowed from the tree, locked by `node` | own pages ........ | one may be partial ]
+                         num_tree_pages                             len(page_ids) - num_tree_pages
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from phloem.shared.engine.kv_pool import OwnerKey
+from phloem.shared.engine.radix_tree import Node
+from phloem.shared.protocol.session import FinishReason, PeerRef, Phase, SamplingParams, Submit
+
+
+class Status(enum.Enum):
+    """Where a request is; the scheduler moves it."""
+
+    WAITING = "waiting"  # no pages, no slot
+    RECEIVING = "receiving"  # decode side of a hand-over: pages and slot reserved, KV under way
+    RUNNING = "running"  # has a slot; some of its tokens are computed each step
+    SENDING = "sending"  # prefill side of a hand-over: token 0 made, pages held until they are sent
+    RETRACTED = "retracted"  # gives its pages back as soon as no launched step uses them; then WAITING
+    ENDED = "ended"  # its pages return as soon as no launched step uses them
+
+
+class Request:
+    """One (request, attempt). Mutated by the scheduler and the hand-over only."""
+
+    __slots__ = (
+        "arrived_s",
+        "attempt",
+        "block_hashes",
+        "deadline_s",
+        "first_scheduled_s",
+        "gateway",
+        "inserted_tokens",
+        "matched_s",
+        "node",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_in_flight",
+        "num_pending",
+        "num_prompt_tokens",
+        "num_tree_pages",
+        "order",
+        "page_ids",
+        "peer",
+        "phase",
+        "request_id",
+        "salt",
+        "sampling",
+        "slot",
+        "status",
+        "stop_token_ids",
+        "times_passed",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        submit: Submit,
+        *,
+        gateway: int,
+        order: int,
+        eos_token_ids: tuple[int, ...],
+        now_s: float,
+    ) -> None:
+        sampling = submit.sampling
+        self.request_id = submit.request_id
+        self.attempt = submit.attempt
+        self.gateway = gateway
+        self.phase: Phase = submit.phase
+        self.peer: PeerRef | None = submit.peer
+        self.token_ids = list(submit.token_ids)
+        self.num_prompt_tokens = submit.num_prompt_tokens
+        self.sampling: SamplingParams = sampling
+        self.stop_token_ids = frozenset(sampling.stop_token_ids) | frozenset(
+            () if sampling.ignore_eos else eos_token_ids
+        )
+        self.salt = submit.cache_salt
+        self.block_hashes = list(submit.block_hashes)
+        self.order = order
+        self.status = Status.WAITING
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_pending = 0
+        self.num_in_flight = 0  # launched steps that use its pages and are not collected yet
+        self.page_ids: list[int] = []
+        self.num_tree_pages = 0
+        self.node: Node | None = None
+        self.inserted_tokens = 0  # tokens up to which the tree was offered its pages
+        self.slot = -1
+        self.times_passed = 0
+        self.arrived_s = now_s
+        self.matched_s = 0.0
+        self.first_scheduled_s = 0.0
+        self.deadline_s = now_s + submit.timeout_s
+
+    @property
+    def key(self) -> OwnerKey:
+        return (self.request_id, self.attempt)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens whose values exist on the host or the device."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_generated(self) -> int:
+        return self.num_known_tokens - self.num_prompt_tokens
+
+    @property
+    def own_page_ids(self) -> list[int]:
+        return self.page_ids[self.num_tree_pages :]
+
+    def wants_compute(self, context_length: int) -> bool:
+        """Whether another forward pass over its uncomputed tokens would make a token it may still emit."""
+        return (
+            self.num_known_tokens > self.num_computed_tokens
+            and self.num_generated < self.sampling.max_tokens
+            and self.num_known_tokens < context_length
+        )
+
+    def finish_reason(self, token_id: int, context_length: int) -> FinishReason | None:
+        """Whether the token just appended ends the request."""
+        if token_id in self.stop_token_ids:
+            return "stop"
+        if self.num_generated >= self.sampling.max_tokens or len(self.token_ids) >= context_length:
+            return "length"
+        return None
+
+
+class Row(NamedTuple):
+    """One request's share of a step: tokens [start, start + num_tokens) are computed.
+
+    `samples`: the row reaches the last known token, so its logits make the next one. `from_device`: that
+    one input token is still only in the slot's last-token buffer.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: bool
+    from_device: bool
+
+
+class StepPlan(NamedTuple):
+    rows: list[Row]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
