@@ -1,0 +1,1 @@
+"""Configuration: one frozen struct per service, filled from file, environment and flags."""
