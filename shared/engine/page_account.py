@@ -132,9 +132,7 @@ class PageAccount:
         request.block_hashes = self._hasher.chain(
             tokens, request.salt, known=request.block_hashes[: len(tokens) // BLOCK_TOKENS]
         )
-        return self.tree.insert(
-            tokens, request.page_ids[:num_pages], request.salt, request.block_hashes
-        ).node
+        return self.tree.insert(tokens, request.page_ids[:num_pages], request.salt, request.block_hashes).node
 
     def _unlock(self, request: Request) -> None:
         assert request.node is not None

@@ -1,9 +1,9 @@
 """A request inside the engine: its tokens, its pages, and how far it has been computed.
 
-    token_ids          |--------- prompt ---------|--- generated ---|(+ num_pending, still on the device)
-    num_computed_tokens|--- KV is in pages ---------->|
-    page_ids           [ borrowed from the tree, locked by `node` | own pages ........ | one may be partial ]
-                         num_tree_pages                             len(page_ids) - num_tree_pages
+token_ids          |--------- prompt ---------|--- generated ---|(+ num_pending, still on the device)
+num_computed_tokens|--- KV is in pages ---------->|
+page_ids           [ borrowed from the tree, locked by `node` | own pages ........ | one may be partial ]
+                     num_tree_pages                             len(page_ids) - num_tree_pages
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Request:
         "num_in_flight",
         "num_pending",
         "num_prompt_tokens",
+        "num_submitted_tokens",
         "num_tree_pages",
         "order",
         "page_ids",
@@ -58,6 +59,7 @@ class Request:
         "stop_token_ids",
         "times_passed",
         "token_ids",
+        "token_limit",
     )
 
     def __init__(
@@ -67,6 +69,7 @@ class Request:
         gateway: int,
         order: int,
         eos_token_ids: tuple[int, ...],
+        context_length: int,
         now_s: float,
     ) -> None:
         sampling = submit.sampling
@@ -77,10 +80,13 @@ class Request:
         self.peer: PeerRef | None = submit.peer
         self.token_ids = list(submit.token_ids)
         self.num_prompt_tokens = submit.num_prompt_tokens
+        self.num_submitted_tokens = len(submit.token_ids)  # the prompt and what earlier attempts emitted
         self.sampling: SamplingParams = sampling
         self.stop_token_ids = frozenset(sampling.stop_token_ids) | frozenset(
             () if sampling.ignore_eos else eos_token_ids
         )
+        # Known tokens never exceed this; a prefill worker makes one token and hands over.
+        self.token_limit = min(submit.num_prompt_tokens + sampling.max_tokens, context_length)
         self.salt = submit.cache_salt
         self.block_hashes = list(submit.block_hashes)
         self.order = order
@@ -114,24 +120,26 @@ class Request:
         return self.num_known_tokens - self.num_prompt_tokens
 
     @property
+    def num_made(self) -> int:
+        """Tokens that this engine made for this attempt, the pending one included."""
+        return self.num_known_tokens - self.num_submitted_tokens
+
+    @property
     def own_page_ids(self) -> list[int]:
         return self.page_ids[self.num_tree_pages :]
 
-    def wants_compute(self, context_length: int) -> bool:
-        """Whether another forward pass over its uncomputed tokens would make a token it may still emit."""
-        return (
-            self.num_known_tokens > self.num_computed_tokens
-            and self.num_generated < self.sampling.max_tokens
-            and self.num_known_tokens < context_length
-        )
+    @property
+    def wants_compute(self) -> bool:
+        """Whether another forward pass over its uncomputed tokens makes a token that it may still emit."""
+        if self.phase == "prefill" and self.num_made:
+            return False
+        return self.num_computed_tokens < self.num_known_tokens < self.token_limit
 
-    def finish_reason(self, token_id: int, context_length: int) -> FinishReason | None:
-        """Whether the token just appended ends the request."""
+    def finish_reason(self, token_id: int) -> FinishReason | None:
+        """Whether `token_id`, just appended, ends the request."""
         if token_id in self.stop_token_ids:
             return "stop"
-        if self.num_generated >= self.sampling.max_tokens or len(self.token_ids) >= context_length:
-            return "length"
-        return None
+        return "length" if len(self.token_ids) >= self.token_limit else None
 
 
 class Row(NamedTuple):

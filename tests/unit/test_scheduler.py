@@ -1,0 +1,257 @@
+"""The scheduler against random workloads: progress, one owner per page, and the limits of each step."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phloem.shared.block_hash import BlockHasher
+from phloem.shared.engine.kv_pool import KVPool
+from phloem.shared.engine.page_account import PageAccount
+from phloem.shared.engine.radix_tree import RadixTree
+from phloem.shared.engine.requests import Request, Status, StepPlan
+from phloem.shared.engine.scheduler import MAX_PASSES, Limits, Made, Scheduler
+from phloem.shared.errors import PhloemError
+from phloem.shared.protocol.session import Phase, SamplingParams, Submit
+
+EOS = 0
+
+
+class World:
+    """A scheduler with a device that makes token `len(known) % 97 + 1` and keeps `depth` steps in flight."""
+
+    def __init__(
+        self, *, num_pages: int = 64, page_size: int = 4, budget: int = 32, slots: int = 8, depth: int = 1
+    ) -> None:
+        self.pool = KVPool(num_pages)
+        self.tree = RadixTree(page_size)
+        self.account = PageAccount(self.pool, self.tree, BlockHasher(b"test"))
+        self.scheduler = Scheduler(Limits(budget, slots, 1000), self.account)
+        self.in_flight: deque[StepPlan] = deque()
+        self.depth = depth
+        self.made: dict[str, list[int]] = {}
+        self.finished: dict[str, str] = {}
+        self.count = 0
+
+    def add(
+        self, prompt: list[int], max_tokens: int = 5, phase: Phase = "both", stop: tuple[int, ...] = ()
+    ) -> Request:
+        self.count += 1
+        submit = Submit(
+            request_id=f"r{self.count}",
+            attempt=1,
+            epoch=1,
+            phase=phase,
+            token_ids=prompt,
+            num_prompt_tokens=len(prompt),
+            sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=stop),
+        )
+        request = Request(
+            submit, gateway=0, order=self.count, eos_token_ids=(EOS,), context_length=1000, now_s=0.0
+        )
+        self.scheduler.submit(request)
+        return request
+
+    def step(self) -> StepPlan:
+        scheduled = self.scheduler.schedule()
+        assert not scheduled.refused
+        if scheduled.plan.rows:
+            self.scheduler.launched(scheduled.plan)
+            self.in_flight.append(scheduled.plan)
+        if len(self.in_flight) >= self.depth or not scheduled.plan.rows:
+            self.collect()
+        return scheduled.plan
+
+    def collect(self) -> None:
+        if self.in_flight:
+            plan = self.in_flight.popleft()
+            tokens = [(row.start + row.num_tokens) % 97 + 1 for row in plan.rows if row.samples]
+            for made in self.scheduler.collect(plan, tokens):
+                self.note(made)
+
+    def note(self, made: Made) -> None:
+        self.made.setdefault(made.request.request_id, []).append(made.token_id)
+        if made.finish_reason is not None:
+            self.finished[made.request.request_id] = made.finish_reason
+
+    def audit(self) -> None:
+        assert self.account.audit(self.scheduler.requests()) == []
+
+    def drain(self, max_steps: int = 2000) -> None:
+        for _ in range(max_steps):
+            if not self.scheduler.requests():
+                return
+            self.step()
+            self.audit()
+        raise AssertionError("the scheduler does not come to an end")
+
+
+def expected_tokens(prompt_length: int, count: int) -> list[int]:
+    return [(prompt_length + i) % 97 + 1 for i in range(count)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_every_request_gets_its_tokens_whatever_the_pressure(data: st.DataObject) -> None:
+    world = World(
+        num_pages=data.draw(st.integers(12, 40)),
+        page_size=data.draw(st.sampled_from([1, 2, 4])),
+        budget=data.draw(st.integers(3, 40)),
+        slots=data.draw(st.integers(1, 6)),
+        depth=data.draw(st.integers(1, 3)),
+    )
+    rng = random.Random(data.draw(st.integers(0, 10_000)))
+    room = world.pool.num_pages * world.tree.page_size
+    want: dict[str, list[int]] = {}
+    for _ in range(data.draw(st.integers(1, 12))):
+        length = rng.randint(1, max(1, room // 2))
+        count = rng.randint(1, max(1, room - length - 1))
+        base = rng.randint(1, 2)
+        request = world.add([base] * length, count)
+        want[request.request_id] = expected_tokens(length, count)
+        for _ in range(rng.randint(0, 3)):
+            world.step()
+            world.audit()
+        if rng.random() < 0.2:
+            world.scheduler.end(request)
+            want.pop(request.request_id, None)
+    world.drain()
+    for request_id, tokens in want.items():
+        assert world.made[request_id] == tokens
+        assert world.finished[request_id] == "length"
+    assert world.scheduler.num_running == world.scheduler.num_waiting == 0
+    assert world.tree.num_locked_pages == 0
+    assert world.pool.num_free_pages + world.tree.num_pages == world.pool.num_pages
+
+
+def test_step_never_exceeds_its_token_budget_and_mixes_decode_with_chunks() -> None:
+    world = World(budget=8)
+    world.add([5] * 3, 10)
+    assert world.step().num_tokens == 3
+    world.add([6] * 30, 3)
+    plan = world.step()
+    assert plan.num_tokens == 8
+    assert sorted(row.num_tokens for row in plan.rows) == [1, 7]
+    world.drain()
+
+
+def test_overlap_feeds_the_unknown_token_from_the_device() -> None:
+    world = World(depth=2)
+    world.add([5] * 3, 4)
+    assert [row.from_device for row in world.step().rows] == [False]
+    assert [row.from_device for row in world.step().rows] == [True]
+    world.drain()
+    assert world.made["r1"] == expected_tokens(3, 4)
+
+
+def test_stop_token_ends_a_request_and_wastes_at_most_one_row() -> None:
+    world = World(depth=2)
+    stop = expected_tokens(3, 2)[1]
+    world.add([5] * 3, 50, stop=(stop,))
+    rows = 0
+    while world.scheduler.requests():
+        rows += len(world.step().rows)
+    assert world.made["r1"] == expected_tokens(3, 2)
+    assert world.finished["r1"] == "stop"
+    assert rows <= 3
+    world.audit()
+
+
+def test_second_request_reuses_the_first_ones_pages() -> None:
+    world = World()
+    world.add([7] * 17, 2)
+    world.drain()
+    request = world.add([7] * 17, 2)
+    plan = world.step()
+    assert request.num_cached_tokens == 16
+    assert plan.num_tokens == 1
+    world.drain()
+
+
+def test_prefix_is_shared_while_the_first_request_still_runs() -> None:
+    world = World()
+    world.add([7] * 17, 20)
+    world.step()
+    request = world.add([7] * 17, 2)
+    world.step()
+    assert request.num_cached_tokens == 16
+    world.drain()
+
+
+def test_youngest_is_retracted_and_resumed() -> None:
+    world = World(num_pages=40, page_size=4)
+    first = world.add([1] * 12, 100)
+    second = world.add([2] * 12, 100)
+    world.drain()
+    assert world.scheduler.num_retractions > 0
+    assert world.made[first.request_id] == world.made[second.request_id] == expected_tokens(12, 100)
+
+
+def test_prefill_request_makes_one_token_and_keeps_its_pages_until_it_is_ended() -> None:
+    world = World()
+    request = world.add([3] * 9, 20, phase="prefill")
+    world.step()
+    assert request.status is Status.SENDING
+    assert world.made["r1"] == expected_tokens(9, 1)
+    assert len(request.page_ids) == 3
+    assert world.step().rows == []
+    world.scheduler.end(request)
+    world.audit()
+    assert world.tree.num_pages == 2
+
+
+def test_decode_request_reserves_receives_and_runs() -> None:
+    world = World()
+    request = world.add([3] * 9, 4, phase="decode")
+    scheduled = world.scheduler.schedule()
+    assert scheduled.reserved == [request] and scheduled.plan.rows == []
+    assert len(request.page_ids) == 3
+    world.audit()
+    world.scheduler.received(request, [10])
+    world.drain()
+    assert world.made["r1"] == expected_tokens(10, 3)
+
+
+def test_request_that_does_not_fit_is_passed_only_a_bounded_number_of_times() -> None:
+    world = World(num_pages=40, page_size=1, budget=64, slots=2)
+    world.add([9] * 10, 25)
+    world.step()
+    big = world.add([1] * 36, 2)
+    while big.status is Status.WAITING and big.times_passed <= MAX_PASSES:
+        if world.scheduler.num_waiting < 3:
+            world.add([2], 1)
+        world.step()
+    assert big.times_passed <= MAX_PASSES
+    world.drain()
+    assert world.made[big.request_id] == expected_tokens(36, 2)
+
+
+def test_request_longer_than_the_pool_is_refused_with_the_remedy() -> None:
+    world = World(num_pages=4, page_size=4)
+    with pytest.raises(PhloemError, match="--max-total-tokens"):
+        world.add([1] * 16)
+
+
+def test_full_queue_is_refused_retryably() -> None:
+    world = World()
+    world.scheduler._limits = Limits(8, 1, 1)
+    world.add([1] * 4)
+    with pytest.raises(PhloemError) as caught:
+        world.add([1] * 4)
+    assert caught.value.retryable and caught.value.code == "queue_full"
+
+
+def test_longest_prefix_first_takes_the_cached_request() -> None:
+    world = World(budget=4, slots=1)
+    world.scheduler._limits = Limits(64, 1, 100, longest_prefix_first=True)
+    world.add([7] * 16, 1)
+    world.drain()
+    world.add([8] * 16, 1)
+    cached = world.add([7] * 16, 1)
+    plan = world.step()
+    assert [row.request for row in plan.rows] == [cached]
+    world.drain()
