@@ -21,7 +21,7 @@ class GatewayConfig(LogOptions, frozen=True, kw_only=True):
         str, Meta(min_length=1, description="a GGUF file, a Hugging Face directory, or a hub id")
     ] = "smollm2-135m-instruct"
     served_model_name: Annotated[
-        str, Meta(max_length=256, description="the name that requests give; empty: the model path's last part")
+        str, Meta(max_length=256, description="name in requests; empty: the model path's last part")
     ] = ""
     chat_template: Annotated[
         str, Meta(description="a jinja file that replaces the model's own chat template; empty: the model's")
