@@ -1,0 +1,117 @@
+"""The only door to the kernels: one function per op.
+
+Every op runs where its tensors are. `reference/` is plain torch, the specification, and the CPU path.
+Shapes: T tokens of a step, B sequences, R rows of logits, V vocabulary size, H heads, D head_dim.
+Backends must agree with the reference within rtol 1e-5 in float32, and within 2e-2 in bfloat16 and float16,
+unless an op says otherwise; ids, bytes and digests agree exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from phloem.kernels.reference import activation as _activation
+from phloem.kernels.reference import attention as _attention
+from phloem.kernels.reference import norm as _norm
+from phloem.kernels.reference import pages as _pages
+from phloem.kernels.reference import rope as _rope
+from phloem.kernels.reference import sampling as _sampling
+from phloem.kernels.types import AttentionPlan, PagedKV
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x**2) + eps) * weight` over the last dimension; statistics in float32.
+
+    x: `[..., N]`, weight: `[N]` of the same dtype. Returns a new tensor like x.
+    """
+    return _norm.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Adds x to `residual` **in place**, and returns the norm of the sum (as `rms_norm`).
+
+    x, residual: `[T, N]`, weight: `[N]`, one dtype.
+    """
+    return _norm.add_rms_norm(x, residual, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up` of the fused projection `[T, 2 * N]` (gate first). Returns `[T, N]`."""
+    return _activation.silu_mul(gate_up)
+
+
+def rope_write_kv(
+    qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, write_index: Tensor
+) -> Tensor:
+    """Rotates q and k (neox: halves of a head), and writes k and v into their pages.
+
+    qk: `[T, H + H_kv, D]`, the query heads first; v: `[T, H_kv, D]`. cos, sin: `[T, 1, D]` in the dtype of
+    qk, the tables' rows of this step's positions; the first half of `sin` is negated, so that
+    `rotated = x * cos + swap_halves(x) * sin`. k_pages, v_pages: `[num_pages, page_size, H_kv, D]`.
+    write_index: int64 `[T]`, `page_id * page_size + offset`, no index twice.
+    Returns the rotated q, `[T, H, D]`.
+    """
+    return _rope.rope_write_kv(qk, v, cos, sin, k_pages, v_pages, write_index)
+
+
+def plan_attention(
+    query_lens: Sequence[int], kv_lens: Sequence[int], page_table: Tensor, page_size: int, window: int = 0
+) -> AttentionPlan:
+    """What `paged_attention` needs to know about a step, made once and used by every layer.
+
+    query_lens, kv_lens: B entries, `1 <= query_len <= kv_len`; the queries are the last tokens of their
+    sequence. page_table: int64 `[B, max_pages]`, pages of each sequence in order. window: 0, or the number
+    of tokens (itself included) that a token sees.
+    """
+    return _attention.plan_attention(query_lens, kv_lens, page_table, page_size, window)
+
+
+def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    """Causal attention of a ragged batch over its pages; K and V of this step are in the pages already.
+
+    q: `[T, H, D]`, k_pages, v_pages: `[num_pages, page_size, H_kv, D]`, H a multiple of H_kv (query head h
+    reads KV head `h // (H / H_kv)`). Logits are scaled by `scale`. Returns `[T, H, D]`, contiguous.
+    """
+    return _attention.paged_attention(q, k_pages, v_pages, plan, scale)
+
+
+def gather_pages(kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: int, out: Tensor) -> int:
+    """Copies pages into staging and returns the digest of the bytes.
+
+    page_ids: int64 `[P]`. out: flat uint8, at least `(layer_end - layer_start) * P * page_bytes` long
+    (page_bytes: K and V of one page in one layer), written as `[layer, k/v, page, token, head, dim]` from its
+    start; the rest is left alone. The digest is a signed 64-bit integer; zero bytes give 0.
+    """
+    return _pages.gather_pages(kv, page_ids, layer_start, layer_end, out)
+
+
+def scatter_pages(kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: int, src: Tensor) -> int:
+    """Copies staging bytes, laid out as `gather_pages` writes them, into pages; returns their digest.
+
+    page_ids must name each page once. The caller compares the digest with the sender's before it lets
+    anyone read the pages.
+    """
+    return _pages.scatter_pages(kv, page_ids, layer_start, layer_end, src)
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> Tensor:
+    """One token per row: int64 `[R]`.
+
+    logits: float32 `[R, V]`, left as it is; -inf forbids a token. Per row: temperature float32 (0: greedy,
+    the first of the largest logits), top_k int64 (0 or less: off; ties with the k-th stay), top_p float32
+    (1 or more: off; 0 or less keeps the best token), min_p float32 (0: off; relative to the best token), in
+    that order, as Hugging Face applies them. seed, position: int64, any values; position is that of the token
+    being sampled. Equal (row, seed, position) give equal tokens, whatever the other rows are. A row whose
+    logits are all -inf gives token 0.
+    """
+    return _sampling.sample(logits, temperature, top_k, top_p, min_p, seed, position)

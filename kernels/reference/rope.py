@@ -1,0 +1,24 @@
+"""Rotary position embedding (neox halves) and the write of K and V into pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    num_tokens, num_heads, head_dim = x.shape
+    halves = x.view(num_tokens, num_heads, 2, head_dim // 2)
+    swapped = halves.flip(2).view(num_tokens, num_heads, head_dim)
+    return torch.addcmul(x * cos, swapped, sin)
+
+
+def rope_write_kv(
+    qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, write_index: Tensor
+) -> Tensor:
+    num_kv_heads, head_dim = k_pages.shape[2:]
+    num_heads = qk.shape[1] - num_kv_heads
+    rotated = rotate(qk, cos, sin)
+    k_pages.view(-1, num_kv_heads, head_dim).index_copy_(0, write_index, rotated[:, num_heads:])
+    v_pages.view(-1, num_kv_heads, head_dim).index_copy_(0, write_index, v)
+    return rotated[:, :num_heads]

@@ -1,0 +1,51 @@
+"""Values that ops take besides tensors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class PagedKV(Protocol):
+    """K and V pages of every layer, each `[num_pages, page_size, num_kv_heads, head_dim]`."""
+
+    @property
+    def k(self) -> list[Tensor]: ...
+
+    @property
+    def v(self) -> list[Tensor]: ...
+
+
+class SequenceSpan(NamedTuple):
+    """One sequence of a ragged batch, as attention sees it.
+
+        tokens of the sequence   [0 ............................ kv_len)
+        seen by this call        [kv_start ..................... kv_len)
+        queries of this step                   [kv_len - query_len, kv_len)
+        rows of the step's T     [row, row + query_len)
+
+    `first_page` is the page that holds token `kv_start` when the pages from there on are neighbours in
+    the pool, in order: then K and V are views and nothing is copied. Otherwise it is -1 and `page_ids`
+    (int64) lists the pages. `skip` is the offset of token `kv_start` in the first of these pages.
+    """
+
+    row: int
+    query_len: int
+    num_keys: int
+    skip: int
+    first_page: int
+    num_pages: int
+    page_ids: Tensor
+
+
+class AttentionPlan(NamedTuple):
+    """What one engine step's attention needs besides q and the pages: made once, used by every layer.
+
+    `window` 0 means that a token sees all tokens before it, otherwise only the last `window` (itself
+    included).
+    """
+
+    spans: list[SequenceSpan]
+    window: int
+    page_size: int

@@ -1,0 +1,99 @@
+"""The decoder: one implementation for every architecture in the registry, driven by flags."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from phloem.kernels import ops
+from phloem.kernels.types import AttentionPlan
+from phloem.shared.engine.models.batch import ForwardBatch
+from phloem.shared.engine.models.kv_cache import KVCache
+from phloem.shared.engine.models.parameters import DecoderParameters, LayerParameters
+from phloem.shared.engine.models.rope import RotaryEmbedding
+from phloem.shared.model_store.model_config import ModelConfig
+
+
+class _Step(NamedTuple):
+    """What all layers of one step share."""
+
+    cos: Tensor
+    sin: Tensor
+    write_index: Tensor
+    plans: dict[int, AttentionPlan]  # by window
+
+
+class Decoder:
+    """A decoder-only transformer over paged K and V. Holds weights, no state of any request."""
+
+    def __init__(self, config: ModelConfig, parameters: DecoderParameters) -> None:
+        self.config = config
+        self._parameters = parameters
+        self._rope = RotaryEmbedding(config.rope, config.head_dim, parameters.embedding.device)
+        self._scale = config.head_dim**-0.5
+        self._windows = sorted(set(config.layer_windows))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, activations and KV pages."""
+        return self._parameters.embedding.dtype
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
+        """Computes a step and writes its K and V into their pages. Returns float32 logits, `[L, vocab]`.
+
+        Sequences may be at different places: chunks of prompts and single decode tokens mix freely.
+        """
+        parameters, eps = self._parameters, self.config.norm_eps
+        step = self._step(batch, kv)
+        residual = parameters.embedding[batch.input_ids]
+        x = ops.rms_norm(residual, parameters.layers[0].input_norm, eps)
+        last = len(parameters.layers) - 1
+        for index, layer in enumerate(parameters.layers):
+            plan = step.plans[self.config.layer_windows[index]]
+            x = self._attention(x, layer, step, plan, kv.k[index], kv.v[index])
+            x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
+            x = linear(ops.silu_mul(linear(x, *layer.gate_up)), *layer.down)
+            if index < last:
+                x = ops.add_rms_norm(x, residual, parameters.layers[index + 1].input_norm, eps)
+        return self._logits(x, residual, batch.logits_index)
+
+    def _step(self, batch: ForwardBatch, kv: KVCache) -> _Step:
+        cos, sin = self._rope.tables(batch.positions, self.dtype)
+        plans = {
+            window: ops.plan_attention(
+                batch.query_lens, batch.kv_lens, batch.page_table, kv.page_size, window
+            )
+            for window in self._windows
+        }
+        return _Step(cos, sin, batch.write_index, plans)
+
+    def _attention(
+        self, x: Tensor, layer: LayerParameters, step: _Step, plan: AttentionPlan, k: Tensor, v: Tensor
+    ) -> Tensor:
+        config = self.config
+        num_tokens, num_rotated = x.shape[0], config.num_heads + config.num_kv_heads
+        heads = linear(x, *layer.qkv).view(num_tokens, num_rotated + config.num_kv_heads, config.head_dim)
+        rotated, values = heads[:, :num_rotated], heads[:, num_rotated:]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            rotated = self._norm_heads(rotated, layer.q_norm, layer.k_norm)
+        queries = ops.rope_write_kv(rotated, values, step.cos, step.sin, k, v, step.write_index)
+        attended = ops.paged_attention(queries, k, v, plan, self._scale)
+        return linear(attended.view(num_tokens, -1), *layer.o)
+
+    def _norm_heads(self, rotated: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
+        eps, num_heads = self.config.norm_eps, self.config.num_heads
+        queries = ops.rms_norm(rotated[:, :num_heads], q_norm, eps)
+        keys = ops.rms_norm(rotated[:, num_heads:], k_norm, eps)
+        return torch.cat((queries, keys), dim=1)
+
+    def _logits(self, x: Tensor, residual: Tensor, logits_index: Tensor) -> Tensor:
+        """Only the wanted rows pass the last norm and the vocabulary."""
+        parameters = self._parameters
+        wanted = ops.add_rms_norm(
+            x[logits_index], residual[logits_index], parameters.final_norm, self.config.norm_eps
+        )
+        return linear(wanted, parameters.lm_head).float()

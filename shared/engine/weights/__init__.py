@@ -1,0 +1,1 @@
+"""Weights from files into a decoder: safetensors, dummy, and GGUF by conversion."""

@@ -1,0 +1,151 @@
+"""Loads a decoder: shape from config.json, weights from safetensors or from a seeded generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from phloem.shared.engine.models.decoder import Decoder
+from phloem.shared.engine.models.parameters import DecoderParameters, ParameterFactory
+from phloem.shared.engine.models.registry import WeightNames, find_architecture
+from phloem.shared.engine.weights.slots import weight_slots
+from phloem.shared.errors import ConfigError, PhloemError
+from phloem.shared.model_store.model_config import ModelConfig, load_model_config
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+DUMMY_SEED = 0
+DUMMY_STD = 0.02
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+
+def load_decoder(
+    model_dir: Path,
+    *,
+    load_format: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> Decoder:
+    """Builds the model of `model_dir` on `device`.
+
+    load_format `auto` and `safetensors` read the directory's safetensors, shard by shard and tensor by
+    tensor from the mapped file: the weights never lie in memory twice. `dummy` draws them at random,
+    seeded, and needs config.json only. `progress(done, total)` counts parameters.
+
+    Raises PhloemError: `unsupported_model`, `not_a_model`, or `bad_weights` that names the tensor.
+    """
+    config = load_model_config(model_dir)
+    names = find_architecture(config).names
+    parameters = ParameterFactory(config, dtype, device).make()
+    match load_format:
+        case "dummy":
+            _fill_dummy(parameters, names, config)
+        case "auto" | "safetensors":
+            _fill_from_files(model_dir, parameters, names, config, progress)
+        case _:
+            supported = "auto, safetensors, dummy"
+            raise ConfigError(f"load format {load_format!r} is unknown; use one of {supported}")
+    return Decoder(config, parameters)
+
+
+def resolve_dtype(name: str, model_dir: Path, device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations. `auto` is the model's own where the device is good at it:
+
+    a CPU without bfloat16 instructions computes in float32, and so does every CPU with a float16 model.
+    """
+    if name != "auto":
+        if name not in DTYPES:
+            raise ConfigError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}", param="dtype")
+        return DTYPES[name]
+    stored = DTYPES.get(load_model_config(model_dir).dtype, torch.float32)
+    if device.type != "cpu":
+        return stored
+    fast = stored == torch.bfloat16 and _cpu_is_fast_in_bfloat16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _cpu_is_fast_in_bfloat16() -> bool:
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(native and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _fill_dummy(parameters: DecoderParameters, names: WeightNames, config: ModelConfig) -> None:
+    generator = torch.Generator(device=parameters.embedding.device).manual_seed(DUMMY_SEED)
+    for slot in weight_slots(parameters, names, config).values():
+        if slot.dim() == 1:
+            slot.fill_(1.0)  # norms; a bias of 1 does no harm here
+        else:
+            slot.normal_(0.0, DUMMY_STD, generator=generator)
+
+
+def _fill_from_files(
+    model_dir: Path,
+    parameters: DecoderParameters,
+    names: WeightNames,
+    config: ModelConfig,
+    progress: Callable[[int, int], None],
+) -> None:
+    waiting = weight_slots(parameters, names, config)
+    total = sum(slot.numel() for slot in waiting.values())
+    done = 0
+    for path in _shards(model_dir):
+        for name, tensor in _tensors(path):
+            if _is_ignored(name, names, config):
+                continue
+            slot = waiting.pop(name, None)
+            if slot is None:
+                raise _bad_weights(f"{path} holds {name!r}, which {config.architecture} has no place for")
+            _fill(slot, tensor, name, path)
+            done += slot.numel()
+            progress(done, total)
+    if waiting:
+        raise _bad_weights(f"{model_dir} lacks the tensor {next(iter(waiting))!r} ({len(waiting)} missing)")
+
+
+def _shards(model_dir: Path) -> list[Path]:
+    index_path = model_dir / INDEX_FILE
+    if index_path.exists():
+        index = msgspec.json.decode(index_path.read_bytes(), type=dict[str, msgspec.Raw])
+        weight_map = msgspec.json.decode(index["weight_map"], type=dict[str, str])
+        return [model_dir / file for file in sorted(set(weight_map.values()))]
+    single = model_dir / SINGLE_FILE
+    if single.exists():
+        return [single]
+    message = f"{model_dir} holds no {SINGLE_FILE}; only safetensors are loaded, convert the model first"
+    raise PhloemError("not_a_model", message, param="model_path")
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The file's tensors as views of the mapped file, on the CPU."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as shard:
+            for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
+                yield name, shard.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise _bad_weights(f"{path} cannot be read ({error}); fetch it again") from error
+
+
+def _is_ignored(name: str, names: WeightNames, config: ModelConfig) -> bool:
+    return name.endswith(names.ignored_suffixes) or (config.tied_embeddings and name == names.lm_head)
+
+
+def _fill(slot: Tensor, tensor: Tensor, name: str, path: Path) -> None:
+    if slot.shape != tensor.shape:
+        found, expected = tuple(tensor.shape), tuple(slot.shape)
+        raise _bad_weights(f"{path}: {name!r} has shape {found}, config.json asks for {expected}")
+    slot.copy_(tensor)
+
+
+def _bad_weights(message: str) -> PhloemError:
+    return PhloemError("bad_weights", message, param="model_path")

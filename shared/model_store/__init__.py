@@ -1,0 +1,1 @@
+"""Where models come from, and what their configuration files say. Never imports torch or transformers."""
