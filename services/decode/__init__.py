@@ -1,0 +1,1 @@
+"""A decode worker: the shared engine, with the role that receives KV and generates."""

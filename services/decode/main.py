@@ -1,0 +1,11 @@
+"""The entry of a decode worker."""
+
+from __future__ import annotations
+
+from phloem.shared.worker.config import WorkerConfig
+from phloem.shared.worker.front import run_worker
+
+
+async def run(config: WorkerConfig) -> None:
+    """Runs a decode worker until it has drained. Raises `PhloemError`, as `run_worker` does."""
+    await run_worker(config, "decode")

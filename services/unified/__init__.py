@@ -1,0 +1,1 @@
+"""A unified worker: the shared engine, with both phases in one process."""

@@ -1,0 +1,127 @@
+"""A real front over a fake engine, in the test's own process."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+
+from phloem.shared.discovery.registry import Registry
+from phloem.shared.engine.config import EngineOptions
+from phloem.shared.errors import PhloemError
+from phloem.shared.protocol.cluster import Role, WorkerRecord
+from phloem.shared.protocol.engine import AuditReply
+from phloem.shared.protocol.session import SessionDown, SessionUp, session_down, session_up
+from phloem.shared.protocol.worker_rpc import (
+    WORKER_SERVICE,
+    AuditCall,
+    DrainRequest,
+    FlushRequest,
+    audit_call,
+    audit_reply,
+    done,
+    drain_request,
+    flush_request,
+)
+from phloem.shared.rpc.client import RpcChannel, RpcStream
+from phloem.shared.worker.config import WorkerConfig
+from phloem.shared.worker.front import run_worker
+from tests.support import fake_engine
+
+SECRET = "test secret"
+START_TIMEOUT_S = 15.0
+
+
+class Front:
+    """A running front as its peers see it."""
+
+    def __init__(self, task: asyncio.Task[None], record: WorkerRecord) -> None:
+        self.task = task
+        self.record = record
+        self.channel = RpcChannel(record.rpc_address, SECRET.encode())
+
+    def session(self) -> RpcStream[SessionDown, SessionUp]:
+        return self.channel.stream(WORKER_SERVICE, "Session", session_down, session_up)
+
+    async def audit(self) -> AuditReply:
+        call = self.channel.unary(WORKER_SERVICE, "Audit", audit_call, audit_reply)
+        return await call(AuditCall(self.record.epoch), 5.0)
+
+    async def flush(self, epoch: int | None = None) -> None:
+        call = self.channel.unary(WORKER_SERVICE, "Flush", flush_request, done)
+        await call(FlushRequest(self.record.epoch if epoch is None else epoch), 5.0)
+
+    async def drain(self) -> None:
+        call = self.channel.unary(WORKER_SERVICE, "Drain", drain_request, done)
+        await call(DrainRequest(self.record.epoch), 5.0)
+
+
+def fake_engine_command(step_s: float = 0.002) -> tuple[str, ...]:
+    return (sys.executable, fake_engine.__file__, "--step-s", str(step_s))
+
+
+def worker_config(redis_url: str, model_dir: Path, worker_id: str) -> WorkerConfig:
+    """`model_dir` becomes a directory that is a model as far as a front can tell."""
+    (model_dir / "config.json").write_text("{}")
+    return WorkerConfig(
+        redis_url=redis_url,
+        cluster_secret=SECRET,
+        worker_id=worker_id,
+        redis_wait_s=5.0,
+        engine=EngineOptions(model_path=str(model_dir), load_format="dummy", num_threads=1),
+    )
+
+
+async def find_worker(registry: Registry, worker_id: str, task: asyncio.Task[None]) -> WorkerRecord:
+    """The record of the worker once it is registered; raises what ended `task` before that."""
+    async with asyncio.timeout(START_TIMEOUT_S):
+        async for snapshot in registry.watch():
+            record = snapshot.worker(worker_id)
+            if record is not None:
+                return record
+            if task.done():
+                task.result()
+                raise AssertionError("the front ended before it registered")
+    raise AssertionError("watch never ends")
+
+
+@asynccontextmanager
+async def running_front(
+    redis_url: str,
+    model_dir: Path,
+    role: Role = "unified",
+    *,
+    worker_id: str = "w1",
+    step_s: float = 0.002,
+    change: Callable[[WorkerConfig], WorkerConfig] = lambda config: config,
+) -> AsyncIterator[Front]:
+    """A front that has registered; it is cancelled at the end when it still runs."""
+    config = change(worker_config(redis_url, model_dir, worker_id))
+    task = asyncio.create_task(run_worker(config, role, engine_command=fake_engine_command(step_s)))
+    registry = Registry(redis_url)
+    try:
+        front = Front(task, await find_worker(registry, worker_id, task))
+        yield front
+        await front.channel.close()
+    finally:
+        await registry.close()
+        if not task.done():
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def raises_code(call: Awaitable[object]) -> str:
+    """The code of the `PhloemError` that `call` raises."""
+    try:
+        await call
+    except PhloemError as error:
+        return error.code
+    raise AssertionError("no PhloemError was raised")
+
+
+def replaced(**changes: object) -> Callable[[WorkerConfig], WorkerConfig]:
+    return lambda config: msgspec.structs.replace(config, **changes)
