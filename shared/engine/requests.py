@@ -31,15 +31,15 @@ class Request:
     """One (request, attempt). Mutated by the scheduler and the hand-over only."""
 
     __slots__ = (
+        "admitted_s",
         "arrived_s",
         "attempt",
         "block_hashes",
         "deadline_s",
-        "first_scheduled_s",
         "gateway",
         "inserted_tokens",
-        "matched_s",
         "node",
+        "num_bound_pages",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_in_flight",
@@ -100,10 +100,10 @@ class Request:
         self.node: Node | None = None
         self.inserted_tokens = 0  # tokens up to which the tree was offered its pages
         self.slot = -1
+        self.num_bound_pages = -1  # pages that the runner's table of this slot knows; -1: slot not set up
         self.times_passed = 0
         self.arrived_s = now_s
-        self.matched_s = 0.0
-        self.first_scheduled_s = 0.0
+        self.admitted_s = 0.0  # got pages and a slot; the loop sets it
         self.deadline_s = now_s + submit.timeout_s
 
     @property

@@ -275,6 +275,7 @@ class Scheduler:
         """Moves an admitted request on; returns the tokens it takes of this step."""
         self._waiting.remove(request)
         request.slot = self._free_slots.pop()
+        request.num_bound_pages = -1
         request.times_passed = 0
         if request.phase == "decode":
             request.status = Status.RECEIVING

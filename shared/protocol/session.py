@@ -114,8 +114,8 @@ class TokensOut(msgspec.Struct, frozen=True, tag="tokens", omit_defaults=True):
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended", omit_defaults=True):
-    """The worker is done with (request, attempt): its pages are free or in the tree.
-    `error` comes with "failed"."""
+    """The worker is done with (request, attempt): its pages are free or in the tree, or return with the step
+    that is on the device now. `error` comes with "failed"."""
 
     request_id: str
     attempt: int

@@ -1,0 +1,169 @@
+"""Builds an engine from its configuration: device, weights, KV pool, transfer endpoint, warm-up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from phloem.shared.block_hash import BlockHasher
+from phloem.shared.engine.config import EngineConfig, EngineOptions
+from phloem.shared.engine.engine_loop import Engine, EngineParts
+from phloem.shared.engine.kv_pool import KVPool
+from phloem.shared.engine.models.decoder import Decoder
+from phloem.shared.engine.models.kv_cache import KVCache, bytes_per_page
+from phloem.shared.engine.page_account import PageAccount
+from phloem.shared.engine.page_store import KVPageStore
+from phloem.shared.engine.radix_tree import RadixTree
+from phloem.shared.engine.scheduler import Limits
+from phloem.shared.engine.sizing import context_length, kv_layout, pool_pages
+from phloem.shared.engine.step_runner import SyncStepRunner
+from phloem.shared.engine.warmup import warm_up
+from phloem.shared.engine.weights.loader import load_decoder, resolve_dtype
+from phloem.shared.errors import ConfigError
+from phloem.shared.protocol.engine import EngineReady, EngineUp, Progress
+from phloem.shared.protocol.session import PeerRef
+from phloem.shared.transfer.config import TransferConfig
+from phloem.shared.transfer.endpoint import TransferEndpoint
+
+Send = Callable[[EngineUp], None]
+
+
+class _Model(NamedTuple):
+    decoder: Decoder
+    kv: KVCache
+    device: torch.device
+    dtype: torch.dtype
+    context_length: int
+    num_pages: int
+
+
+def build_engine(config: EngineConfig, send: Send) -> tuple[Engine, EngineReady, TransferEndpoint]:
+    """An engine ready to run, what its front is told, and the endpoint to close after it.
+
+    Raises `PhloemError` with a remedy: an unusable device, model or size.
+    """
+    options = config.options
+    if 64 % options.page_size:
+        raise ConfigError(f"--page-size {options.page_size} must divide 64", param="page_size")
+    torch.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))
+    model = _load(options, send)
+    tree = RadixTree(options.page_size)
+    account = PageAccount(
+        KVPool(model.num_pages),
+        tree,
+        BlockHasher(config.cluster_secret),
+        reuse=not options.disable_radix_cache,
+    )
+    runner = SyncStepRunner(
+        model.decoder,
+        model.kv,
+        model.device,
+        num_slots=options.max_running_requests,
+        max_pages=-(-model.context_length // options.page_size),
+    )
+    send(Progress("warmup", 0, 1))
+    pool_tokens = model.num_pages * options.page_size
+    tokens = min(options.chunked_prefill_size, model.context_length - 1, pool_tokens, 64)
+    warm_up(runner, tokens, options.page_size)
+    send(Progress("warmup", 1, 1))
+    layout = kv_layout(Path(options.model_path), options, model.dtype)
+    engine, endpoint = _wire(config, model, account, runner, layout, send)
+    ready = EngineReady(
+        context_length=model.context_length,
+        page_size=options.page_size,
+        num_pages=model.num_pages,
+        kv_layout=layout,
+        kv_bytes_per_token=bytes_per_page(model.decoder.config, 1, model.dtype),
+        transfer_address=endpoint.address,
+        device=str(model.device),
+        max_running_requests=options.max_running_requests,
+    )
+    return engine, ready, endpoint
+
+
+def _load(options: EngineOptions, send: Send) -> _Model:
+    model_dir = Path(options.model_path)
+    device = _device(options.device)
+    dtype = resolve_dtype(options.dtype, model_dir, device)
+    send(Progress("weights", 0, 1))
+    decoder = load_decoder(
+        model_dir,
+        load_format=options.load_format,
+        dtype=dtype,
+        device=device,
+        progress=lambda done, total: send(Progress("weights", done, total)),
+    )
+    length = context_length(options, decoder.config)
+    num_pages = pool_pages(options, bytes_per_page(decoder.config, options.page_size, dtype), device, length)
+    send(Progress("kv_pool", 0, 1))
+    kv = KVCache.allocate(decoder.config, num_pages, options.page_size, dtype, device)
+    send(Progress("kv_pool", 1, 1))
+    return _Model(decoder, kv, device, dtype, length, num_pages)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device; use --device cpu", param="device")
+    return torch.device("cuda:0" if name == "cuda" else name)
+
+
+def _wire(
+    config: EngineConfig,
+    model: _Model,
+    account: PageAccount,
+    runner: SyncStepRunner,
+    layout: str,
+    send: Send,
+) -> tuple[Engine, TransferEndpoint]:
+    options = config.options
+    store = KVPageStore(model.kv, model.device)
+    if options.staging_bytes < store.layer_page_bytes:
+        raise ConfigError(
+            f"--staging-bytes {options.staging_bytes} is less than one layer's page "
+            f"({store.layer_page_bytes} bytes)",
+            param="staging_bytes",
+        )
+    # The endpoint and the engine need each other; nothing is delivered before the engine runs.
+    engines: list[Engine] = []
+    endpoint = TransferEndpoint(
+        TransferConfig(
+            me=PeerRef(config.worker_id, config.epoch),
+            host=config.host,
+            cluster_secret=config.cluster_secret,
+            kv_layout=layout,
+            device=str(model.device),
+            staging_bytes=options.staging_bytes,
+            staging_slots=options.staging_slots,
+            timeout_s=options.transfer_timeout_s,
+            accepts=config.role != "prefill",
+        ),
+        lambda event: engines[0].deliver(event),
+    )
+    engine = Engine(
+        EngineParts(
+            limits=Limits(
+                options.chunked_prefill_size,
+                options.max_running_requests,
+                options.max_queued_requests,
+                options.schedule_policy == "lpm",
+            ),
+            account=account,
+            runner=runner,
+            channels=endpoint,
+            store=store,
+            send=send,
+            dials_peers=config.role != "decode",
+            eos_token_ids=model.decoder.config.eos_token_ids,
+            context_length=model.context_length,
+            handover_timeout_s=options.handover_timeout_s,
+            overlap=not options.disable_overlap_schedule,
+        )
+    )
+    engines.append(engine)
+    return engine, endpoint

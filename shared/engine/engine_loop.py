@@ -1,0 +1,385 @@
+"""The engine: one thread that takes messages, plans steps, launches them and reports what they made.
+
+    turn:  take the inbox -> collect a finished step -> report -> send computed KV -> plan and launch a step
+
+With a device that runs ahead (CUDA), a turn launches step N + 1 while step N runs, and collects N after;
+with a synchronous one (CPU) a launched step is ready at once and is collected by the next turn before it
+plans. Only this thread touches requests, pages and the radix tree.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias
+
+from phloem.shared.engine.engine_socket import FrontGone
+from phloem.shared.engine.handover import Channels, Ended, PageStore
+from phloem.shared.engine.handover_receive import HandoverReceiver
+from phloem.shared.engine.handover_send import HandoverSender
+from phloem.shared.engine.outbox import Outbox
+from phloem.shared.engine.page_account import PageAccount
+from phloem.shared.engine.rates import Rates
+from phloem.shared.engine.requests import Request, Status, StepPlan
+from phloem.shared.engine.scheduler import Limits, Scheduler
+from phloem.shared.engine.step_runner import LaunchedStep, StepRunner
+from phloem.shared.errors import ErrorInfo, PhloemError
+from phloem.shared.protocol.cluster import WorkerLoad
+from phloem.shared.protocol.engine import (
+    AbortGateway,
+    AuditReply,
+    AuditRequest,
+    DumpTree,
+    EngineAbort,
+    EngineMessage,
+    EngineSubmit,
+    EngineUp,
+    FlushCache,
+    PeerDown,
+    PeerUp,
+    Reply,
+    Stop,
+    TreeDump,
+)
+from phloem.shared.protocol.session import EndReason, PeerRef
+from phloem.shared.transfer.events import (
+    CancelReceived,
+    ChannelLost,
+    ChannelOpened,
+    LastReceived,
+    PieceReceived,
+    ReadyReceived,
+    SlotAvailable,
+    TransferEvent,
+)
+
+log = logging.getLogger(__name__)
+
+InboxItem: TypeAlias = EngineMessage | TransferEvent | FrontGone
+
+_TICK_S = 0.25  # how often deadlines are looked at while nothing else happens
+
+
+class Peers(Channels, Protocol):
+    """What the loop needs of `TransferEndpoint` beyond hand-overs."""
+
+    def peer_up(self, peer: PeerRef, address: str) -> None: ...
+    def peer_down(self, peer: PeerRef) -> None: ...
+
+
+class EngineParts(NamedTuple):
+    """What an engine is made of; the tests exchange the runner and the channels."""
+
+    limits: Limits
+    account: PageAccount
+    runner: StepRunner
+    channels: Peers
+    store: PageStore
+    send: Callable[[EngineUp], None]
+    dials_peers: bool  # prefill and unified workers
+    eos_token_ids: tuple[int, ...]
+    context_length: int
+    handover_timeout_s: float
+    overlap: bool = True
+    clock: Callable[[], float] = time.monotonic
+
+
+class _InFlight(NamedTuple):
+    plan: StepPlan
+    step: LaunchedStep
+    launched_at_s: float
+
+
+class Engine:
+    """Runs until `Stop`, or until its front is gone."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self._parts = parts
+        self._clock = parts.clock
+        self._account = parts.account
+        self._scheduler = Scheduler(parts.limits, parts.account)
+        self._outbox = Outbox(parts.send)
+        self._rates = Rates()
+        self._inbox: queue.SimpleQueue[InboxItem] = queue.SimpleQueue()
+        self._in_flight: deque[_InFlight] = deque()
+        self._sender = HandoverSender(
+            parts.channels,
+            parts.store,
+            parts.account.tree.page_size,
+            timeout_s=parts.handover_timeout_s,
+            clock=parts.clock,
+        )
+        self._receiver = HandoverReceiver(
+            parts.channels, parts.store, timeout_s=parts.handover_timeout_s, clock=parts.clock
+        )
+        self._order = 0
+        self._num_turns = 0
+        self._num_steps = 0
+        self._next_tick_s = 0.0
+        self._stopped = False
+
+    def deliver(self, item: InboxItem) -> None:
+        """Hands the loop a message; the one method that other threads may call."""
+        self._inbox.put(item)
+
+    def run(self) -> None:
+        """Turns until stopped. Raises what the device or the front's socket raises."""
+        launched = False
+        while not self._stopped:
+            self._take_inbox(wait=not launched and not self._in_flight and not self._outbox.has_outputs)
+            launched = self._turn()
+
+    # -- one turn --------------------------------------------------------------------------------------
+
+    def _turn(self) -> bool:
+        """Everything of a turn but the inbox; whether a step was launched."""
+        self._num_turns += 1
+        if self._in_flight and (not self._parts.overlap or self._in_flight[0].step.ready()):
+            self._collect()
+        self._tick()
+        self._flush()
+        self._settle_sent(self._sender.pump())
+        launched = self._launch()
+        if len(self._in_flight) > 1 or (self._in_flight and not launched):
+            self._collect()
+        return launched
+
+    def _launch(self) -> bool:
+        scheduled = self._scheduler.schedule()
+        now_s = self._clock()
+        for refusal in scheduled.refused:
+            self._drop(refusal.request, "failed", refusal.error)
+        for request in scheduled.reserved:
+            request.admitted_s = now_s
+            self._fail_all([self._receiver.reserved(request)])
+        plan = scheduled.plan
+        if not plan.rows:
+            return False
+        for row in plan.rows:
+            row.request.admitted_s = row.request.admitted_s or now_s
+        self._in_flight.append(_InFlight(plan, self._parts.runner.launch(plan), now_s))
+        self._num_steps += 1
+        self._scheduler.launched(plan)
+        return True
+
+    def _collect(self) -> None:
+        """Takes the oldest step's tokens; waits for the device if it must."""
+        plan, step, launched_at_s = self._in_flight.popleft()
+        token_ids = step.token_ids()
+        now_s = self._clock()
+        self._rates.observe(plan, now_s - launched_at_s)
+        for made in self._scheduler.collect(plan, token_ids):
+            self._outbox.token(made.request, made.token_id, made.finish_reason, now_s)
+            if made.finish_reason is not None:
+                self._sender.drop(made.request.key, "finished")
+                self._outbox.ended(made.request, "finished")
+            elif made.request.status is Status.SENDING:
+                self._sender.tokens_made(made.request, [made.token_id])
+
+    def _settle_sent(self, ended: list[Ended]) -> None:
+        """Hand-overs that came to an end on the prefill side."""
+        for key, error in ended:
+            request = self._scheduler.get(key)
+            if request is not None:
+                self._scheduler.end(request)
+                self._outbox.ended(request, "failed" if error else "handed_over", error)
+
+    def _flush(self) -> None:
+        self._outbox.flush(self._num_turns, self._account.tree.take_events(), self._load())
+
+    def _tick(self) -> None:
+        """Deadlines, a few times a second."""
+        now_s = self._clock()
+        if now_s < self._next_tick_s:
+            return
+        self._next_tick_s = now_s + _TICK_S
+        self._fail_all(list(self._receiver.expired()))
+        for request in self._scheduler.live_requests():
+            if request.deadline_s < now_s:
+                error = ErrorInfo("deadline_exceeded", "the request's time is up", False, 504)
+                self._drop(request, "failed", error)
+
+    # -- inbox -----------------------------------------------------------------------------------------
+
+    def _take_inbox(self, *, wait: bool) -> None:
+        """Handles all that is there; with `wait`, sleeps until something is or a deadline may be due."""
+        try:
+            item = self._inbox.get(timeout=_TICK_S) if wait else self._inbox.get_nowait()
+            while True:
+                self._handle(item)
+                item = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _handle(self, item: InboxItem) -> None:
+        match item:
+            case EngineSubmit():
+                self._submit(item)
+            case EngineAbort(request_id, attempt):
+                self._abort(self._scheduler.get((request_id, attempt)))
+            case AbortGateway(gateway):
+                for request in self._scheduler.live_requests():
+                    if request.gateway == gateway:
+                        self._abort(request)
+            case PeerUp(peer, address):
+                if self._parts.dials_peers:
+                    self._parts.channels.peer_up(peer, address)
+            case PeerDown(peer):
+                self._parts.channels.peer_down(peer)
+                self._peer_lost(peer, ErrorInfo("peer_gone", "the worker is gone", True, 503))
+            case FlushCache(tag):
+                self._account.flush()
+                self._parts.send(Reply(tag))
+            case AuditRequest(tag):
+                self._parts.send(self._audit(tag))
+            case DumpTree(tag):
+                self._flush()
+                self._parts.send(TreeDump(tag, self._account.tree.block_hashes()))
+            case Stop():
+                self._stop()
+            case FrontGone(message):
+                log.warning("the front is gone, ending: %s", message)
+                self._stopped = True
+            case _:
+                self._handle_transfer(item)
+
+    def _handle_transfer(self, event: TransferEvent) -> None:
+        match event:
+            case ChannelOpened(peer, side):
+                if side == "decode":
+                    self._receiver.on_opened(peer)
+            case ChannelLost(peer, side, error):
+                self._channel_lost(peer, side, error)
+            case ReadyReceived(peer, message):
+                self._sender.on_ready(peer, message)
+            case SlotAvailable():
+                pass  # the turn that follows pumps
+            case PieceReceived():
+                self._fail_all([self._receiver.on_piece(event)])
+            case LastReceived(peer, last):
+                self._received(*self._receiver.on_last(peer, last), token_ids=last.token_ids)
+            case CancelReceived(peer, side, cancel):
+                if side == "decode":
+                    self._fail_all([self._receiver.on_cancel(peer, cancel)])
+                else:
+                    ended = self._sender.on_cancel(peer, (cancel.request_id, cancel.attempt))
+                    self._fail_all([ended])
+
+    def _submit(self, message: EngineSubmit) -> None:
+        submit = message.submit
+        self._order += 1
+        request = Request(
+            submit,
+            gateway=message.gateway,
+            order=self._order,
+            eos_token_ids=self._parts.eos_token_ids,
+            context_length=self._parts.context_length,
+            now_s=self._clock(),
+        )
+        try:
+            self._check(request)
+            self._scheduler.submit(request)
+        except PhloemError as error:
+            self._outbox.refused(message.gateway, submit.request_id, submit.attempt, "failed", error.info)
+            return
+        if request.phase == "prefill":
+            self._sender.begin(request)
+
+    def _check(self, request: Request) -> None:
+        if request.phase != "both" and request.peer is None:
+            raise PhloemError("bad_submit", f"phase {request.phase} needs a peer", http_status=400)
+        if not 1 <= request.num_prompt_tokens <= request.num_submitted_tokens < request.token_limit:
+            raise PhloemError(
+                "context_length_exceeded",
+                f"{request.num_submitted_tokens} tokens leave no room in a context of "
+                f"{self._parts.context_length}",
+                http_status=400,
+                param="prompt",
+            )
+
+    # -- ends ------------------------------------------------------------------------------------------
+
+    def _abort(self, request: Request | None) -> None:
+        if request is not None:
+            self._drop(request, "aborted", None)
+
+    def _drop(self, request: Request, reason: EndReason, error: ErrorInfo | None) -> None:
+        """Ends a request from our side; the peer of its hand-over is told."""
+        code = error.code if error else "aborted"
+        if request.phase == "prefill":
+            self._sender.drop(request.key, code)
+        elif request.phase == "decode":
+            self._receiver.drop(request.key, code)
+        self._finish(request, reason, error)
+
+    def _finish(self, request: Request, reason: EndReason, error: ErrorInfo | None) -> None:
+        self._scheduler.end(request)
+        self._outbox.ended(request, reason, error)
+
+    def _fail_all(self, ended: list[Ended | None]) -> None:
+        for item in ended:
+            request = None if item is None else self._scheduler.get(item.key)
+            if item is not None and request is not None:
+                self._finish(request, "failed", item.error)
+
+    def _received(self, request: Request | None, ended: Ended | None, *, token_ids: list[int]) -> None:
+        self._fail_all([ended])
+        if request is not None:
+            self._scheduler.received(request, token_ids)
+
+    def _channel_lost(self, peer: PeerRef, side: str, error: ErrorInfo) -> None:
+        log.warning("KV channel with %s (as %s) is lost: %s", peer.worker_id, side, error.message)
+        if side == "decode":
+            self._fail_all(list(self._receiver.on_lost(peer, error)))
+        else:
+            self._fail_all(list(self._sender.on_lost(peer, error)))
+
+    def _peer_lost(self, peer: PeerRef, error: ErrorInfo) -> None:
+        self._fail_all(list(self._receiver.on_lost(peer, error)))
+        self._fail_all(list(self._sender.on_lost(peer, error)))
+
+    def _stop(self) -> None:
+        for request in self._scheduler.live_requests():
+            self._drop(request, "aborted", None)
+        while self._in_flight:
+            self._collect()
+        self._flush()
+        self._stopped = True
+
+    # -- what others are told --------------------------------------------------------------------------
+
+    def _load(self) -> WorkerLoad:
+        return WorkerLoad(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            queued_tokens=self._scheduler.num_queued_tokens,
+            free_pages=self._account.num_available_pages,
+            total_pages=self._account.pool.num_pages,
+            prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
+            decode_step_s=self._rates.decode_step_s,
+        )
+
+    def _audit(self, tag: int) -> AuditReply:
+        requests = self._scheduler.requests()
+        return AuditReply(
+            tag,
+            problems=self._account.audit(requests),
+            total_pages=self._account.pool.num_pages,
+            free_pages=self._account.pool.num_free_pages,
+            tree_pages=self._account.tree.num_pages,
+            request_pages=sum(len(request.own_page_ids) for request in requests),
+            num_requests=len(requests),
+            locked_nodes=self._account.tree.num_locked_nodes(),
+            counters={
+                "steps": self._num_steps,
+                "turns": self._num_turns,
+                "retractions": self._scheduler.num_retractions,
+                "bytes_sent": self._sender.num_bytes_sent,
+                "pages_sent": self._sender.num_pages_sent,
+                "bytes_received": self._receiver.num_bytes_received,
+                "pages_received": self._receiver.num_pages_received,
+            },
+        )

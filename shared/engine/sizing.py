@@ -1,0 +1,82 @@
+"""How large the KV pool is, and which KV pools fit together."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+
+from phloem.shared.engine.config import EngineOptions
+from phloem.shared.errors import ConfigError
+from phloem.shared.model_store.model_config import ModelConfig
+
+CPU_SHARE = 0.125  # of free memory: several workers and the demo's other services share a host
+CPU_MAX_TOKENS = 131_072
+_SAMPLE_BYTES = 65_536
+
+
+def pool_pages(options: EngineOptions, bytes_per_page: int, device: torch.device, context_length: int) -> int:
+    """Pages of the KV pool: `--max-total-tokens`, or what memory allows.
+
+    Raises `ConfigError` that names the number to change when not even one page per slot fits.
+    """
+    if options.max_total_tokens:
+        pages = options.max_total_tokens // options.page_size
+    elif device.type == "cuda":
+        pages = _free_cuda_bytes(device, options.mem_fraction_static) // bytes_per_page
+    else:
+        pages = int(_free_host_bytes() * CPU_SHARE) // bytes_per_page
+        pages = min(pages, max(CPU_MAX_TOKENS, context_length) // options.page_size)
+    if pages < 2:
+        raise ConfigError(
+            f"the KV pool would hold {pages} pages of {options.page_size} tokens "
+            f"({bytes_per_page / 1e6:.1f} MB each): raise --mem-fraction-static or --max-total-tokens, "
+            "or use a smaller model",
+            param="max_total_tokens" if options.max_total_tokens else "mem_fraction_static",
+        )
+    return pages
+
+
+def context_length(options: EngineOptions, config: ModelConfig) -> int:
+    """The longest prompt + output. Raises `ConfigError` over what the model was made for."""
+    if options.context_length > config.context_length:
+        raise ConfigError(
+            f"--context-length {options.context_length} is over the model's {config.context_length}",
+            param="context_length",
+        )
+    return options.context_length or config.context_length
+
+
+def kv_layout(model_dir: Path, options: EngineOptions, dtype: torch.dtype) -> str:
+    """A fingerprint that is equal only where KV pages mean the same: model, weights, dtype, page size."""
+    digest = blake2b(digest_size=16, person=b"phloem-layout")
+    digest.update((model_dir / "config.json").read_bytes())
+    digest.update(f"{dtype}|{options.page_size}|{options.load_format}".encode())
+    if options.load_format != "dummy":
+        for path in sorted(model_dir.glob("*.safetensors")):
+            digest.update(path.name.encode() + _sample(path))
+    return digest.hexdigest()
+
+
+def _sample(path: Path) -> bytes:
+    """Size, head, middle and tail of a weight file: enough to tell two fine-tunes apart, quick to read."""
+    size = path.stat().st_size
+    parts = [str(size).encode()]
+    with path.open("rb") as file:
+        for offset in (0, size // 2, max(0, size - _SAMPLE_BYTES)):
+            file.seek(offset)
+            parts.append(file.read(_SAMPLE_BYTES))
+    return b"".join(parts)
+
+
+def _free_host_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("can't read free memory: give --max-total-tokens", param="max_total_tokens")
+
+
+def _free_cuda_bytes(device: torch.device, fraction: float) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free - total * (1.0 - fraction))

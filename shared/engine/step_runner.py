@@ -1,0 +1,166 @@
+"""Runs a step plan on the device: batch tensors from slots, forward pass, sampling.
+
+All state that lives across steps is indexed by slot: the page table, the last sampled token, the sampling
+parameters. A launch reads token ids from the host where they are known and from the slot's last-token
+buffer where they are still on the device.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from phloem.kernels import ops
+from phloem.shared.engine.models.batch import ForwardBatch
+from phloem.shared.engine.models.kv_cache import KVCache
+from phloem.shared.engine.requests import Request, Row, StepPlan
+
+
+class LaunchedStep(Protocol):
+    """A step that the device was given."""
+
+    def ready(self) -> bool:
+        """Whether `token_ids` returns without waiting."""
+
+    def token_ids(self) -> list[int]:
+        """One token for each row that samples, in order of the rows; waits for the device."""
+
+
+class StepRunner(Protocol):
+    """What the engine loop drives; the tests have one without a model."""
+
+    def launch(self, plan: StepPlan) -> LaunchedStep: ...
+
+
+class Forward(Protocol):
+    """The model: `phloem.shared.engine.models.decoder.Decoder`."""
+
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor: ...
+
+
+class FinishedStep:
+    """A step of a device whose launches are synchronous: it is ready when it exists."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        self._token_ids = token_ids
+
+    def ready(self) -> bool:
+        return True
+
+    def token_ids(self) -> list[int]:
+        return self._token_ids
+
+
+class SlotTable:
+    """Host side of the slots: one row of each array per slot."""
+
+    def __init__(self, num_slots: int, max_pages: int) -> None:
+        self.page_ids = np.zeros((num_slots, max_pages), dtype=np.int64)
+        self.temperature = np.ones(num_slots, dtype=np.float32)
+        self.top_k = np.zeros(num_slots, dtype=np.int64)
+        self.top_p = np.ones(num_slots, dtype=np.float32)
+        self.min_p = np.zeros(num_slots, dtype=np.float32)
+        self.seed = np.zeros(num_slots, dtype=np.int64)
+
+    def bind(self, request: Request) -> None:
+        """Brings the request's slot up to date: all of it the first time, then only new pages."""
+        slot = request.slot
+        first = request.num_bound_pages
+        if first < 0:
+            sampling = request.sampling
+            self.temperature[slot] = sampling.temperature
+            self.top_k[slot] = sampling.top_k
+            self.top_p[slot] = sampling.top_p
+            self.min_p[slot] = sampling.min_p
+            self.seed[slot] = sampling.seed
+            first = 0
+        count = len(request.page_ids)
+        if count > first:
+            self.page_ids[slot, first:count] = request.page_ids[first:]
+        request.num_bound_pages = count
+
+
+class SyncStepRunner:
+    """The model on a device whose launches are synchronous: a launch computes, and its step is ready."""
+
+    def __init__(
+        self, model: Forward, kv: KVCache, device: torch.device, *, num_slots: int, max_pages: int
+    ) -> None:
+        self._model = model
+        self._kv = kv
+        self._device = device
+        self._page_size = kv.page_size
+        self._slots = SlotTable(num_slots, max_pages)
+        self._last_token = torch.zeros(num_slots, dtype=torch.int64, device=device)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> FinishedStep:
+        for row in plan.rows:
+            self._slots.bind(row.request)
+        slots = np.fromiter((row.request.slot for row in plan.rows), np.int64, len(plan.rows))
+        batch = self._batch(plan.rows, slots)
+        logits = self._model.forward(batch, self._kv)
+        sampling = [row for row in plan.rows if row.samples]
+        if not sampling:
+            return FinishedStep([])
+        return FinishedStep(self._sample(logits, sampling).tolist())
+
+    def _batch(self, rows: list[Row], slots: np.ndarray) -> ForwardBatch:
+        starts = np.fromiter((row.start for row in rows), np.int64, len(rows))
+        counts = np.fromiter((row.num_tokens for row in rows), np.int64, len(rows))
+        ends = np.cumsum(counts)
+        offsets = np.repeat(starts - (ends - counts), counts)
+        positions = offsets + np.arange(ends[-1])
+        pages = self._slots.page_ids[np.repeat(slots, counts), positions // self._page_size]
+        write_index = pages * self._page_size + positions % self._page_size
+        kv_lens = starts + counts
+        max_pages = int(-(-kv_lens.max() // self._page_size))
+        last = ends - 1
+        samples = np.fromiter((row.samples for row in rows), bool, len(rows))
+        return ForwardBatch(
+            input_ids=self._input_ids(rows, last),
+            positions=self._put(positions),
+            write_index=self._put(write_index),
+            query_lens=counts.tolist(),
+            kv_lens=kv_lens.tolist(),
+            page_table=self._put(self._slots.page_ids[slots, :max_pages]),
+            logits_index=self._put(last[samples]),
+        )
+
+    def _input_ids(self, rows: list[Row], last: np.ndarray) -> Tensor:
+        tokens: list[int] = []
+        for row in rows:
+            if row.from_device:
+                tokens.append(0)
+            elif row.num_tokens == 1:
+                tokens.append(row.request.token_ids[row.start])
+            else:
+                tokens += row.request.token_ids[row.start : row.start + row.num_tokens]
+        input_ids = torch.tensor(tokens, dtype=torch.int64, device=self._device)
+        on_device = [i for i, row in enumerate(rows) if row.from_device]
+        if on_device:
+            slots = torch.tensor([rows[i].request.slot for i in on_device], device=self._device)
+            input_ids[self._put(last[on_device])] = self._last_token[slots]
+        return input_ids
+
+    def _sample(self, logits: Tensor, rows: list[Row]) -> Tensor:
+        slots = np.fromiter((row.request.slot for row in rows), np.int64, len(rows))
+        positions = np.fromiter((row.start + row.num_tokens for row in rows), np.int64, len(rows))
+        table = self._slots
+        tokens = ops.sample(
+            logits,
+            self._put(table.temperature[slots]),
+            self._put(table.top_k[slots]),
+            self._put(table.top_p[slots]),
+            self._put(table.min_p[slots]),
+            self._put(table.seed[slots]),
+            self._put(positions),
+        )
+        self._last_token[self._put(slots)] = tokens
+        return tokens
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
