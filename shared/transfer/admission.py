@@ -1,0 +1,51 @@
+"""Whether the decode side takes a channel: pure decisions over what it has seen."""
+
+from __future__ import annotations
+
+from phloem.shared.protocol.transfer import Open, Refused
+from phloem.shared.transfer.config import TransferConfig
+
+MAX_CHANNELS = 256
+MAX_REMEMBERED_WORKERS = 4096
+MAX_NAME_BYTES = 1024
+
+
+class SeenEpochs:
+    """The newest epoch of each prefill worker, of the last `MAX_REMEMBERED_WORKERS` that came."""
+
+    def __init__(self) -> None:
+        self._newest: dict[str, int] = {}
+
+    def newest(self, worker_id: str) -> int:
+        """0 when the worker never came."""
+        return self._newest.get(worker_id, 0)
+
+    def note(self, worker_id: str, epoch: int) -> None:
+        newest = max(epoch, self._newest.pop(worker_id, 0))
+        self._newest[worker_id] = newest
+        if len(self._newest) > MAX_REMEMBERED_WORKERS:
+            del self._newest[next(iter(self._newest))]
+
+
+def refusal(request: Open, config: TransferConfig, newest_epoch: int, num_channels: int) -> Refused | None:
+    """None when the channel may open. Only `overloaded` is worth another try.
+
+    `newest_epoch` is the newest seen of the prefill worker, `num_channels` counts other workers' channels.
+    """
+    if request.decode != config.me:
+        return Refused(
+            "stale_epoch", f"{request.decode} was dialed, this is {config.me}: wait for its new registration"
+        )
+    if request.prefill.epoch < newest_epoch:
+        return Refused("stale_epoch", f"{request.prefill} is superseded by epoch {newest_epoch}")
+    if request.kv_layout != config.kv_layout:
+        return Refused(
+            "kv_layout_mismatch",
+            f"KV layout {request.kv_layout!r} is not {config.kv_layout!r}: run both workers with the same "
+            "model, dtype and page size",
+        )
+    if request.staging_bytes <= 0 or len(request.channel_name) > MAX_NAME_BYTES:
+        return Refused("transfer_protocol", "the Open message makes no sense")
+    if num_channels >= MAX_CHANNELS:
+        return Refused("overloaded", f"{num_channels} transfer channels are open")
+    return None

@@ -1,0 +1,28 @@
+"""What a transfer endpoint is told at start."""
+
+from __future__ import annotations
+
+import msgspec
+
+from phloem.shared.protocol.session import PeerRef
+
+
+class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything an endpoint needs.
+
+    `host` is the one address that the control listener, the store and the group's sockets bind to.
+    `kv_layout` must be equal on both sides of a channel. `staging_bytes` is the size of one slot (a channel
+    takes the smaller of both sides'), `staging_slots` the slots per channel and side. `timeout_s` bounds
+    every operation: a peer that is silent for that long is lost. `accepts`: decode and unified workers
+    listen, prefill workers don't.
+    """
+
+    me: PeerRef
+    host: str
+    cluster_secret: bytes
+    kv_layout: str
+    device: str = "cpu"  # "cpu" or "cuda:N"
+    staging_bytes: int = 16 * 1024 * 1024
+    staging_slots: int = 4
+    timeout_s: float = 10.0
+    accepts: bool = False

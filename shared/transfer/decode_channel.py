@@ -1,0 +1,130 @@
+"""The decode side of a channel: pieces in, credits out."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from phloem.shared.errors import PhloemError
+from phloem.shared.protocol.session import PeerRef
+from phloem.shared.protocol.transfer import Cancel, Credit, Last, Piece, TransferMessage, transfer_message
+from phloem.shared.transfer.channel import Channel, Outgoing
+from phloem.shared.transfer.errors import protocol_violation
+from phloem.shared.transfer.events import CancelReceived, LastReceived, PieceReceived, TransferEvent
+from phloem.shared.transfer.frames import FrameSocket
+from phloem.shared.transfer.mailbox import Mailbox
+from phloem.shared.transfer.planes import DataPlane, Pending, PlaneSpec
+from phloem.shared.transfer.staging import ReceiveRing, StagingSlot, make_slots
+from phloem.shared.transfer.stats import PeerMeter
+
+_MAX_ARRIVALS = 4096  # messages and pieces that wait for bytes before them
+_ONE_CREDIT = transfer_message.encode(Credit(1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Receiving:
+    pending: Pending
+    header: Piece
+    slot: StagingSlot
+    posted_at: float
+
+
+_Arrival: TypeAlias = _Receiving | Last | Cancel
+
+
+class DecodeChannel(Channel):
+    side = "decode"
+
+    def __init__(
+        self,
+        peer: PeerRef,
+        plane_spec: PlaneSpec,
+        frames: FrameSocket,
+        deliver: Callable[[TransferEvent], None],
+        meter: PeerMeter,
+        *,
+        staging_bytes: int,
+        staging_slots: int,
+    ) -> None:
+        super().__init__(peer, plane_spec, frames, deliver, meter)
+        self._staging_bytes = staging_bytes
+        self._ring = ReceiveRing(make_slots(self.name, staging_slots, staging_bytes, plane_spec.device))
+        self._arrivals: Mailbox[_Arrival] = Mailbox(_MAX_ARRIVALS)
+
+    def release(self, piece: PieceReceived) -> None:
+        """Empties the slot; one of an older channel is left alone, and so is one of a lost channel."""
+        if piece.slot.channel_name != self.name:
+            return
+        self._ring.releasing(piece.slot)
+        with contextlib.suppress(PhloemError):  # lost: its event comes
+            self._post(Outgoing(_ONE_CREDIT, self._work_so_far(), piece.slot))
+
+    def _warm_up(self, plane: DataPlane) -> None:
+        byte = torch.zeros(1, dtype=torch.uint8, device=self._plane_spec.device)
+        plane.post_receive(byte, 1).wait(self._timeout_s)
+        if int(byte) != 1:
+            raise protocol_violation("the first byte is wrong")
+
+    def _on_message(self, message: TransferMessage, plane: DataPlane) -> None:
+        match message:
+            case Piece():
+                check_header(message, self._staging_bytes)
+                slot = self._ring.take()
+                posted_at = time.monotonic()
+                pending = plane.post_receive(slot.tensor, message.num_bytes)
+                self._arrivals.put(_Receiving(pending, message, slot, posted_at), self._timeout_s)
+            case Last():
+                if message.num_pieces < 0:
+                    raise protocol_violation(f"{message.num_pieces} pieces")
+                self._arrivals.put(message, self._timeout_s)
+            case Cancel():
+                self._arrivals.put(message, self._timeout_s)
+            case _:
+                raise protocol_violation(f"prefill sent {type(message).__name__}")
+
+    def _before_sending(self, item: Outgoing) -> None:
+        if item.slot is not None:
+            self._ring.emptied(item.slot)
+
+    def _after_sending(self, item: Outgoing, plane: DataPlane) -> None:
+        pass
+
+    def _complete(self) -> None:
+        while True:
+            arrival = self._arrivals.get()
+            match arrival:
+                case _Receiving():
+                    self._receive(arrival)
+                case Last():
+                    self._emit(LastReceived(self.peer, arrival))
+                case Cancel():
+                    self._emit(CancelReceived(self.peer, self.side, arrival))
+                case None:
+                    raise AssertionError("get without a timeout gives an item")
+
+    def _receive(self, arrival: _Receiving) -> None:
+        arrival.pending.wait(self._deadline_from(arrival.posted_at))
+        header = arrival.header
+        self._meter.received(header.num_bytes, arrival.posted_at, time.monotonic())
+        data = arrival.slot.tensor[: header.num_bytes]
+        self._emit(PieceReceived(self.peer, header, data, arrival.slot))
+
+    def _close_completions(self) -> None:
+        self._arrivals.close()
+
+
+def check_header(piece: Piece, staging_bytes: int) -> None:
+    """Raises `transfer_protocol` for counts that no honest peer sends."""
+    sane = (
+        0 < piece.num_bytes <= staging_bytes
+        and piece.page_start >= 0
+        and piece.num_pages > 0
+        and 0 <= piece.layer_start < piece.layer_end
+    )
+    if not sane:
+        raise protocol_violation(f"a piece header makes no sense: {piece}")

@@ -1,0 +1,177 @@
+"""What an engine holds of the transfer layer.
+
+Every method but `close` returns at once, may be called from any thread, and is answered by events through
+`deliver` (see `events`). Calls that need an open channel raise `channel_lost` (retryable) when there is none;
+the `ChannelLost` event of a channel that was open comes in any case.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from phloem.shared.protocol.session import PeerRef
+from phloem.shared.protocol.transfer import Cancel, Last, Piece, Ready
+from phloem.shared.transfer.channel import not_open
+from phloem.shared.transfer.config import TransferConfig
+from phloem.shared.transfer.decode_channel import DecodeChannel
+from phloem.shared.transfer.dialer import Dialer
+from phloem.shared.transfer.errors import channel_lost
+from phloem.shared.transfer.events import PieceReceived, Side, TransferEvent
+from phloem.shared.transfer.listener import Listener
+from phloem.shared.transfer.prefill_channel import PrefillChannel
+from phloem.shared.transfer.staging import StagingSlot
+from phloem.shared.transfer.stats import PeerMeter, PeerStats
+
+
+class TransferEndpoint:
+    """`address` is "host:port" of the control listener, "" when the endpoint does not accept.
+
+    `deliver` is called from the endpoint's threads, and from `peer_down`; it must not block nor call back.
+    """
+
+    def __init__(self, config: TransferConfig, deliver: Callable[[TransferEvent], None]) -> None:
+        """Raises `address_unavailable`."""
+        self._config = config
+        self._deliver_to_engine = deliver
+        self._lock = threading.Lock()  # guards all below
+        self._closing = threading.Event()
+        self._dialers: dict[str, Dialer] = {}  # by the decode worker's id: one epoch at a time
+        self._retired: list[Dialer] = []  # stopped, their threads may still be ending
+        self._meters: dict[PeerRef, PeerMeter] = {}
+        self._listener = Listener(config, self._deliver, self._meter) if config.accepts else None
+        self.address = self._listener.address if self._listener is not None else ""
+
+    # --- peers ---
+
+    def peer_up(self, peer: PeerRef, address: str) -> None:
+        """Prefill side: dials "host:port" in the background until a channel opens, and again when it is lost,
+        until `peer_down` or another epoch of the worker comes up. Raises `bad_address`."""
+        with self._lock:
+            if self._closing.is_set():
+                return
+            older = self._dialers.get(peer.worker_id)
+            if older is not None and (older.peer, older.address) == (peer, address):
+                return
+        meter = self._meter(peer)
+        if older is not None:
+            self._retire(older, f"{older.peer} is superseded by {peer}")
+        with self._lock:
+            if self._closing.is_set():
+                return
+            self._dialers[peer.worker_id] = Dialer(peer, address, self._config, self._deliver, meter)
+
+    def peer_down(self, peer: PeerRef) -> None:
+        """Ends the peer's channels now: their `ChannelLost` is delivered before this returns."""
+        reason = f"{peer.worker_id} (epoch {peer.epoch}) is down"
+        with self._lock:
+            dialer = self._dialers.get(peer.worker_id)
+            self._meters.pop(peer, None)
+        if dialer is not None and dialer.peer == peer:
+            self._retire(dialer, reason)
+        if self._listener is not None:
+            self._listener.drop(peer, channel_lost(reason))
+
+    def is_open(self, peer: PeerRef, side: Side) -> bool:
+        """Whether a channel is open in which this process plays `side`."""
+        channel = self._find(peer, side)
+        return channel is not None and channel.is_open
+
+    # --- decode side ---
+
+    def send_ready(self, peer: PeerRef, message: Ready) -> None:
+        self._channel(peer, "decode").send(message)
+
+    def release(self, piece: PieceReceived) -> None:
+        """The slot may be filled again once what the calling thread has launched on the device so far is
+        done. Exactly once per piece; raises nothing when the channel is lost by now."""
+        channel = self._decode_channel(piece.peer)
+        if channel is not None:
+            channel.release(piece)
+
+    # --- prefill side ---
+
+    def acquire_slot(self, peer: PeerRef) -> StagingSlot | None:
+        """A slot to gather into, for exactly one `send_piece` or `give_back`; None when no slot is free or
+        the peer gave no credit: one `SlotAvailable` follows when that has changed."""
+        return self._open_prefill_channel(peer).acquire()
+
+    def give_back(self, peer: PeerRef, slot: StagingSlot) -> None:
+        """Returns a slot unsent; nothing happens when its channel is lost."""
+        channel = self._prefill_channel(peer)
+        if channel is not None:
+            channel.give_back(slot)
+
+    def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot) -> None:
+        """Sends `slot.tensor[:piece.num_bytes]` once what the calling thread has launched on the device so
+        far is done. The slot is the endpoint's again."""
+        self._open_prefill_channel(peer).send_piece(piece, slot)
+
+    def send_last(self, peer: PeerRef, message: Last) -> None:
+        """Arrives after all pieces sent before."""
+        self._channel(peer, "prefill").send(message)
+
+    # --- both ---
+
+    def send_cancel(self, peer: PeerRef, message: Cancel, side: Side) -> None:
+        """`side` is the part that this process plays. Arrives after what was sent before."""
+        self._channel(peer, side).send(message)
+
+    def stats(self) -> dict[PeerRef, PeerStats]:
+        """By peer, of the peers that were not reported down."""
+        with self._lock:
+            return {peer: meter.read() for peer, meter in self._meters.items()}
+
+    def close(self) -> None:
+        """Ends everything, without events, and waits for all threads: at once as a rule, at most about the
+        transfer timeout when a peer hangs in the middle of opening a channel."""
+        with self._lock:
+            self._closing.set()
+            dialers = list(self._dialers.values())
+        error = channel_lost("shutting down")
+        for dialer in dialers:
+            dialer.stop(error)
+        if self._listener is not None:
+            self._listener.close(error)
+        for dialer in (*dialers, *self._retired):
+            dialer.join()
+
+    def _deliver(self, event: TransferEvent) -> None:
+        if not self._closing.is_set():
+            self._deliver_to_engine(event)
+
+    def _meter(self, peer: PeerRef) -> PeerMeter:
+        """The peer's meter; those of the worker's other epochs are dropped."""
+        with self._lock:
+            for other in [p for p in self._meters if p.worker_id == peer.worker_id and p != peer]:
+                del self._meters[other]
+            return self._meters.setdefault(peer, PeerMeter())
+
+    def _retire(self, dialer: Dialer, reason: str) -> None:
+        with self._lock:
+            del self._dialers[dialer.peer.worker_id]
+            self._retired = [old for old in self._retired if not old.has_ended]
+            self._retired.append(dialer)
+        dialer.stop(channel_lost(reason))
+
+    def _find(self, peer: PeerRef, side: Side) -> PrefillChannel | DecodeChannel | None:
+        return self._prefill_channel(peer) if side == "prefill" else self._decode_channel(peer)
+
+    def _channel(self, peer: PeerRef, side: Side) -> PrefillChannel | DecodeChannel:
+        channel = self._find(peer, side)
+        if channel is None:
+            raise not_open(peer)
+        return channel
+
+    def _open_prefill_channel(self, peer: PeerRef) -> PrefillChannel:
+        channel = self._prefill_channel(peer)
+        if channel is None:
+            raise not_open(peer)
+        return channel
+
+    def _prefill_channel(self, peer: PeerRef) -> PrefillChannel | None:
+        dialer = self._dialers.get(peer.worker_id)
+        return dialer.channel if dialer is not None and dialer.peer == peer else None
+
+    def _decode_channel(self, peer: PeerRef) -> DecodeChannel | None:
+        return self._listener.channel(peer) if self._listener is not None else None

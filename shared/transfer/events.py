@@ -1,0 +1,99 @@
+"""What an endpoint tells its engine, in order per channel.
+
+`side` is the part that this process plays in the channel: two unified workers may hold two channels, one
+each way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from phloem.shared.errors import ErrorInfo
+from phloem.shared.protocol.session import PeerRef
+from phloem.shared.protocol.transfer import Cancel, Last, Piece, Ready
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from phloem.shared.transfer.staging import StagingSlot
+
+Side: TypeAlias = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelOpened:
+    """Bytes have gone through; messages may be sent. Comes after the `ChannelLost` of an older channel."""
+
+    peer: PeerRef
+    side: Side
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelLost:
+    """No event of this channel comes after it. What was under way is lost: fail it or prefill it again.
+
+    Comes once for each `ChannelOpened`; without one only when the peer refused us for good (`error.retryable`
+    is False: `stale_epoch`, `kv_layout_mismatch`), and then nobody dials it again. In all other cases the
+    prefill side dials anew until `peer_down`.
+    """
+
+    peer: PeerRef
+    side: Side
+    error: ErrorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyReceived:
+    """Prefill side."""
+
+    peer: PeerRef
+    message: Ready
+
+
+@dataclass(frozen=True, slots=True)
+class SlotAvailable:
+    """Prefill side: an `acquire_slot` that gave None would give a slot now."""
+
+    peer: PeerRef
+
+
+@dataclass(frozen=True, slots=True)
+class PieceReceived:
+    """Decode side: `data` is a uint8 view [header.num_bytes] of the staging slot, on the endpoint's device.
+
+    The engine owns it until `TransferEndpoint.release`. The digest is not checked yet.
+    """
+
+    peer: PeerRef
+    header: Piece
+    data: Tensor
+    slot: StagingSlot
+
+
+@dataclass(frozen=True, slots=True)
+class LastReceived:
+    """Decode side: every piece sent before it has been delivered before it."""
+
+    peer: PeerRef
+    message: Last
+
+
+@dataclass(frozen=True, slots=True)
+class CancelReceived:
+    """Ordered with the other messages of the peer."""
+
+    peer: PeerRef
+    side: Side
+    message: Cancel
+
+
+TransferEvent: TypeAlias = (
+    ChannelOpened
+    | ChannelLost
+    | ReadyReceived
+    | SlotAvailable
+    | PieceReceived
+    | LastReceived
+    | CancelReceived
+)

@@ -1,0 +1,68 @@
+"""Both ends of a control connection prove that they know the cluster secret, before anything else.
+
+    dialer   -> MAGIC, nonce d
+    listener -> nonce l, HMAC(key, "listener", d, l)
+    dialer   -> HMAC(key, "dialer", l, d)
+
+The labels keep one side's proof from being played back as the other's. The frames after it are neither
+encrypted nor signed: the transfer network is the cluster's own.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import time
+from hashlib import blake2b, sha256
+
+from phloem.shared.errors import PhloemError
+from phloem.shared.transfer.frames import FrameSocket
+
+HANDSHAKE_TIMEOUT_S = 3.0
+_MAGIC = b"phloem-transfer/1"
+_NONCE_BYTES = 32
+_MAX_FRAME_BYTES = 128
+
+
+def transfer_key(cluster_secret: bytes) -> bytes:
+    """The key of the challenge; the secret itself never crosses a wire."""
+    return blake2b(cluster_secret, digest_size=32, person=b"phloem-transfer").digest()
+
+
+def prove_as_dialer(frames: FrameSocket, key: bytes, deadline: float) -> None:
+    """Raises `unauthenticated` when the listener can't prove itself."""
+    ours = secrets.token_bytes(_NONCE_BYTES)
+    frames.write(_MAGIC + ours)
+    answer = frames.read(_MAX_FRAME_BYTES, deadline)
+    theirs, proof = answer[:_NONCE_BYTES], answer[_NONCE_BYTES:]
+    _check(len(theirs) == _NONCE_BYTES and hmac.compare_digest(proof, _mac(key, b"listener", ours, theirs)))
+    frames.write(_mac(key, b"dialer", theirs, ours))
+
+
+def prove_as_listener(frames: FrameSocket, key: bytes, deadline: float) -> None:
+    """Raises `unauthenticated` when the dialer can't prove itself."""
+    hello = frames.read(_MAX_FRAME_BYTES, deadline)
+    theirs = hello[len(_MAGIC) :]
+    _check(hello.startswith(_MAGIC) and len(theirs) == _NONCE_BYTES)
+    ours = secrets.token_bytes(_NONCE_BYTES)
+    frames.write(ours + _mac(key, b"listener", theirs, ours))
+    proof = frames.read(_MAX_FRAME_BYTES, deadline)
+    _check(hmac.compare_digest(proof, _mac(key, b"dialer", ours, theirs)))
+
+
+def handshake_deadline(timeout_s: float) -> float:
+    """Of `time.monotonic`, for the proofs and the opening messages together."""
+    return time.monotonic() + min(HANDSHAKE_TIMEOUT_S, timeout_s)
+
+
+def _mac(key: bytes, label: bytes, first_nonce: bytes, second_nonce: bytes) -> bytes:
+    return hmac.digest(key, label + b"\0" + first_nonce + second_nonce, sha256)
+
+
+def _check(proven: bool) -> None:
+    if not proven:
+        raise PhloemError(
+            "unauthenticated",
+            "the transfer peer does not know the cluster secret: give all services the same --cluster-secret",
+            http_status=401,
+        )

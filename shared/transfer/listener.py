@@ -1,0 +1,207 @@
+"""The decode side's door: accepts prefill peers and owns their channels."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Callable
+
+from phloem.shared.errors import PhloemError
+from phloem.shared.protocol.session import PeerRef
+from phloem.shared.protocol.transfer import Open, Opened, Refused, transfer_message
+from phloem.shared.transfer.admission import SeenEpochs, refusal
+from phloem.shared.transfer.config import TransferConfig
+from phloem.shared.transfer.decode_channel import DecodeChannel
+from phloem.shared.transfer.dialer import MAX_OPENING_FRAME_BYTES
+from phloem.shared.transfer.errors import channel_lost, protocol_violation
+from phloem.shared.transfer.events import TransferEvent
+from phloem.shared.transfer.frames import FrameSocket
+from phloem.shared.transfer.handshake import (
+    HANDSHAKE_TIMEOUT_S,
+    handshake_deadline,
+    prove_as_listener,
+    transfer_key,
+)
+from phloem.shared.transfer.planes import PlaneSpec
+from phloem.shared.transfer.stats import PeerMeter
+from phloem.shared.transfer.store import StoreHost, listen_on
+
+log = logging.getLogger(__name__)
+
+MAX_UNAUTHENTICATED = 16  # connections that have not proven themselves yet; more are closed at once
+
+
+class Listener:
+    """One accepting thread, and one thread per connection that becomes its channel's reading thread."""
+
+    def __init__(
+        self,
+        config: TransferConfig,
+        deliver: Callable[[TransferEvent], None],
+        meter_of: Callable[[PeerRef], PeerMeter],
+    ) -> None:
+        """Raises `address_unavailable`."""
+        self._config = config
+        self._key = transfer_key(config.cluster_secret)
+        self._deliver = deliver
+        self._meter_of = meter_of
+        self._socket = listen_on(config.host)
+        self.address = f"{config.host}:{self._socket.getsockname()[1]}"
+        self._store = StoreHost(config.host, config.timeout_s)
+        self._strangers = threading.BoundedSemaphore(MAX_UNAUTHENTICATED)
+        self._lock = threading.Lock()  # guards all below
+        self._closing = threading.Event()
+        self._seen = SeenEpochs()
+        self._channels: dict[str, DecodeChannel] = {}  # by the prefill worker's id: one epoch at a time
+        self._connections: dict[FrameSocket, threading.Thread] = {}
+        self._thread = threading.Thread(target=self._accept, name="phloem-transfer-accept", daemon=True)
+        self._thread.start()
+
+    def channel(self, peer: PeerRef) -> DecodeChannel | None:
+        """The latest channel of the peer, open or not."""
+        channel = self._channels.get(peer.worker_id)
+        return channel if channel is not None and channel.peer == peer else None
+
+    def drop(self, peer: PeerRef, error: PhloemError) -> None:
+        """Ends the peer's channel with `error`; returns at once. The peer may come back."""
+        channel = self.channel(peer)
+        if channel is not None:
+            channel.fail(error)
+
+    def close(self, error: PhloemError) -> None:
+        """Ends everything and waits for the threads, at most about the transfer timeout."""
+        with self._lock:
+            self._closing.set()
+            channels = list(self._channels.values())
+            connections = dict(self._connections)
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept
+        for channel in channels:
+            channel.fail(error)
+        for frames in connections:
+            frames.shutdown()
+        self._thread.join()
+        for thread in connections.values():
+            thread.join()
+        self._socket.close()
+        self._store.close()
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                sock, _ = self._socket.accept()
+            except OSError as error:
+                if self._closing.is_set():
+                    return
+                log.warning("accepting a transfer peer failed: %s", error)
+                self._closing.wait(0.1)  # out of descriptors: let some close
+                continue
+            self._take(sock)
+
+    def _take(self, sock: socket.socket) -> None:
+        if not self._strangers.acquire(blocking=False):
+            log.warning("too many unauthenticated transfer connections: one more is closed")
+            sock.close()
+            return
+        frames = FrameSocket(sock)
+        name = f"phloem-transfer-in-{sock.fileno()}"
+        thread = threading.Thread(target=self._serve, args=(frames,), name=name, daemon=True)
+        with self._lock:
+            if self._closing.is_set():
+                frames.close()
+                return
+            self._connections[frames] = thread
+            thread.start()
+
+    def _serve(self, frames: FrameSocket) -> None:
+        try:
+            channel = self._open(frames)
+            if channel is not None:
+                self._run(channel)
+        except PhloemError as error:
+            log.warning("a transfer connection is refused: %s", error)
+        except Exception:  # out of memory, or a bug of ours: others must still be served
+            log.exception("serving a transfer connection")
+        finally:
+            frames.close()
+            with self._lock:
+                del self._connections[frames]
+
+    def _run(self, channel: DecodeChannel) -> None:
+        try:
+            channel.run()
+        finally:
+            self._store.forget(channel.name)
+            with self._lock:
+                if self._channels.get(channel.peer.worker_id) is channel:
+                    del self._channels[channel.peer.worker_id]
+
+    def _open(self, frames: FrameSocket) -> DecodeChannel | None:
+        request = self._authenticated_open(frames)
+        channel = self._admit(request, frames)
+        if isinstance(channel, Refused):
+            log.warning("%s is refused a transfer channel: %s", request.prefill, channel.message)
+            frames.write(transfer_message.encode(channel))
+            return None
+        credits = self._config.staging_slots
+        opened = Opened(self._store.address, self._agreed_bytes(request), credits)
+        try:
+            frames.write(transfer_message.encode(opened))
+        except PhloemError as error:
+            channel.fail(error)
+        return channel
+
+    def _authenticated_open(self, frames: FrameSocket) -> Open:
+        try:
+            frames.set_timeout(HANDSHAKE_TIMEOUT_S)
+            deadline = handshake_deadline(self._config.timeout_s)
+            prove_as_listener(frames, self._key, deadline)
+            message = transfer_message.decode(frames.read(MAX_OPENING_FRAME_BYTES, deadline))
+        finally:
+            self._strangers.release()
+        if not isinstance(message, Open):
+            raise protocol_violation(f"the first message is {type(message).__name__}")
+        return message
+
+    def _admit(self, request: Open, frames: FrameSocket) -> DecodeChannel | Refused:
+        """The peer's new channel; an older one of the same worker ends first."""
+        prefill = request.prefill
+        with self._lock:
+            if self._closing.is_set():
+                return Refused("overloaded", "shutting down")
+            others = sum(1 for worker_id in self._channels if worker_id != prefill.worker_id)
+            newest = self._seen.newest(prefill.worker_id)
+            refused = refusal(request, self._config, newest, others)
+            if refused is not None:
+                return refused
+            self._seen.note(prefill.worker_id, prefill.epoch)
+            older = self._channels.get(prefill.worker_id)
+            channel = self._channels[prefill.worker_id] = self._make_channel(request, frames)
+        if older is not None:
+            older.fail(channel_lost(f"{prefill} opened a new channel"))
+        return channel
+
+    def _make_channel(self, request: Open, frames: FrameSocket) -> DecodeChannel:
+        config = self._config
+        spec = PlaneSpec(
+            channel_name=request.channel_name,
+            store_address=self._store.address,
+            host=config.host,
+            side="decode",
+            device=config.device,
+            timeout_s=config.timeout_s,
+        )
+        return DecodeChannel(
+            request.prefill,
+            spec,
+            frames,
+            self._deliver,
+            self._meter_of(request.prefill),
+            staging_bytes=self._agreed_bytes(request),
+            staging_slots=config.staging_slots,
+        )
+
+    def _agreed_bytes(self, request: Open) -> int:
+        return min(request.staging_bytes, self._config.staging_bytes)

@@ -1,0 +1,110 @@
+"""The prefill side of a channel: credits in, pieces out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from phloem.shared.protocol.session import PeerRef
+from phloem.shared.protocol.transfer import Cancel, Credit, Piece, Ready, TransferMessage, transfer_message
+from phloem.shared.transfer.channel import Channel, Outgoing, not_open
+from phloem.shared.transfer.errors import protocol_violation
+from phloem.shared.transfer.events import CancelReceived, ReadyReceived, SlotAvailable, TransferEvent
+from phloem.shared.transfer.frames import FrameSocket
+from phloem.shared.transfer.mailbox import Mailbox
+from phloem.shared.transfer.planes import DataPlane, Pending, PlaneSpec
+from phloem.shared.transfer.staging import SendRing, StagingSlot, make_slots
+from phloem.shared.transfer.stats import PeerMeter
+
+
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    pending: Pending
+    slot: StagingSlot
+    num_bytes: int
+    posted_at: float
+
+
+class PrefillChannel(Channel):
+    side = "prefill"
+
+    def __init__(
+        self,
+        peer: PeerRef,
+        plane_spec: PlaneSpec,
+        frames: FrameSocket,
+        deliver: Callable[[TransferEvent], None],
+        meter: PeerMeter,
+        *,
+        staging_bytes: int,
+        staging_slots: int,
+        credits: int,
+    ) -> None:
+        super().__init__(peer, plane_spec, frames, deliver, meter)
+        slots = make_slots(self.name, staging_slots, staging_bytes, plane_spec.device)
+        self._ring = SendRing(slots, credits)
+        self._sendings: Mailbox[_Sending] = Mailbox(staging_slots)
+
+    def acquire(self) -> StagingSlot | None:
+        if not self.is_open:
+            raise not_open(self.peer)
+        return self._ring.acquire()
+
+    def give_back(self, slot: StagingSlot) -> None:
+        """A slot of an older channel is left alone."""
+        if slot.channel_name == self.name:
+            self._tell_if(self._ring.give_back(slot))
+
+    def send_piece(self, piece: Piece, slot: StagingSlot) -> None:
+        """Raises `channel_lost`, also when the slot is of an older channel."""
+        if slot.channel_name != self.name:
+            raise not_open(self.peer)
+        assert 0 < piece.num_bytes <= slot.tensor.numel(), "the piece doesn't fit into the slot"
+        frame = transfer_message.encode(piece)
+        self._ring.sending(slot)
+        self._post(Outgoing(frame, self._work_so_far(), slot, piece.num_bytes))
+
+    def _warm_up(self, plane: DataPlane) -> None:
+        byte = torch.ones(1, dtype=torch.uint8, device=self._plane_spec.device)
+        plane.post_send(byte).wait(self._timeout_s)
+
+    def _on_message(self, message: TransferMessage, plane: DataPlane) -> None:
+        match message:
+            case Ready():
+                if message.num_held_pages < 0:
+                    raise protocol_violation(f"{message.num_held_pages} held pages")
+                self._emit(ReadyReceived(self.peer, message))
+            case Credit():
+                self._tell_if(self._ring.credit(message.num_slots))
+            case Cancel():
+                self._emit(CancelReceived(self.peer, self.side, message))
+            case _:
+                raise protocol_violation(f"decode sent {type(message).__name__}")
+
+    def _before_sending(self, item: Outgoing) -> None:
+        pass
+
+    def _after_sending(self, item: Outgoing, plane: DataPlane) -> None:
+        if item.slot is None:
+            return
+        posted_at = time.monotonic()
+        pending = plane.post_send(item.slot.tensor[: item.num_bytes])
+        self._sendings.put(_Sending(pending, item.slot, item.num_bytes, posted_at))
+
+    def _complete(self) -> None:
+        while True:
+            sending = self._sendings.get()
+            assert sending is not None
+            sending.pending.wait(self._deadline_from(sending.posted_at))
+            self._meter.sent(sending.num_bytes, sending.posted_at, time.monotonic())
+            self._tell_if(self._ring.sent(sending.slot))
+
+    def _close_completions(self) -> None:
+        self._sendings.close()
+
+    def _tell_if(self, relieved: bool) -> None:
+        if relieved:
+            self._emit(SlotAvailable(self.peer))
