@@ -145,7 +145,7 @@ class HandoverReceiver:
     # -- inside ----------------------------------------------------------------------------------------
 
     def _announce(self, plan: _ReceivePlan) -> None:
-        if plan.announced or not self._channels.is_open(plan.peer):
+        if plan.announced or not self._channels.is_open(plan.peer, "decode"):
             return
         plan.announced = True
         ready = Ready(plan.request.request_id, plan.request.attempt, plan.num_held_pages)
@@ -178,11 +178,11 @@ class HandoverReceiver:
         return Ended(key, error)
 
     def _cancel(self, plan: _ReceivePlan, error: ErrorInfo) -> None:
-        if not plan.announced or not self._channels.is_open(plan.peer):
+        if not plan.announced or not self._channels.is_open(plan.peer, "decode"):
             return
         cancel = Cancel(plan.request.request_id, plan.request.attempt, error.code, error.message)
         with contextlib.suppress(PhloemError):
-            self._channels.send_cancel(plan.peer, cancel)
+            self._channels.send_cancel(plan.peer, cancel, "decode")
 
 
 def _cancelled(peer: PeerRef, why: str) -> ErrorInfo:

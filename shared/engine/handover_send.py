@@ -187,5 +187,5 @@ class HandoverSender:
     def _cancel(self, peer: PeerRef, key: OwnerKey, code: str, message: str) -> None:
         # A channel that broke meanwhile tells both sides by itself.
         with contextlib.suppress(PhloemError):
-            if self._channels.is_open(peer):
-                self._channels.send_cancel(peer, Cancel(*key, code, message))
+            if self._channels.is_open(peer, "prefill"):
+                self._channels.send_cancel(peer, Cancel(*key, code, message), "prefill")
