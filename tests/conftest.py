@@ -1,0 +1,17 @@
+"""Fixtures that several kinds of tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from phloem.shared.model_store.resolve import default_cache_dir, resolve_model
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """The demo model as a Hugging Face directory, fetched and converted on the first use of the cache."""
+    cache_dir = Path(os.environ.get("PHLOEM_CACHE", default_cache_dir()))
+    return resolve_model("smollm2-135m-instruct", cache_dir=cache_dir)
