@@ -11,13 +11,15 @@ from typing import Any, NamedTuple, get_type_hints
 import msgspec
 from msgspec import NODEFAULT, inspect
 
-_SECRET_WORDS = ("secret", "password", "token", "api_key", "admin_key")
+_SECRET_ENDINGS = ("secret", "password", "api_key", "api_token")
 _KIND_WORDS: tuple[tuple[type[inspect.Type], str], ...] = (
     (inspect.BoolType, "BOOL"),
     (inspect.IntType, "INT"),
     (inspect.FloatType, "NUMBER"),
     (inspect.StrType, "TEXT"),
     (inspect.BytesType, "TEXT"),
+    (inspect.ListType, "A,B,..."),
+    (inspect.VarTupleType, "A,B,..."),
 )
 
 
@@ -53,7 +55,7 @@ class ConfigField(NamedTuple):
 
     @property
     def is_secret(self) -> bool:
-        return any(word in self.name for word in _SECRET_WORDS)
+        return self.name.endswith(_SECRET_ENDINGS)
 
     @property
     def metavar(self) -> str:

@@ -71,7 +71,7 @@ def _require(fields: list[ConfigField], given: Mapping[str, Setting], section: s
 def _checked(field: ConfigField, setting: Setting) -> object:
     """The setting's value as the field's type."""
     value = setting.value
-    if setting.is_text and field.metavar == "TEXT" and isinstance(field.kind, msgspec.inspect.BytesType):
+    if setting.is_text and isinstance(field.kind, msgspec.inspect.BytesType):
         return str(value).encode()
     if setting.is_text and field.is_list:
         value = [item.strip() for item in str(value).split(",") if item.strip()]

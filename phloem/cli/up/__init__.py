@@ -1,0 +1,1 @@
+"""`phloem up`: a whole cluster on one machine, supervised."""

@@ -1,0 +1,141 @@
+"""Which processes a cluster is made of: pure, from the flags."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
+
+import msgspec
+
+from phloem.cli.up.config import UpConfig
+from phloem.shared.config.fields import config_fields
+from phloem.shared.config.sources import ENV_PREFIX, env_word
+from phloem.shared.engine.config import EngineOptions
+
+Kind: TypeAlias = Literal["valkey", "cache-index", "prefill", "decode", "unified", "gateway"]
+
+# First to stop comes first: nothing new comes in, then what is under way ends, then what all of them use.
+STOP_ORDER: tuple[tuple[Kind, ...], ...] = (
+    ("gateway",),
+    ("prefill", "decode", "unified"),
+    ("cache-index",),
+    ("valkey",),
+)
+WORKER_KINDS: tuple[Kind, ...] = ("prefill", "decode", "unified")
+
+
+class ChildSpec(NamedTuple):
+    """A process to run. `name` is unique; `port` is None where the process chooses its own."""
+
+    kind: Kind
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    port: int | None = None
+
+
+class Surroundings(NamedTuple):
+    """What is known once the preparations are done.
+
+    `name_suffix` keeps the names of this cluster's processes apart from others' in a shared Redis.
+    """
+
+    redis_url: str
+    cluster_secret: str
+    model_dir: Path
+    config_path: Path | None
+    environ: Mapping[str, str]
+    num_gpus: int = 0
+    name_suffix: str = ""
+
+
+def plan_services(config: UpConfig, around: Surroundings) -> list[ChildSpec]:
+    """All processes but Valkey. Secrets travel in the environment, where other users can't read them."""
+    env = child_environment(around)
+    common = ["--host", config.host, "--log-level", config.log_level, "--log-format", "text"]
+    if around.config_path is not None:
+        common += ["--config", str(around.config_path.resolve())]
+    return [
+        ChildSpec("cache-index", "cache-index", _serve("cache-index", common), env),
+        *_plan_workers(config, around, common, env),
+        *_plan_gateways(config, around, common, env),
+    ]
+
+
+def _plan_workers(
+    config: UpConfig, around: Surroundings, common: list[str], env: dict[str, str]
+) -> Iterator[ChildSpec]:
+    counts: tuple[tuple[Kind, int], ...] = (
+        ("prefill", config.prefill),
+        ("decode", config.decode),
+        ("unified", config.unified),
+    )
+    names = [(kind, f"{kind}-{index}") for kind, count in counts for index in range(count)]
+    for rank, (kind, name) in enumerate(names):
+        options = placed_options(config.engine, rank, len(names), around.num_gpus)
+        engine = engine_flags(options, str(around.model_dir))
+        argv = _serve(kind, [*common, "--worker-id", name + around.name_suffix, *engine])
+        yield ChildSpec(kind, name, argv, env)
+
+
+def _plan_gateways(
+    config: UpConfig, around: Surroundings, common: list[str], env: dict[str, str]
+) -> Iterator[ChildSpec]:
+    for index, port in enumerate(config.gateway_ports):
+        name = f"gateway-{index}"
+        flags = [*common, "--port", str(port), "--gateway-id", name + around.name_suffix]
+        flags += ["--model-path", str(around.model_dir)]
+        flags += ["--served-model-name", served_model_name(config.engine.model_path)]
+        yield ChildSpec("gateway", name, _serve("gateway", flags), env, port)
+
+
+def served_model_name(model_path: str) -> str:
+    """What requests call the model: a path's last part, or the name or hub id as it was given."""
+    return Path(model_path).name if Path(model_path).expanduser().exists() else model_path
+
+
+def placed_options(options: EngineOptions, rank: int, num_workers: int, num_gpus: int) -> EngineOptions:
+    """The options of worker `rank`: GPUs are handed out in turn, and workers that share a device, or the
+    RAM, share its memory. What the user has set stays."""
+    if options.device in ("auto", "cuda") and num_gpus:
+        options = msgspec.structs.replace(options, device=f"cuda:{rank % num_gpus}")
+    sharing = -(-num_workers // num_gpus) if options.device.startswith("cuda:") and num_gpus else num_workers
+    if options.mem_fraction_static == EngineOptions().mem_fraction_static:
+        share = options.mem_fraction_static / sharing
+        options = msgspec.structs.replace(options, mem_fraction_static=round(share, 4))
+    return options
+
+
+def engine_flags(options: EngineOptions, model_dir: str) -> list[str]:
+    """The flags that differ from their defaults; defaults are left to each worker's own sources."""
+    flags = ["--model-path", model_dir]
+    for field in msgspec.structs.fields(EngineOptions):
+        value = getattr(options, field.name)
+        if field.name == "model_path" or value == field.default:
+            continue
+        flag = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", str(value)]
+    return flags
+
+
+def child_environment(around: Surroundings) -> dict[str, str]:
+    """This environment without the general `PHLOEM_*` variables, which `up` has read for itself already."""
+    read = {ENV_PREFIX + env_word(field.name) for field in config_fields(UpConfig)}
+    read.add(f"{ENV_PREFIX}CONFIG")
+    env = {
+        name: value
+        for name, value in around.environ.items()
+        if name not in read and not name.startswith(f"{ENV_PREFIX}UP_")
+    }
+    env[f"{ENV_PREFIX}REDIS_URL"] = around.redis_url
+    env[f"{ENV_PREFIX}CLUSTER_SECRET"] = around.cluster_secret
+    return env
+
+
+def _serve(kind: Kind, flags: list[str]) -> tuple[str, ...]:
+    return (sys.executable, "-m", "phloem.cli.main", "serve", kind, *flags)
