@@ -95,7 +95,7 @@ def _load(options: EngineOptions, send: Send) -> _Model:
         load_format=options.load_format,
         dtype=dtype,
         device=device,
-        progress=lambda done, total: send(Progress("weights", done, total)),
+        progress=_by_percent(send),
     )
     length = context_length(options, decoder.config)
     num_pages = pool_pages(options, bytes_per_page(decoder.config, options.page_size, dtype), device, length)
@@ -103,6 +103,20 @@ def _load(options: EngineOptions, send: Send) -> _Model:
     kv = KVCache.allocate(decoder.config, num_pages, options.page_size, dtype, device)
     send(Progress("kv_pool", 1, 1))
     return _Model(decoder, kv, device, dtype, length, num_pages)
+
+
+def _by_percent(send: Send) -> Callable[[int, int], None]:
+    """Reports the weights' progress at most a hundred times."""
+    shown = -1
+
+    def report(done: int, total: int) -> None:
+        nonlocal shown
+        percent = 100 * done // max(1, total)
+        if percent > shown:
+            shown = percent
+            send(Progress("weights", percent, 100))
+
+    return report
 
 
 def _device(name: str) -> torch.device:
