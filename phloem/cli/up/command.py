@@ -65,7 +65,7 @@ class UpRun:
         self._host = resolve_host(config.host)
 
     async def run(self) -> None:
-        """Returns after a signal, or after the answer with `--once`. Raises `PhloemError` if it can't start."""
+        """Ends on a signal, or after the answer with `--once`. Raises `PhloemError` if it can't start."""
         for port in self._config.gateway_ports:
             require_free_port(self._host, port, "--port")
         stop = stop_event()

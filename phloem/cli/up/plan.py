@@ -58,10 +58,16 @@ def plan_services(config: UpConfig, around: Surroundings) -> list[ChildSpec]:
     if around.config_path is not None:
         common += ["--config", str(around.config_path.resolve())]
     return [
-        ChildSpec("cache-index", "cache-index", _serve("cache-index", common), env),
+        _plan_index(around, common, env),
         *_plan_workers(config, around, common, env),
         *_plan_gateways(config, around, common, env),
     ]
+
+
+def _plan_index(around: Surroundings, common: list[str], env: dict[str, str]) -> ChildSpec:
+    name = "cache-index"
+    flags = [*common, "--service-id", name + around.name_suffix]
+    return ChildSpec("cache-index", name, _serve("cache-index", flags), env)
 
 
 def _plan_workers(

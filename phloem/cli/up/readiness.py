@@ -11,6 +11,7 @@ from phloem.cli.up.plan import WORKER_KINDS, ChildSpec
 from phloem.cli.up.supervisor import Child, Supervisor
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.discovery.snapshot import ClusterSnapshot
+from phloem.shared.protocol.cluster import ServiceRecord, WorkerRecord
 
 _POLL_S = 0.1
 _HEALTH_TIMEOUT_S = 2.0
@@ -50,16 +51,27 @@ def show_stages(child: Child, display: Display) -> None:
 async def _is_ready(child: Child, snapshot: ClusterSnapshot, host: str) -> bool:
     kind = child.spec.kind
     if kind in WORKER_KINDS:
-        return snapshot.worker(worker_id(child.spec)) is not None
+        return worker_record(child.spec, snapshot) is not None
     if kind == "cache-index":
-        return any(service.kind == "cache_index" for service in snapshot.services)
+        return index_record(child.spec, snapshot) is not None
     client = ChatClient(gateway_url(host, child.spec), timeout_s=_HEALTH_TIMEOUT_S)
     return await asyncio.to_thread(client.is_healthy)
 
 
-def worker_id(spec: ChildSpec) -> str:
-    """The name under which the worker of this spec registers."""
-    return spec.argv[spec.argv.index("--worker-id") + 1]
+def worker_record(spec: ChildSpec, snapshot: ClusterSnapshot) -> WorkerRecord | None:
+    """What the worker of this spec has registered."""
+    return snapshot.worker(_flag(spec, "--worker-id"))
+
+
+def index_record(spec: ChildSpec, snapshot: ClusterSnapshot) -> ServiceRecord | None:
+    """What the index of this spec has registered."""
+    name = _flag(spec, "--service-id")
+    services = (service for service in snapshot.services if service.kind == "cache_index")
+    return next((service for service in services if service.service_id == name), None)
+
+
+def _flag(spec: ChildSpec, flag: str) -> str:
+    return spec.argv[spec.argv.index(flag) + 1]
 
 
 def gateway_url(host: str, spec: ChildSpec) -> str:

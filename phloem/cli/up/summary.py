@@ -10,7 +10,7 @@ from rich.table import Table
 
 from phloem.cli.up.first_answer import QUESTION, Answer
 from phloem.cli.up.plan import WORKER_KINDS
-from phloem.cli.up.readiness import worker_id
+from phloem.cli.up.readiness import index_record, worker_record
 from phloem.cli.up.supervisor import Child
 from phloem.shared.discovery.snapshot import ClusterSnapshot
 
@@ -27,12 +27,12 @@ def service_table(children: list[Child], snapshot: ClusterSnapshot) -> Table:
 def _place(child: Child, snapshot: ClusterSnapshot) -> tuple[str, str]:
     """Port and device: from the plan, or what the process registered."""
     if child.spec.kind in WORKER_KINDS:
-        record = snapshot.worker(worker_id(child.spec))
-        return (_port(record.rpc_address), record.device) if record is not None else ("-", "-")
+        worker = worker_record(child.spec, snapshot)
+        return (_port(worker.rpc_address), worker.device) if worker is not None else ("-", "-")
     if child.spec.port is not None:
         return str(child.spec.port), "-"
-    addresses = [service.address for service in snapshot.services if service.kind == "cache_index"]
-    return (_port(addresses[0]) if addresses else "-"), "-"
+    index = index_record(child.spec, snapshot)
+    return (_port(index.address) if index is not None else "-"), "-"
 
 
 def _port(address: str) -> str:
