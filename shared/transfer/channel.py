@@ -66,9 +66,10 @@ class Channel(ABC):
         self._deliver = deliver
         self._meter = meter
         self._outbox: Mailbox[Outgoing] = Mailbox(MAX_QUEUED_MESSAGES)
-        self._state = threading.RLock()  # guards the three below and the order of events
+        self._state = threading.RLock()  # guards all below and the order of events
         self._plane: DataPlane | None = None
         self._is_open = False
+        self._failed = threading.Event()
         self._error: ErrorInfo | None = None  # not the exception: its traceback would hold the plane
 
     # --- the engine's thread ---
@@ -81,6 +82,11 @@ class Channel(ABC):
         """Queues a message that no bytes follow. Raises `channel_lost`."""
         self._post(Outgoing(transfer_message.encode(message)))
 
+    @property
+    def is_idle(self) -> bool:
+        """Nothing that was sent is still on its way, or the channel is lost."""
+        return self._failed.is_set() or self._outbox.is_idle
+
     def fail(self, error: PhloemError) -> None:
         """Ends the channel: the first error wins and is delivered, no event follows. Any thread; returns at
         once."""
@@ -88,6 +94,7 @@ class Channel(ABC):
             if self._error is not None:
                 return
             self._error = error.info
+            self._failed.set()
             if self._is_open:
                 self._is_open = False
                 self._deliver(ChannelLost(self.peer, self.side, error.info))
@@ -105,6 +112,7 @@ class Channel(ABC):
             for what, target in (("write", self._write), ("complete", self._complete))
         ]
         self._guarded(lambda: self._serve(threads))
+        self._failed.wait()
         if self._plane is not None:
             self._plane.abort()
         for thread in threads:
@@ -122,6 +130,10 @@ class Channel(ABC):
     @abstractmethod
     def _on_message(self, message: TransferMessage, plane: DataPlane) -> None:
         """Raises `transfer_protocol` for what this side must not be sent."""
+
+    @abstractmethod
+    def _on_end_of_stream(self, error: PhloemError) -> None:
+        """Nothing more can be read: sees to it that the channel fails."""
 
     @abstractmethod
     def _before_sending(self, item: Outgoing) -> None:
@@ -146,10 +158,16 @@ class Channel(ABC):
         self._announce()
         for thread in threads:
             thread.start()
-        while True:
-            payload = self._frames.read(MAX_FRAME_BYTES)
+        while (payload := self._read()) is not None:
             if payload != KEEPALIVE:
                 self._on_message(transfer_message.decode(payload), plane)
+
+    def _read(self) -> bytes | None:
+        try:
+            return self._frames.read(MAX_FRAME_BYTES)
+        except PhloemError as error:
+            self._on_end_of_stream(error)
+            return None
 
     def _announce(self) -> None:
         with self._state:

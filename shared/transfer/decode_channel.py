@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import torch
 
-from phloem.shared.errors import PhloemError
+from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Cancel, Credit, Last, Piece, TransferMessage, transfer_message
 from phloem.shared.transfer.channel import Channel, Outgoing
@@ -34,7 +34,7 @@ class _Receiving:
     posted_at: float
 
 
-_Arrival: TypeAlias = _Receiving | Last | Cancel
+_Arrival: TypeAlias = _Receiving | Last | Cancel | ErrorInfo  # ErrorInfo: the stream has ended
 
 
 class DecodeChannel(Channel):
@@ -87,6 +87,10 @@ class DecodeChannel(Channel):
             case _:
                 raise protocol_violation(f"prefill sent {type(message).__name__}")
 
+    def _on_end_of_stream(self, error: PhloemError) -> None:
+        # What came before the end is good: a peer that drains hands its last request over and leaves.
+        self._arrivals.put(error.info, self._timeout_s)
+
     def _before_sending(self, item: Outgoing) -> None:
         if item.slot is not None:
             self._ring.emptied(item.slot)
@@ -104,6 +108,8 @@ class DecodeChannel(Channel):
                     self._emit(LastReceived(self.peer, arrival))
                 case Cancel():
                     self._emit(CancelReceived(self.peer, self.side, arrival))
+                case ErrorInfo():
+                    raise PhloemError.from_info(arrival)
                 case None:
                     raise AssertionError("get without a timeout gives an item")
 

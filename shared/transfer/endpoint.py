@@ -8,6 +8,7 @@ the `ChannelLost` event of a channel that was open comes in any case.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from phloem.shared.protocol.session import PeerRef
@@ -122,12 +123,14 @@ class TransferEndpoint:
         with self._lock:
             return {peer: meter.read() for peer, meter in self._meters.items()}
 
-    def close(self) -> None:
-        """Ends everything, without events, and waits for all threads: at once as a rule, at most about the
-        transfer timeout when a peer hangs in the middle of opening a channel."""
+    def close(self, grace_s: float = 1.0) -> None:
+        """Lets what was sent arrive, for at most `grace_s`; then ends everything, without events, and waits
+        for all threads: at once as a rule, about the transfer timeout when a peer hangs in the middle of
+        opening a channel."""
         with self._lock:
             self._closing.set()
             dialers = list(self._dialers.values())
+        self._let_leave([dialer.channel for dialer in dialers], time.monotonic() + grace_s)
         error = channel_lost("shutting down")
         for dialer in dialers:
             dialer.stop(error)
@@ -139,6 +142,13 @@ class TransferEndpoint:
     def _deliver(self, event: TransferEvent) -> None:
         if not self._closing.is_set():
             self._deliver_to_engine(event)
+
+    @staticmethod
+    def _let_leave(channels: list[PrefillChannel | None], deadline: float) -> None:
+        """Polls: this is the way out, and short."""
+        for channel in channels:
+            while channel is not None and not channel.is_idle and time.monotonic() < deadline:
+                time.sleep(0.002)
 
     def _meter(self, peer: PeerRef) -> PeerMeter:
         """The peer's meter; those of the worker's other epochs are dropped."""

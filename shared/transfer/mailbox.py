@@ -19,6 +19,7 @@ class Mailbox(Generic[T]):
         self._max_items = max_items
         self._changed = threading.Condition()
         self._closed = False
+        self._getting = False
 
     def put(self, item: T, timeout_s: float = 0.0) -> None:
         """Raises `transfer_timeout` when there is no room within `timeout_s` (0: now)."""
@@ -32,14 +33,23 @@ class Mailbox(Generic[T]):
             self._changed.notify_all()
 
     def get(self, timeout_s: float | None = None) -> T | None:
-        """The oldest item; None when nothing came within `timeout_s`."""
+        """The oldest item; None when nothing came within `timeout_s`. One thread gets."""
         with self._changed:
+            self._getting = True
             if not self._changed.wait_for(lambda: self._closed or self._items, timeout_s):
+                self._getting = False
                 return None
             self._check_open()
             item = self._items.popleft()
+            self._getting = False
             self._changed.notify_all()
             return item
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing waits, and the getter is done with what it got: it came back for more."""
+        with self._changed:
+            return self._closed or (not self._items and self._getting)
 
     def close(self) -> None:
         with self._changed:

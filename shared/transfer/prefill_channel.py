@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Cancel, Credit, Piece, Ready, TransferMessage, transfer_message
 from phloem.shared.transfer.channel import Channel, Outgoing, not_open
@@ -67,6 +68,11 @@ class PrefillChannel(Channel):
         self._ring.sending(slot)
         self._post(Outgoing(frame, self._work_so_far(), slot, piece.num_bytes))
 
+    @property
+    def is_idle(self) -> bool:
+        """Also: the peer's engine has taken every piece."""
+        return super().is_idle and (self._failed.is_set() or self._ring.is_idle)
+
     def _warm_up(self, plane: DataPlane) -> None:
         byte = torch.ones(1, dtype=torch.uint8, device=self._plane_spec.device)
         plane.post_send(byte).wait(self._timeout_s)
@@ -83,6 +89,9 @@ class PrefillChannel(Channel):
                 self._emit(CancelReceived(self.peer, self.side, message))
             case _:
                 raise protocol_violation(f"decode sent {type(message).__name__}")
+
+    def _on_end_of_stream(self, error: PhloemError) -> None:
+        self.fail(error)
 
     def _before_sending(self, item: Outgoing) -> None:
         pass

@@ -77,6 +77,12 @@ class SendRing:
             self._free.append(slot)
             return self._relieved()
 
+    @property
+    def is_idle(self) -> bool:
+        """Every piece sent was taken by the peer's engine."""
+        with self._lock:
+            return self._num_uncredited == 0
+
     def credit(self, num_slots: int) -> bool:
         """Raises `transfer_protocol` when the peer credits what was never sent."""
         with self._lock:
