@@ -1,0 +1,87 @@
+"""One side of a channel in a process of its own, which a test may stop or kill."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+
+import psutil
+
+from phloem.shared.protocol.session import PeerRef
+from phloem.shared.transfer.config import TransferConfig
+from phloem.shared.transfer.events import PieceReceived
+from tests.support.transfer import Recorded, piece
+
+
+def context() -> ForkServerContext:
+    """Children fork from a server that has imported torch and started nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["phloem.shared.transfer.endpoint", "tests.support.transfer_child"])
+    return context
+
+
+def run_decode(config: TransferConfig, pipe: Connection) -> None:
+    """Releases every piece, and reports its first byte and the sum of its bytes."""
+    recorded = Recorded(config)
+    pipe.send(recorded.endpoint.address)
+    while True:
+        received = recorded.next_of(PieceReceived, 60.0)
+        pipe.send((received.header.page_start, int(received.data[0]), int(received.data.sum())))
+        recorded.endpoint.release(received)
+
+
+def run_prefill(config: TransferConfig, pipe: Connection, peer: PeerRef, address: str) -> None:
+    """Dials, then sends one piece of page 0 whenever it is told a number to fill it with."""
+    recorded = Recorded(config)
+    recorded.endpoint.peer_up(peer, address)
+    while True:
+        fill: int = pipe.recv()
+        slot = recorded.endpoint.acquire_slot(peer)
+        assert slot is not None
+        slot.tensor.fill_(fill)
+        recorded.endpoint.send_piece(peer, piece("r", 0, slot.tensor.numel()), slot)
+
+
+class Child:
+    """A running side: its pipe, and its process."""
+
+    def __init__(self, pid: int, pipe: Connection) -> None:
+        self.process = psutil.Process(pid)
+        self.pipe = pipe
+
+    def read(self) -> object:
+        assert self.pipe.poll(30.0), "the child said nothing"
+        return self.pipe.recv()
+
+
+@contextmanager
+def decode_child(config: TransferConfig) -> Iterator[tuple[Child, str]]:
+    """A decode side and its address."""
+    ours, theirs = multiprocessing.Pipe()
+    process = context().Process(target=run_decode, args=(config, theirs), daemon=True)
+    with _running(process, ours) as child:
+        yield child, str(child.read())
+
+
+@contextmanager
+def prefill_child(config: TransferConfig, peer: PeerRef, address: str) -> Iterator[Child]:
+    ours, theirs = multiprocessing.Pipe()
+    process = context().Process(target=run_prefill, args=(config, theirs, peer, address), daemon=True)
+    with _running(process, ours) as child:
+        yield child
+
+
+@contextmanager
+def _running(process: multiprocessing.process.BaseProcess, pipe: Connection) -> Iterator[Child]:
+    process.start()
+    try:
+        assert process.pid is not None
+        yield Child(process.pid, pipe)
+    finally:
+        process.kill()
+        process.join()
+        process.close()
+        pipe.close()
