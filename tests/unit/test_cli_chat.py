@@ -1,0 +1,141 @@
+"""The streaming chat client against a real HTTP server, and the conversation it keeps."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import pytest
+
+from phloem.cli.chat import Conversation
+from phloem.cli.chat_client import ChatClient
+from phloem.shared.errors import PhloemError
+
+
+class Script:
+    """What the server answers to the next POST, and what it was asked."""
+
+    status = 200
+    body = b""
+    asked: ClassVar[list[dict[str, object]]] = []
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, Script]]:
+    script = Script()
+    script.asked.clear()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self._send(200, json.dumps({"data": [{"id": "m1"}]}).encode())
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            script.asked.append({"authorization": self.headers["authorization"], **json.loads(body)})
+            self._send(script.status, script.body)
+
+        def _send(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_address[1]}", script
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+def events(*deltas: str, done: bool = True) -> bytes:
+    chunks = [{"choices": [{"delta": {"content": delta}}]} for delta in deltas]
+    lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+    return "".join([*lines, *(["data: [DONE]\n\n"] if done else [])]).encode()
+
+
+def test_pieces_arrive_in_order(server: tuple[str, Script]) -> None:
+    url, script = server
+    script.body = events("Pa", "", "ris")
+    client = ChatClient(url + "/", api_key="k")
+    messages = [{"role": "user", "content": "hi"}]
+    assert list(client.stream("m1", messages, temperature=0)) == ["Pa", "ris"]
+    assert script.asked == [
+        {"authorization": "Bearer k", "model": "m1", "messages": messages, "stream": True, "temperature": 0}
+    ]
+    assert client.models() == ["m1"]
+
+
+def test_error_answer_is_raised_with_its_code(server: tuple[str, Script]) -> None:
+    url, script = server
+    script.status = 503
+    script.body = b'{"error": {"message": "no worker", "type": "server_error", "code": "no_workers"}}'
+    with pytest.raises(PhloemError, match="no worker") as caught:
+        list(ChatClient(url).stream("m1", []))
+    assert (caught.value.code, caught.value.retryable) == ("no_workers", True)
+
+
+def test_error_event_in_the_stream_is_raised(server: tuple[str, Script]) -> None:
+    url, script = server
+    script.body = (
+        events("Pa", done=False) + b'data: {"error": {"message": "worker died", "code": "lost"}}\n\n'
+    )
+    stream = ChatClient(url).stream("m1", [])
+    assert next(stream) == "Pa"
+    with pytest.raises(PhloemError, match="worker died"):
+        next(stream)
+
+
+def test_stream_that_ends_early_is_an_error(server: tuple[str, Script]) -> None:
+    url, script = server
+    script.body = events("Pa", done=False)
+    with pytest.raises(PhloemError, match="ended without"):
+        list(ChatClient(url).stream("m1", []))
+
+
+def test_unreachable_server_is_retryable_and_not_healthy() -> None:
+    client = ChatClient("http://127.0.0.1:1")
+    assert not client.is_healthy()
+    with pytest.raises(PhloemError) as caught:
+        client.models()
+    assert (caught.value.code, caught.value.retryable) == ("gateway_unreachable", True)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:30000", "ftp://host", "http://"])
+def test_url_must_be_http(url: str) -> None:
+    with pytest.raises(PhloemError, match="not an http"):
+        ChatClient(url)
+
+
+def test_conversation_keeps_both_sides(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[list[dict[str, str]]] = []
+
+    def answer(messages: list[dict[str, str]]) -> Iterable[str]:
+        seen.append(messages)
+        return ["a", f"{len(seen)}"]
+
+    conversation = Conversation(answer, "be brief")
+    conversation.turn("one")
+    conversation.turn("two")
+    assert [message["content"] for message in seen[1]] == ["be brief", "one", "a1", "two"]
+    assert capsys.readouterr().out == "a1\na2\n"
+    conversation.reset()
+    assert [message["content"] for message in conversation.messages] == ["be brief"]
+
+
+def test_failed_turn_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(messages: list[dict[str, str]]) -> Iterable[str]:
+        yield "half"
+        raise PhloemError("lost", "worker died")
+
+    conversation = Conversation(answer)
+    conversation.turn("one")
+    assert conversation.messages == []
+    assert "worker died" in capsys.readouterr().err

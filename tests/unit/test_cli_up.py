@@ -1,0 +1,319 @@
+"""`phloem up`: what it plans, when it restarts, how it supervises, what it shows."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import redis.asyncio
+from rich.console import Console
+
+from phloem.cli.up.child_log import ChildLog, Stage, stage_in
+from phloem.cli.up.command import UpRun
+from phloem.cli.up.config import UpConfig
+from phloem.cli.up.devices import count_gpus
+from phloem.cli.up.display import LineDisplay
+from phloem.cli.up.plan import ChildSpec, Kind, Surroundings, placed_options, plan_services, served_model_name
+from phloem.cli.up.ports import bound_socket, free_port, require_free_port
+from phloem.cli.up.restart_policy import next_restart
+from phloem.cli.up.summary import curl_line
+from phloem.cli.up.supervisor import Supervisor
+from phloem.cli.up.valkey import plan_valkey, wait_for_redis
+from phloem.shared.engine.config import EngineOptions
+from phloem.shared.errors import ConfigError, PhloemError
+
+DEADLINE_S = 15.0
+
+
+AROUND = Surroundings("redis://:pw@127.0.0.1:1/0", "s3cret", Path("/models/m"), None, {"HOME": "/root"})
+
+
+def plan(config: UpConfig, around: Surroundings = AROUND) -> dict[str, ChildSpec]:
+    return {spec.name: spec for spec in plan_services(config, around)}
+
+
+def flag(spec: ChildSpec, name: str) -> str:
+    return spec.argv[spec.argv.index(name) + 1]
+
+
+def test_plan_has_a_process_for_each_count() -> None:
+    specs = plan(UpConfig(prefill=2, decode=1, unified=1, gateways=2, port=31000))
+    assert list(specs) == [
+        "cache-index", "prefill-0", "prefill-1", "decode-0", "unified-0", "gateway-0", "gateway-1",
+    ]  # fmt: skip
+    assert [specs[f"gateway-{i}"].port for i in range(2)] == [31000, 31001]
+    assert specs["prefill-1"].argv[1:5] == ("-m", "phloem.cli.main", "serve", "prefill")
+
+
+def test_secrets_are_in_the_environment_and_not_on_the_command_line() -> None:
+    for spec in plan(UpConfig()).values():
+        assert spec.env["PHLOEM_CLUSTER_SECRET"] == "s3cret"
+        assert spec.env["PHLOEM_REDIS_URL"].startswith("redis://:pw@")
+        assert not any("s3cret" in word or "pw" in word for word in spec.argv)
+
+
+def test_engine_flags_reach_workers_when_they_differ_from_the_default() -> None:
+    options = EngineOptions(chunked_prefill_size=16, disable_radix_cache=True, max_total_tokens=4096)
+    specs = plan(UpConfig(engine=options))
+    worker = specs["prefill-0"]
+    assert (flag(worker, "--chunked-prefill-size"), flag(worker, "--max-total-tokens")) == ("16", "4096")
+    assert "--disable-radix-cache" in worker.argv
+    assert "--page-size" not in worker.argv
+    assert "--chunked-prefill-size" not in specs["gateway-0"].argv
+
+
+def test_general_variables_are_not_passed_on_but_those_of_a_service_are() -> None:
+    environ = {"PHLOEM_PORT": "1", "PHLOEM_UP_PREFILL": "2", "PHLOEM_GATEWAY_API_KEY": "k", "HOME": "/h"}
+    env = plan(UpConfig(), AROUND._replace(environ=environ))["gateway-0"].env
+    assert {"PHLOEM_GATEWAY_API_KEY", "HOME"} <= set(env)
+    assert not {"PHLOEM_PORT", "PHLOEM_UP_PREFILL"} & set(env)
+
+
+def test_shared_redis_gets_names_of_this_run() -> None:
+    specs = plan(UpConfig(), AROUND._replace(name_suffix="-ab12"))
+    assert flag(specs["prefill-0"], "--worker-id") == "prefill-0-ab12"
+    assert flag(specs["cache-index"], "--service-id") == "cache-index-ab12"
+
+
+@pytest.mark.parametrize(
+    ("device", "num_workers", "num_gpus", "places"),
+    [
+        ("auto", 2, 0, [("auto", 0.425), ("auto", 0.425)]),
+        ("auto", 3, 2, [("cuda:0", 0.425), ("cuda:1", 0.425), ("cuda:0", 0.425)]),
+        ("cuda", 2, 2, [("cuda:0", 0.85), ("cuda:1", 0.85)]),
+        ("cpu", 2, 8, [("cpu", 0.425), ("cpu", 0.425)]),
+    ],
+)
+def test_workers_share_devices_and_memory(
+    device: str, num_workers: int, num_gpus: int, places: list[tuple[str, float]]
+) -> None:
+    options = EngineOptions(device=device)
+    placed = [placed_options(options, rank, num_workers, num_gpus) for rank in range(num_workers)]
+    assert [(p.device, p.mem_fraction_static) for p in placed] == places
+
+
+def test_memory_that_the_user_set_stays() -> None:
+    options = EngineOptions(mem_fraction_static=0.5)
+    assert placed_options(options, 0, 4, 0).mem_fraction_static == 0.5
+
+
+def test_served_name_is_what_the_user_calls_the_model(tmp_path: Path) -> None:
+    (tmp_path / "my-model").mkdir()
+    assert served_model_name(str(tmp_path / "my-model")) == "my-model"
+    assert served_model_name("owner/name") == "owner/name"
+
+
+@pytest.mark.parametrize(
+    "config", [dict(prefill=0), dict(decode=0), dict(prefill=0, decode=0), dict(port=65535, gateways=2)]
+)
+def test_impossible_clusters_are_refused(config: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="--"):
+        UpConfig(**config)  # type: ignore[arg-type]
+
+
+def test_gpus_are_counted_from_device_files_or_the_variable(tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert count_gpus({}, tmp_path) == 2
+    assert count_gpus({"CUDA_VISIBLE_DEVICES": "3"}, tmp_path) == 1
+    assert count_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == 0
+
+
+def test_restart_delay_doubles_up_to_a_bound_and_forgets_after_a_healthy_minute() -> None:
+    delays = []
+    attempt = 0
+    for _ in range(9):
+        attempt, delay = next_restart(attempt, lived_s=1.0)
+        delays.append(delay)
+    assert delays[:4] == [0.5, 1.0, 2.0, 4.0]
+    assert delays[-1] == 30.0
+    assert next_restart(9, lived_s=61.0) == (1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("line", "stage"),
+    [
+        ("... info prefill: progress stage=weights done=3 total=30 logger=x", Stage("weights", 3, 30)),
+        ('progress stage="writing weights" done=0 total=0 logger=x', Stage("writing weights", 0, 0)),
+        ("nothing of the kind", None),
+    ],
+)
+def test_stages_are_read_from_log_lines(line: str, stage: Stage | None) -> None:
+    assert stage_in(line) == stage
+
+
+def test_child_log_gives_complete_new_lines_once(tmp_path: Path) -> None:
+    log = ChildLog(tmp_path / "x.log")
+    assert (log.new_lines(), log.tail(3)) == ([], [])
+    log.path.write_text("one\ntw")
+    assert log.new_lines() == ["one"]
+    with log.path.open("a") as file:
+        file.write("o\nthree\n")
+    assert log.new_lines() == ["two", "three"]
+    assert log.tail(2) == ["two", "three"]
+
+
+def test_port_in_use_names_the_flag() -> None:
+    with bound_socket("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port} on 127.0.0.1 is in use.*--port"):
+            require_free_port("127.0.0.1", port, "--port")
+    require_free_port("127.0.0.1", free_port("127.0.0.1"), "--port")
+
+
+async def test_up_with_a_port_in_use_starts_nothing(tmp_path: Path) -> None:
+    with bound_socket("127.0.0.1", 0) as taken:
+        config = UpConfig(port=taken.getsockname()[1], run_dir=str(tmp_path / "run"))
+        with pytest.raises(ConfigError, match="is in use"):
+            await UpRun(config, None, Console(file=io.StringIO())).run()
+    assert not (tmp_path / "run").exists()
+
+
+async def test_up_with_a_model_that_is_none_stops_what_it_started(tmp_path: Path) -> None:
+    options = EngineOptions(model_path=str(tmp_path))
+    config = UpConfig(port=free_port("127.0.0.1"), engine=options, run_dir=str(tmp_path / "run"))
+    with pytest.raises(PhloemError, match="is not a model"):
+        await UpRun(config, None, Console(file=io.StringIO())).run()
+    assert [child.name() for child in psutil.Process().children()] == []
+
+
+def test_curl_line_survives_a_shell() -> None:
+    line = curl_line("http://127.0.0.1:30000", "it's", needs_key=True)
+    assert line.startswith('curl http://127.0.0.1:30000/v1/chat/completions -H "Authorization')
+    counted = subprocess.run(["sh", "-c", f"set -- {line}; echo $#"], capture_output=True, text=True)
+    assert counted.stdout.strip() == "8"
+
+
+def test_lines_are_shown_once_per_stage() -> None:
+    out = io.StringIO()
+    with LineDisplay(Console(file=out, width=200)) as display:
+        for done in range(3):
+            display.stage("prefill-0", Stage("weights", done, 3))
+        display.ready("prefill-0")
+    assert [line.partition("] ")[2] for line in out.getvalue().splitlines()] == [
+        "prefill-0: weights",
+        "prefill-0: ready",
+    ]
+
+
+def python_child(name: str, program: str, kind: Kind = "prefill") -> ChildSpec:
+    return ChildSpec(kind, name, (sys.executable, "-u", "-c", program), dict(os.environ))
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():  # noqa: ASYNC110  (files and processes set no event)
+            await asyncio.sleep(0.01)
+
+
+SLEEP = "import time; time.sleep(600)"
+
+
+async def test_death_before_the_cluster_is_up_is_fatal_and_shows_the_log(tmp_path: Path) -> None:
+    async with Supervisor(tmp_path, print, 5.0) as supervisor:
+        await supervisor.start(python_child("a", "print('no such model'); raise SystemExit(2)"))
+        with pytest.raises(PhloemError, match=r"a exited with code 2(?s:.*)no such model"):
+            await asyncio.wait_for(supervisor.failure(), DEADLINE_S)
+
+
+async def test_death_later_is_reported_and_repaired(tmp_path: Path) -> None:
+    lines: list[str] = []
+    async with Supervisor(tmp_path, lines.append, 5.0) as supervisor:
+        child = await supervisor.start(python_child("a", f"print('hello'); {SLEEP}"))
+        supervisor.settle()
+        await eventually(lambda: child.log.tail(1) == ["hello"])
+        first = child.pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        await eventually(lambda: child.num_restarts == 1)
+        assert child.pid not in (None, first)
+    assert "a was killed by SIGKILL" in lines[0]
+    assert "hello" in lines[0]
+    assert child.process is not None and child.process.returncode is not None
+
+
+async def test_children_stop_gateways_first_and_valkey_last(tmp_path: Path) -> None:
+    record = tmp_path / "order"
+    program = """
+import signal, sys, time
+def stop(*_):
+    with open(sys.argv[1], "a") as f: f.write(sys.argv[2] + "\\n")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+print("up")
+time.sleep(600)
+"""
+    kinds: list[Kind] = ["valkey", "cache-index", "decode", "gateway"]
+    async with Supervisor(tmp_path, print, 10.0) as supervisor:
+        for kind in kinds:
+            argv = (sys.executable, "-u", "-c", program, str(record), kind)
+            child = await supervisor.start(ChildSpec(kind, kind, argv, dict(os.environ)))
+            await eventually(lambda child=child: child.log.tail(1) == ["up"])  # type: ignore[misc]
+    assert record.read_text().split() == ["gateway", "decode", "cache-index", "valkey"]
+
+
+async def test_cancelled_stop_kills_at_once(tmp_path: Path) -> None:
+    stubborn = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up'); {SLEEP}"
+    supervisor = Supervisor(tmp_path, print, 600.0)
+    child = await supervisor.start(python_child("a", stubborn))
+    await eventually(lambda: child.log.tail(1) == ["up"])
+    stopping = asyncio.create_task(supervisor.stop())
+    await asyncio.sleep(0)
+    stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+    assert child.process is not None
+    assert await asyncio.wait_for(child.process.wait(), DEADLINE_S) == -signal.SIGKILL
+
+
+async def test_valkey_listens_on_loopback_with_a_password_and_dies_with_its_parent(tmp_path: Path) -> None:
+    valkey = plan_valkey(tmp_path, "127.0.0.1", free_port("127.0.0.1"))
+    assert (tmp_path / "valkey.conf").stat().st_mode & 0o077 == 0
+    async with Supervisor(tmp_path, print, 5.0) as supervisor:
+        child = await supervisor.start(valkey.spec)
+        await asyncio.wait_for(wait_for_redis(valkey.url), DEADLINE_S)
+        assert child.pid is not None
+        process = psutil.Process(child.pid)
+        listening = {c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
+        assert listening == {"127.0.0.1"}
+        stranger = redis.asyncio.Redis(host="127.0.0.1", port=valkey.spec.port or 0)
+        with pytest.raises(redis.exceptions.AuthenticationError):
+            await stranger.ping()
+        await stranger.aclose()
+    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_killed_supervisor_leaves_no_child(tmp_path: Path) -> None:
+    program = f"""
+import asyncio, os, sys
+from pathlib import Path
+from phloem.cli.up.plan import ChildSpec
+from phloem.cli.up.supervisor import Supervisor
+
+async def main():
+    async with Supervisor(Path({str(tmp_path)!r}), print, 5.0) as supervisor:
+        argv = (sys.executable, "-c", {SLEEP!r})
+        child = await supervisor.start(ChildSpec("decode", "a", argv, dict(os.environ)))
+        print(child.pid, flush=True)
+        await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.communicate(timeout=DEADLINE_S)
+    deadline = time.monotonic() + 5.0
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the child outlived its supervisor"
+        time.sleep(0.02)
