@@ -1,0 +1,276 @@
+"""The gateway's door to the cluster: routes requests, merges what workers send, survives their loss."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from types import TracebackType
+
+from prometheus_client import CollectorRegistry
+
+from phloem.services.gateway.cluster.index_client import IndexClient
+from phloem.services.gateway.cluster.live_request import LiveRequest
+from phloem.services.gateway.cluster.membership import Membership
+from phloem.services.gateway.cluster.metrics import ClusterMetrics
+from phloem.services.gateway.cluster.options import ClusterOptions
+from phloem.services.gateway.cluster.request_table import RequestTable
+from phloem.services.gateway.cluster.routing import Candidate, Decision, RoutingRequest, route
+from phloem.services.gateway.cluster.worker_calls import audit_workers, flush_workers
+from phloem.services.gateway.cluster.worker_session import WorkerSession
+from phloem.services.gateway.generation import ClusterModelInfo, GeneratedTokens, GenerationRequest
+from phloem.shared.block_hash import BlockHasher
+from phloem.shared.discovery.registry import Registry
+from phloem.shared.errors import PhloemError, unavailable
+from phloem.shared.protocol.cluster import WorkerRecord
+from phloem.shared.protocol.engine import AuditReply
+from phloem.shared.protocol.session import PeerRef, Phase
+
+log = logging.getLogger(__name__)
+
+MAX_KEPT_DECISIONS = 1024
+RETRY_PAUSE_S = 0.1  # before a worker that just failed is asked again, when there is no other
+
+
+class ClusterClient:
+    """Implements `Generator`. Use as an async context manager; it serves between enter and exit.
+
+    One per gateway process: it holds one session with each worker. The registry stays the caller's.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        cluster_secret: bytes,
+        gateway_id: str,
+        prometheus: CollectorRegistry,
+        options: ClusterOptions | None = None,
+    ) -> None:
+        self._registry = registry
+        self._cluster_secret = cluster_secret
+        self._gateway_id = gateway_id
+        self._options = options or ClusterOptions()
+        self._metrics = ClusterMetrics(prometheus)
+        self._hasher = BlockHasher(cluster_secret)
+        self._index = IndexClient(cluster_secret, self._options.index_timeout_s, self._metrics)
+        self._membership = Membership(
+            self._new_session,
+            lambda worker: self._table.num_requests(worker) > 0,
+            self._metrics,
+            silence_s=self._options.worker_silence_s,
+        )
+        self._table = RequestTable(self._membership.session)
+        self._decisions: OrderedDict[str, Decision] = OrderedDict()
+        self._sequence = 0
+        self._tasks = asyncio.TaskGroup()
+        self._following: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()  # replaced by a new one each time it is set
+
+    async def __aenter__(self) -> ClusterClient:
+        await self._tasks.__aenter__()
+        self._following = self._tasks.create_task(self._follow_cluster(), name="cluster membership")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._following is not None
+        self._following.cancel()
+        self._membership.close()
+        await self._tasks.__aexit__(kind, error, trace)
+        await self._index.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way and none has left anything behind."""
+        return self._table.is_empty
+
+    def ready(self) -> bool:
+        """Whether a request that came now could be routed."""
+        return any(session.record.role != "prefill" for session in self._membership.routable)
+
+    def model_info(self) -> ClusterModelInfo:
+        records = [session.record for session in self._membership.live]
+        if not records:
+            return ClusterModelInfo()
+        decoders = [record for record in records if record.role != "prefill"]
+        return ClusterModelInfo(
+            model_id=records[0].model_id,
+            context_length=min(record.context_length for record in records),
+            num_prefill_workers=sum(record.role == "prefill" for record in records),
+            num_decode_workers=sum(record.role == "decode" for record in records),
+            num_unified_workers=sum(record.role == "unified" for record in records),
+            max_total_tokens=sum(record.load.total_pages * record.page_size for record in decoders),
+            max_running_requests=sum(record.max_running_requests for record in decoders),
+        )
+
+    def decision(self, request_id: str) -> Decision | None:
+        """Where a recent request went last, and the terms of its cost."""
+        return self._decisions.get(request_id)
+
+    async def flush_cache(self) -> int:
+        """Empties the prefix cache of every live worker; returns how many. Raises `PhloemError`."""
+        return await flush_workers(self._membership.live)
+
+    async def audit(self) -> dict[PeerRef, AuditReply]:
+        """Who owns the pages of each live worker. Raises `PhloemError`."""
+        return await audit_workers(self._membership.live)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GeneratedTokens, None]:
+        """See `Generator.generate`."""
+        self._sequence += 1
+        live = LiveRequest(request, self._sequence)
+        self._table.add(live)
+        self._metrics.requests.set(len(self._table))
+        try:
+            await self._start_attempt(live)
+            while True:
+                item = live.state.take()
+                if item is not None:
+                    yield item
+                    if item.finish_reason is not None:
+                        return
+                elif live.state.failure is not None:
+                    self._check_may_retry(live)
+                    await self._start_attempt(live)
+                elif await live.wait(self._options.handover_grace_s):
+                    self._table.settle(live)
+        except PhloemError as error:
+            self._metrics.failures.labels(error.code).inc()
+            raise
+        finally:
+            self._table.remove(live)
+            self._metrics.requests.set(len(self._table))
+
+    # -- one attempt -----------------------------------------------------------------------------------
+
+    async def _start_attempt(self, live: LiveRequest) -> None:
+        state = live.state
+        live.block_hashes = self._hasher.chain(
+            state.token_ids, state.request.cache_salt, known=live.block_hashes
+        )
+        cached = await self._index.cached_tokens(live.block_hashes)
+        decision = await self._decide(live, cached)
+        self._keep(state.request.request_id, decision)
+        submits = state.begin(_phases(decision), live.block_hashes, live.elapsed_s)
+        prefiller = decision.prefill or decision.decode
+        num_tokens = max(1, len(state.token_ids) - cached.get(prefiller, 0))
+        self._table.submit(live, submits, (prefiller, num_tokens))
+        self._metrics.routed.labels("pair" if decision.prefill else "local").inc()
+
+    async def _decide(self, live: LiveRequest, cached: dict[PeerRef, int]) -> Decision:
+        """The cheapest way now; waits for a worker when there is none."""
+        give_up_at = time.monotonic() + self._options.worker_wait_s
+        request = RoutingRequest(
+            request_id=live.state.request.request_id,
+            num_tokens=len(live.state.token_ids),
+            max_new_tokens=max(1, live.state.request.sampling.max_tokens - len(live.state.emitted)),
+            sequence=live.sequence,
+            attempt=live.state.attempt + 1,
+        )
+        while True:
+            candidates = self._candidates(request, cached)
+            decision = route(self._options.routing_policy, request, _without(candidates, live.avoid))
+            if decision is not None:
+                if decision.decode in live.avoid:
+                    await asyncio.sleep(RETRY_PAUSE_S)
+                return decision
+            await self._wait_for_change(give_up_at, live)
+
+    def _candidates(self, request: RoutingRequest, cached: dict[PeerRef, int]) -> list[Candidate]:
+        return [
+            Candidate(
+                record=session.record,
+                own_requests=self._table.num_requests(session.ref),
+                own_prefill_tokens=self._table.prefill_tokens(session.ref),
+                cached_tokens=min(cached.get(session.ref, 0), request.num_tokens),
+            )
+            for session in self._membership.routable
+        ]
+
+    async def _wait_for_change(self, give_up_at: float, live: LiveRequest) -> None:
+        """Returns when the set of workers changed. Raises what the request fails with past `give_up_at`."""
+        try:
+            async with asyncio.timeout(max(0.0, give_up_at - time.monotonic())):
+                await self._changed.wait()
+        except TimeoutError:
+            failure = live.state.failure
+            if failure is not None:
+                raise PhloemError.from_info(failure.error) from None
+            raise self._no_workers() from None
+
+    def _no_workers(self) -> PhloemError:
+        roles = [session.record.role for session in self._membership.live]
+        found = f"{len(roles)} prefill workers but" if roles and set(roles) == {"prefill"} else ""
+        return unavailable(
+            f"the cluster has {found} no decode or unified worker that takes requests: start one with "
+            "`phloem serve decode`",
+            code="no_decode_workers",
+            retry_after_s=2.0,
+        )
+
+    def _check_may_retry(self, live: LiveRequest) -> None:
+        """Raises the failure when it is final."""
+        failure = live.state.failure
+        assert failure is not None
+        error = PhloemError.from_info(failure.error)
+        if not error.retryable or live.state.attempt >= self._options.max_attempts:
+            raise error
+        if failure.avoid is not None:
+            live.avoid.add(failure.avoid)
+        self._metrics.retries.labels(error.code).inc()
+        log.info(
+            "request is submitted again: %s",
+            error,
+            extra={"request_id": live.state.request.request_id, "attempt": live.state.attempt + 1},
+        )
+
+    def _keep(self, request_id: str, decision: Decision) -> None:
+        self._decisions[request_id] = decision
+        self._decisions.move_to_end(request_id)
+        while len(self._decisions) > MAX_KEPT_DECISIONS:
+            self._decisions.popitem(last=False)
+
+    # -- the cluster -----------------------------------------------------------------------------------
+
+    async def _follow_cluster(self) -> None:
+        async for snapshot in self._registry.watch():
+            self._membership.update(snapshot, self._tasks)
+            await self._index.set_addresses(
+                [service.address for service in snapshot.services if service.kind == "cache_index"]
+            )
+            self._on_change()
+
+    def _new_session(self, record: WorkerRecord) -> WorkerSession:
+        return WorkerSession(
+            record,
+            self._gateway_id,
+            self._cluster_secret,
+            self._options,
+            self._metrics,
+            on_step=self._table.on_step,
+            on_lost=self._table.on_lost,
+            on_change=self._on_change,
+        )
+
+    def _on_change(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+def _phases(decision: Decision) -> dict[PeerRef, Phase]:
+    """Decode first: it reserves pages while prefill computes."""
+    if decision.prefill is None:
+        return {decision.decode: "both"}
+    return {decision.decode: "decode", decision.prefill: "prefill"}
+
+
+def _without(candidates: list[Candidate], avoid: set[PeerRef]) -> list[Candidate]:
+    """Leaves out prefill workers that failed this request (a decode worker can prefill), and others while
+    there is one that has not."""
+    kept = [worker for worker in candidates if worker.ref not in avoid]
+    if any(worker.record.role != "prefill" for worker in kept):
+        return kept
+    return kept + [w for w in candidates if w.ref in avoid and w.record.role != "prefill"]

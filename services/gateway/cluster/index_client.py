@@ -1,0 +1,54 @@
+"""Asks cache_index which workers hold a prompt's prefix; routing never waits for it for long."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from phloem.services.gateway.cluster.metrics import ClusterMetrics
+from phloem.shared.block_hash import BLOCK_TOKENS
+from phloem.shared.errors import PhloemError
+from phloem.shared.protocol.index import INDEX_SERVICE, Match, match, matched
+from phloem.shared.protocol.session import PeerRef
+from phloem.shared.rpc.client import RpcChannel
+
+log = logging.getLogger(__name__)
+
+
+class IndexClient:
+    """Spreads look-ups over the live replicas. Fails open: no answer in time is an empty one, and counted."""
+
+    def __init__(self, cluster_secret: bytes, timeout_s: float, metrics: ClusterMetrics) -> None:
+        self._cluster_secret = cluster_secret
+        self._timeout_s = timeout_s
+        self._metrics = metrics
+        self._channels: dict[str, RpcChannel] = {}
+        self._num_calls = 0
+
+    async def set_addresses(self, addresses: Sequence[str]) -> None:
+        """The replicas that live now; channels to others are closed."""
+        for address in [known for known in self._channels if known not in addresses]:
+            await self._channels.pop(address).close()
+        for address in addresses:
+            if address not in self._channels:
+                self._channels[address] = RpcChannel(address, self._cluster_secret)
+
+    async def cached_tokens(self, block_hashes: list[bytes]) -> dict[PeerRef, int]:
+        """Leading tokens of the prompt that each worker holds; workers that hold none are left out."""
+        if not block_hashes or not self._channels:
+            return {}
+        self._num_calls += 1
+        channels = list(self._channels.values())
+        call = channels[self._num_calls % len(channels)].unary(INDEX_SERVICE, "Match", match, matched)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer = await call(Match(block_hashes), self._timeout_s)
+        except (TimeoutError, PhloemError) as error:
+            self._metrics.index_misses.inc()
+            log.debug("the index did not answer: %s", error)
+            return {}
+        return {holder.worker: holder.num_blocks * BLOCK_TOKENS for holder in answer.holders}
+
+    async def close(self) -> None:
+        await self.set_addresses(())
