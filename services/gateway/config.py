@@ -6,6 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from phloem.services.gateway.cluster.options import ClusterOptions
 from phloem.shared.telemetry.logs import LogOptions
 
 
@@ -46,6 +47,8 @@ class GatewayConfig(LogOptions, frozen=True, kw_only=True):
     admin_api_key: Annotated[
         str, Meta(description="bearer key for /flush_cache; may do all that an API key may")
     ] = ""
+
+    cluster: ClusterOptions = ClusterOptions()
 
     # Bounds on one request: each is checked before anything of that size is allocated.
     max_body_bytes: Annotated[

@@ -1,0 +1,84 @@
+"""Bearer keys. Decided by the handler that the route led to, so no spelling of a path gets around it; a
+handler is closed unless it says otherwise."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import Any
+
+from litestar.connection import ASGIConnection
+from litestar.handlers.base import BaseRouteHandler
+
+from phloem.services.gateway.tenant import Tenant, tenant_of_key
+from phloem.shared.errors import PhloemError
+
+PUBLIC = {"access": "public"}  # liveness only
+ADMIN = {"access": "admin"}
+
+
+class Authenticator:
+    """Knows the keys as digests. Without keys all routes are open but the admin's, which an `admin_key`
+    closes; with keys, the admin routes take only the admin key."""
+
+    def __init__(self, api_keys: Sequence[str], admin_key: str, cluster_secret: str) -> None:
+        self._tenants = {_digest(key): tenant_of_key(key, cluster_secret) for key in api_keys}
+        self._admin = _digest(admin_key) if admin_key else None
+        self._admin_tenant = tenant_of_key(admin_key, cluster_secret) if admin_key else Tenant()
+
+    # Any: user, auth and state types of Litestar that this app doesn't use.
+    def guard(self, connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+        """Litestar's guard for every route: leaves the tenant in the state. Raises 401 or 403."""
+        access = handler.opt.get("access")
+        if access == "public":
+            return
+        shown = _bearer(connection.headers.get("authorization"))
+        tenant = self._admin_only(shown) if access == "admin" else self._any_key(shown)
+        connection.scope["state"]["tenant"] = tenant
+
+    def _any_key(self, shown: str | None) -> Tenant:
+        if not self._tenants:
+            return Tenant()
+        tenant = self._find(shown)
+        if tenant is None:
+            raise _unauthorized()
+        return tenant
+
+    def _admin_only(self, shown: str | None) -> Tenant:
+        if self._admin is None and not self._tenants:
+            return Tenant()
+        tenant = self._find(shown)
+        if tenant is None:
+            raise _unauthorized()
+        if self._admin is None or tenant is not self._admin_tenant:
+            raise PhloemError("admin_key_required", "this route needs the admin key", http_status=403)
+        return tenant
+
+    def _find(self, shown: str | None) -> Tenant | None:
+        """Compares with every key, so that the time tells nothing."""
+        digest = _digest(shown or "")
+        found = None
+        for known, tenant in self._tenants.items():
+            if hmac.compare_digest(known, digest):
+                found = tenant
+        if self._admin is not None and hmac.compare_digest(self._admin, digest):
+            found = self._admin_tenant
+        return found if shown else None
+
+
+def _digest(key: str) -> bytes:
+    return sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _bearer(header: str | None) -> str | None:
+    scheme, _, key = (header or "").partition(" ")
+    return key.strip() or None if scheme.lower() == "bearer" else None
+
+
+def _unauthorized() -> PhloemError:
+    return PhloemError(
+        "invalid_api_key",
+        "Missing or wrong API key: send it as 'Authorization: Bearer KEY'.",
+        http_status=401,
+    )

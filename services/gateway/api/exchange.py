@@ -1,0 +1,106 @@
+"""One request and its answer, while the client listens.
+
+A handler returns an `Exchange`; its work runs as long as the client is there and is cancelled when it goes
+away. Nothing is sent before the work has something to say, so that an error still has its HTTP status; after
+that an error is the last event of the stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeAlias
+
+from litestar.types import HTTPResponseBodyEvent, HTTPResponseStartEvent, Receive, Scope, Send
+
+from phloem.services.gateway.api.access import CLIENT_GONE
+from phloem.services.gateway.api.errors import error_body, info_of
+
+EVENT_STREAM = b"text/event-stream; charset=utf-8"
+JSON = b"application/json"
+
+
+class Reply:
+    """Sends either one JSON body or a stream of server-sent events."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def json(self, body: bytes, status: int = 200) -> None:
+        """The whole answer."""
+        await self._start(status, [(b"content-type", JSON), (b"content-length", str(len(body)).encode())])
+        await self._body(body, more=False)
+
+    async def events(self, events: Iterable[bytes]) -> None:
+        """Sends `events`, each the data of one, in one write; waits while the client is slow to read."""
+        data = b"".join(b"data: " + event + b"\n\n" for event in events)
+        if not data:
+            return
+        if not self.started:
+            await self._start(200, [(b"content-type", EVENT_STREAM), (b"cache-control", b"no-cache")])
+        await self._body(data, more=True)
+
+    async def end(self) -> None:
+        """Ends the stream of events."""
+        await self._body(b"", more=False)
+
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.started = True
+        start: HTTPResponseStartEvent = {
+            "type": "http.response.start",
+            "status": status,
+            "headers": headers,
+        }
+        await self._send(start)
+
+    async def _body(self, body: bytes, *, more: bool) -> None:
+        event: HTTPResponseBodyEvent = {"type": "http.response.body", "body": body, "more_body": more}
+        await self._send(event)
+
+
+Work: TypeAlias = Callable[[Reply], Awaitable[None]]
+
+
+class Exchange:
+    """An ASGI application for one answer. Raises what `work` raises if nothing was sent yet. When the client
+    left, it says so in the request's state."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = Reply(send)
+        work = asyncio.ensure_future(self._work(reply))
+        gone = asyncio.create_task(_wait_until_gone(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            was_done = work.done()
+            await _cancel(work, gone)
+        if not was_done:
+            scope["state"][CLIENT_GONE] = True
+            return
+        await _conclude(work, reply)
+
+
+async def _conclude(work: asyncio.Future[None], reply: Reply) -> None:
+    error = work.exception()
+    if error is None:
+        return
+    if not reply.started:
+        raise error
+    await reply.events([error_body(info_of(error))])
+    await reply.end()
+
+
+async def _wait_until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(*tasks: asyncio.Future[None]) -> None:
+    """Cancels and waits: on return the generators in them are closed, so the workers have been told."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,139 @@
+"""SGLang's native routes: /generate, /get_model_info, /flush_cache."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+from litestar import MediaType, Response, get, post, route
+from litestar.enums import HttpMethod
+from litestar.openapi import ResponseSpec
+from litestar.types import ASGIApp
+
+from phloem.services.gateway.api.access import call_of
+from phloem.services.gateway.api.answer import answer
+from phloem.services.gateway.api.auth import ADMIN
+from phloem.services.gateway.api.errors import HttpRequest
+from phloem.services.gateway.api.exchange import Exchange, Reply
+from phloem.services.gateway.api.json_body import decode_json
+from phloem.services.gateway.api.native_answers import NativeDialect
+from phloem.services.gateway.api.native_types import (
+    GenerateAnswer,
+    GenerateRequest,
+    ModelInfo,
+    NativeSampling,
+)
+from phloem.services.gateway.api.operations import body_of, gateway_of, takes_body
+from phloem.services.gateway.api.prompts import completion_prompts, encoded
+from phloem.services.gateway.api.refusals import (
+    NATIVE_REFUSALS,
+    NATIVE_SAMPLING_REFUSALS,
+    refuse_unsupported,
+    unsupported,
+)
+from phloem.services.gateway.gateway import Gateway
+from phloem.services.gateway.sampling import SamplingPlan, plan_sampling
+from phloem.shared.errors import invalid_request, unavailable
+
+DEFAULT_MAX_NEW_TOKENS = 128  # SGLang's
+_FLUSH_TIMEOUT_S = 30.0
+_PREFIX = "sampling_params."
+
+
+@post(
+    "/generate",
+    status_code=200,
+    operation_class=takes_body(GenerateRequest),
+    responses={200: ResponseSpec(GenerateAnswer, description="One answer, a list, or a stream of events")},
+    summary="Generate (SGLang)",
+)
+async def generate(request: HttpRequest) -> ASGIApp:
+    """Goes on where a text or token ids stop."""
+    gateway, call = gateway_of(request), call_of(request.scope)
+    data = await body_of(request)
+    body: GenerateRequest = decode_json(data, GenerateRequest)
+    refuse_unsupported(data, NATIVE_REFUSALS)
+    sampling = _sampling(gateway, body.sampling_params)
+    prompts, param, single = _prompts(body, gateway.config.max_batch_prompts)
+
+    async def work(reply: Reply) -> None:
+        with gateway.admission.admit(call.tenant.id, sampling.n * len(prompts)):
+            sequences = gateway.sequences(
+                call,
+                await encoded(gateway, prompts, param),
+                sampling,
+                cache_salt=body.cache_salt,
+                param=param,
+                continues_text=True,
+                default_max_tokens=DEFAULT_MAX_NEW_TOKENS,
+            )
+            dialect = NativeDialect(call, single=single and sampling.n == 1)
+            await answer(gateway, sequences, dialect, reply, stream=bool(body.stream))
+
+    return Exchange(work)
+
+
+@get("/get_model_info", summary="The model and the cluster (SGLang)")
+async def get_model_info(request: HttpRequest) -> ModelInfo:
+    gateway = gateway_of(request)
+    cluster = gateway.generator.model_info()
+    return ModelInfo(
+        model_path=gateway.model.path,
+        tokenizer_path=gateway.model.path,
+        served_model_name=gateway.model.name,
+        context_length=gateway.context_length,
+        vocab_size=gateway.model.vocab_size,
+        num_prefill_workers=cluster.num_prefill_workers,
+        num_decode_workers=cluster.num_decode_workers,
+        num_unified_workers=cluster.num_unified_workers,
+        max_total_tokens=cluster.max_total_tokens,
+        max_running_requests=cluster.max_running_requests,
+    )
+
+
+@route(
+    "/flush_cache",
+    http_method=[HttpMethod.GET, HttpMethod.POST],
+    status_code=200,
+    media_type=MediaType.TEXT,
+    opt=ADMIN,
+    summary="Empty every worker's prefix cache (SGLang)",
+)
+async def flush_cache(request: HttpRequest) -> Response[str]:
+    try:
+        async with asyncio.timeout(_FLUSH_TIMEOUT_S):
+            num_workers = await gateway_of(request).generator.flush_cache()
+    except TimeoutError as error:
+        raise unavailable(f"not every worker answered within {_FLUSH_TIMEOUT_S:g} s") from error
+    return Response(f"Cache flushed on {num_workers} workers.\n", media_type=MediaType.TEXT)
+
+
+def _sampling(gateway: Gateway, raw: msgspec.Raw) -> SamplingPlan:
+    if bytes(raw).lstrip()[:1] == b"[":
+        raise unsupported("sampling_params", " as a list")
+    fields: NativeSampling = decode_json(raw, NativeSampling | None, _PREFIX) or NativeSampling()
+    if bytes(raw) != b"null":
+        refuse_unsupported(bytes(raw), NATIVE_SAMPLING_REFUSALS, _PREFIX)
+    if fields.seed is None and fields.sampling_seed is not None:
+        fields = msgspec.structs.replace(fields, seed=fields.sampling_seed)
+    return plan_sampling(
+        fields,
+        max_tokens=fields.max_new_tokens,
+        max_tokens_param=f"{_PREFIX}max_new_tokens",
+        config=gateway.config,
+        check_tokens=gateway.check_tokens,
+        prefix=_PREFIX,
+    )
+
+
+def _prompts(body: GenerateRequest, most: int) -> tuple[list[str | list[int]], str, bool]:
+    """The prompts, the field that gave them, and whether it was a single one, not a list."""
+    if (body.text is None) == (body.input_ids is None):
+        raise invalid_request(
+            "give exactly one of text and input_ids", param="text", code="missing_required_parameter"
+        )
+    if body.text is not None:
+        return completion_prompts(body.text, "text", most), "text", isinstance(body.text, str)
+    ids = body.input_ids or []
+    prompts = completion_prompts(ids, "input_ids", most)
+    return prompts, "input_ids", isinstance(ids[0], int)
