@@ -1,0 +1,84 @@
+"""KV pages to and from a flat staging buffer, with the digest of `reference/pages.py` in the same pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from phloem.kernels.reference.pages import COLUMN_STEP, ROW_STEP, ROW_WORDS
+from phloem.kernels.types import PagedKV
+
+_BLOCK_WORDS = 1024
+
+
+@triton.jit
+def _move_kernel(
+    planes,
+    page_ids,
+    staging,
+    digest,
+    num_pages,
+    page_words,
+    row_words: tl.constexpr,
+    row_step: tl.constexpr,
+    column_step: tl.constexpr,
+    gathers: tl.constexpr,
+    block: tl.constexpr,
+):
+    plane = tl.program_id(0)
+    page = tl.program_id(1)
+    base = tl.load(planes + plane).to(tl.pointer_type(tl.int64))
+    pages = base + tl.load(page_ids + page) * page_words
+    first = (plane.to(tl.int64) * num_pages + page) * page_words
+    word = tl.program_id(2) * block + tl.arange(0, block)
+    inside = word < page_words
+    if gathers:
+        value = tl.load(pages + word, mask=inside, other=0)
+        tl.store(staging + first + word, value, mask=inside)
+    else:
+        value = tl.load(staging + first + word, mask=inside, other=0)
+        tl.store(pages + word, value, mask=inside)
+    place = first + word
+    row_weight = ((place // row_words) * row_step) | 1
+    column_weight = ((place % row_words) * column_step) | 1
+    tl.atomic_add(digest, tl.sum(value * row_weight * column_weight, axis=0))
+
+
+def gather_pages(kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: int, out: Tensor) -> Tensor:
+    """See `ops.gather_pages`; the digest stays on the device, int64 `[1]`."""
+    return _move(kv, page_ids, layer_start, layer_end, out, gathers=True)
+
+
+def scatter_pages(kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: int, src: Tensor) -> Tensor:
+    """See `ops.scatter_pages`; the digest stays on the device, int64 `[1]`."""
+    return _move(kv, page_ids, layer_start, layer_end, src, gathers=False)
+
+
+def _move(
+    kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: int, staging: Tensor, *, gathers: bool
+) -> Tensor:
+    digest = torch.zeros(1, dtype=torch.int64, device=staging.device)
+    planes = [plane for layer in range(layer_start, layer_end) for plane in (kv.k[layer], kv.v[layer])]
+    if not planes or not page_ids.numel():
+        return digest
+    page_bytes = planes[0][0].numel() * planes[0].element_size()
+    assert page_bytes % 8 == 0, "a page is whole 8-byte words"
+    pointers = torch.tensor([plane.data_ptr() for plane in planes], dtype=torch.int64, device=staging.device)
+    page_words = page_bytes // 8
+    _move_kernel[(len(planes), page_ids.numel(), triton.cdiv(page_words, _BLOCK_WORDS))](
+        pointers,
+        page_ids,
+        staging[: staging.numel() // 8 * 8].view(torch.int64),
+        digest,
+        page_ids.numel(),
+        page_words,
+        row_words=ROW_WORDS,
+        row_step=ROW_STEP,
+        column_step=COLUMN_STEP,
+        gathers=gathers,
+        block=_BLOCK_WORDS,
+        num_warps=4,
+    )
+    return digest
