@@ -17,10 +17,12 @@ from phloem.services.gateway.api.openai_routes import chat_completions, completi
 from phloem.services.gateway.gateway import Gateway
 
 
-def create_app(gateway: Gateway) -> ASGIApp:
-    """All routes over `gateway`. The OpenAPI page is at /schema, behind the same keys as the rest."""
+def create_app(gateway: Gateway, cluster_secret: bytes) -> ASGIApp:
+    """All routes over `gateway`. `cluster_secret` keys the tenants' cache salts.
+
+    The OpenAPI page is at /schema, behind the same keys as the rest."""
     config = gateway.config
-    authenticator = Authenticator(config.api_key, config.admin_api_key, config.cluster_secret)
+    authenticator = Authenticator(config.api_key, config.admin_api_key, cluster_secret)
     app = Litestar(
         [
             chat_completions,

@@ -31,14 +31,21 @@ class GatewayConfig(LogOptions, frozen=True, kw_only=True):
         tuple[str, ...],
         Meta(description="the names that a request's chat_template_kwargs may set"),
     ] = ("enable_thinking", "thinking")
-    redis_url: Annotated[str, Meta(min_length=1, description="where the cluster is registered")] = (
+    advertise_host: Annotated[
+        str, Meta(description="address that others reach this gateway at; empty: the --host")
+    ] = ""
+    redis_url: Annotated[str, Meta(min_length=1, description="Redis or Valkey that the cluster shares")] = (
         "redis://127.0.0.1:6379/0"
     )
+    redis_wait_s: Annotated[
+        float, Meta(ge=0.0, le=3600.0, description="how long to wait for Redis at start")
+    ] = 30.0
     cluster_secret: Annotated[
-        str, Meta(description="shared by all services of a cluster; authenticates them to each other")
+        str, Meta(description="secret that all services share; empty: the one kept in Redis")
     ] = ""
     gateway_id: Annotated[
-        str, Meta(max_length=128, description="unique name of this replica; empty: made from host and pid")
+        str,
+        Meta(max_length=128, pattern=r"^[A-Za-z0-9._-]*$", description="name of this replica; empty: random"),
     ] = ""
     api_key: Annotated[
         tuple[str, ...],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from msgspec import Struct
 
 from phloem.shared.errors import PhloemError
@@ -29,5 +31,6 @@ class ServedModel(Struct, frozen=True, kw_only=True):
 
 
 def served_name(configured: str, model_path: str) -> str:
-    """`configured`, or else the last part of the path or hub id."""
-    return configured or model_path.rstrip("/").rsplit("/", 1)[-1] or model_path
+    """`configured`, or the last part of a path that exists, or a name or hub id as it was given."""
+    path = Path(model_path).expanduser()
+    return configured or (path.resolve().name if path.exists() else model_path)

@@ -21,8 +21,8 @@ class Tenant(Struct, frozen=True):
         return f"{self.salt}:{requested}" if requested else self.salt
 
 
-def tenant_of_key(api_key: str, cluster_secret: str) -> Tenant:
+def tenant_of_key(api_key: str, cluster_secret: bytes) -> Tenant:
     """The same on every gateway of a cluster, and useless for finding the key."""
-    secret = sha256(cluster_secret.encode()).digest()
+    secret = sha256(cluster_secret).digest()
     name = blake2b(api_key.encode(), key=secret, digest_size=16, person=b"phloem-tenant").hexdigest()
     return Tenant(id=name[:12], salt=name)

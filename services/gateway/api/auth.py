@@ -22,7 +22,7 @@ class Authenticator:
     """Knows the keys as digests. Without keys all routes are open but the admin's, which an `admin_key`
     closes; with keys, the admin routes take only the admin key."""
 
-    def __init__(self, api_keys: Sequence[str], admin_key: str, cluster_secret: str) -> None:
+    def __init__(self, api_keys: Sequence[str], admin_key: str, cluster_secret: bytes) -> None:
         self._tenants = {_digest(key): tenant_of_key(key, cluster_secret) for key in api_keys}
         self._admin = _digest(admin_key) if admin_key else None
         self._admin_tenant = tenant_of_key(admin_key, cluster_secret) if admin_key else Tenant()

@@ -1,0 +1,89 @@
+"""A gateway, from its flags to an HTTP server that answers until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from contextlib import AsyncExitStack
+
+from phloem.services.gateway.app import create_app
+from phloem.services.gateway.cluster.client import ClusterClient
+from phloem.services.gateway.config import GatewayConfig
+from phloem.services.gateway.gateway import Gateway
+from phloem.services.gateway.http_server import bind, serve_http
+from phloem.services.gateway.metrics import GatewayMetrics
+from phloem.services.gateway.served_model import ServedModel, served_name
+from phloem.services.gateway.text.loading import load_prompt_encoder
+from phloem.services.gateway.text.prompt_encoder import PromptEncoder
+from phloem.shared.discovery.lease import LeaseKeeper, ServiceLease
+from phloem.shared.discovery.registry import Registry
+from phloem.shared.discovery.secret import cluster_secret
+from phloem.shared.lifecycle.service import stop_event
+from phloem.shared.model_store.model_config import load_model_config
+from phloem.shared.model_store.resolve import default_cache_dir, resolve_model
+from phloem.shared.protocol.cluster import ServiceRecord
+
+log = logging.getLogger(__name__)
+
+
+async def run(config: GatewayConfig) -> None:
+    """Serves until SIGTERM, then drains. Raises `PhloemError` when it can't start."""
+    stop = stop_event()
+    # Prompts are encoded one by one on our own threads; the library's pool would only cost memory.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    async with AsyncExitStack() as stack:
+        listener = bind(config.host, config.port)
+        stack.callback(listener.close)
+        model, encoder = await asyncio.to_thread(load_model, config)
+        stack.callback(encoder.close)
+
+        registry = Registry(config.redis_url)
+        stack.push_async_callback(registry.close)
+        await registry.connect(config.redis_wait_s)
+        secret = await cluster_secret(registry, config.cluster_secret)
+        gateway_id = config.gateway_id or f"gateway-{secrets.token_hex(4)}"
+        metrics = GatewayMetrics()
+        client = await stack.enter_async_context(
+            ClusterClient(registry, secret, gateway_id, metrics.registry, config.cluster)
+        )
+        gateway = Gateway(config, client, encoder, model, metrics)
+
+        port = listener.getsockname()[1]
+        record = ServiceRecord(
+            kind="gateway",
+            service_id=gateway_id,
+            epoch=await registry.next_epoch(),
+            address=f"{config.advertise_host or config.host}:{port}",
+        )
+        keeper = LeaseKeeper(ServiceLease(registry, record))
+        await keeper.acquire()
+        stack.push_async_callback(keeper.close)
+        log.info("serving", extra={"address": record.address, "model": model.name})
+        app = create_app(gateway, secret)
+        async with asyncio.TaskGroup() as tasks:
+            heartbeat = tasks.create_task(keeper.run(), name="registration")
+            await serve_http(app, listener, stop, drain_timeout_s=config.drain_timeout_s)
+            heartbeat.cancel()
+
+
+def load_model(config: GatewayConfig) -> tuple[ServedModel, PromptEncoder]:
+    """Reads what the gateway needs of the model; blocks. Raises `PhloemError` naming the file at fault."""
+    model_dir = resolve_model(config.model_path, cache_dir=default_cache_dir(), need_weights=False)
+    model_config = load_model_config(model_dir)
+    encoder = load_prompt_encoder(
+        model_dir,
+        chat_template=config.chat_template,
+        template_timeout_s=config.chat_template_timeout_s,
+        num_threads=config.tokenizer_threads,
+    )
+    model = ServedModel(
+        name=served_name(config.served_model_name, config.model_path),
+        path=config.model_path,
+        context_length=model_config.context_length,
+        vocab_size=model_config.vocab_size,
+        created=int(time.time()),
+    )
+    return model, encoder
