@@ -10,7 +10,7 @@ from phloem.shared.discovery.registry import Registry
 from phloem.shared.discovery.secret import reassert_secret
 from phloem.shared.errors import PhloemError, unavailable
 from phloem.shared.lifecycle.service import stop_event
-from phloem.shared.protocol.cluster import Role, WorkerRecord
+from phloem.shared.protocol.cluster import Role, WorkerLoad, WorkerRecord
 from phloem.shared.protocol.engine import EngineMessage, EngineReady, Stop
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.rpc.server import RpcServer
@@ -159,6 +159,7 @@ class ServingWorker:
             transfer_address=ready.transfer_address,
             device=ready.device,
             max_running_requests=ready.max_running_requests,
+            load=WorkerLoad(free_pages=ready.num_pages, total_pages=ready.num_pages),
         )
 
     def _log_ready(self, record: WorkerRecord, metrics_port: int) -> None:

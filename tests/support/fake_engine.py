@@ -152,6 +152,7 @@ class FakeEngine:
                 self._send(Reply(tag))
             case AuditRequest(tag):
                 counters = dict(self._counts) | {
+                    "pid": os.getpid(),
                     "steps": self._step,
                     "omp": int(os.environ["OMP_NUM_THREADS"]),
                 }

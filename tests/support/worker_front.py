@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from phloem.shared.rpc.client import RpcChannel, RpcStream
 from phloem.shared.worker.config import WorkerConfig
 from phloem.shared.worker.front import run_worker
 from tests.support import fake_engine
+from tests.support.valkey import free_port
 
 SECRET = "test secret"
 START_TIMEOUT_S = 15.0
@@ -39,9 +41,10 @@ START_TIMEOUT_S = 15.0
 class Front:
     """A running front as its peers see it."""
 
-    def __init__(self, task: asyncio.Task[None], record: WorkerRecord) -> None:
+    def __init__(self, task: asyncio.Task[None], record: WorkerRecord, metrics_port: int) -> None:
         self.task = task
         self.record = record
+        self.metrics_port = metrics_port
         self.channel = RpcChannel(record.rpc_address, SECRET.encode())
 
     def session(self) -> RpcStream[SessionDown, SessionUp]:
@@ -50,6 +53,10 @@ class Front:
     async def audit(self) -> AuditReply:
         call = self.channel.unary(WORKER_SERVICE, "Audit", audit_call, audit_reply)
         return await call(AuditCall(self.record.epoch), 5.0)
+
+    async def metrics(self) -> dict[str, float]:
+        """What the front exports, by "name{labels}"."""
+        return await asyncio.to_thread(_scrape, self.metrics_port)
 
     async def flush(self, epoch: int | None = None) -> None:
         call = self.channel.unary(WORKER_SERVICE, "Flush", flush_request, done)
@@ -100,11 +107,12 @@ async def running_front(
     change: Callable[[WorkerConfig], WorkerConfig] = lambda config: config,
 ) -> AsyncIterator[Front]:
     """A front that has registered; it is cancelled at the end when it still runs."""
-    config = change(worker_config(redis_url, model_dir, worker_id))
+    metrics_port = free_port()
+    config = change(replaced(metrics_port=metrics_port)(worker_config(redis_url, model_dir, worker_id)))
     task = asyncio.create_task(run_worker(config, role, engine_command=fake_engine_command(step_s)))
     registry = Registry(redis_url)
     try:
-        front = Front(task, await find_worker(registry, worker_id, task))
+        front = Front(task, await find_worker(registry, worker_id, task), metrics_port)
         yield front
         await front.channel.close()
     finally:
@@ -123,5 +131,20 @@ async def raises_code(call: Awaitable[object]) -> str:
     raise AssertionError("no PhloemError was raised")
 
 
-def replaced(**changes: object) -> Callable[[WorkerConfig], WorkerConfig]:
-    return lambda config: msgspec.structs.replace(config, **changes)
+def replaced(
+    *, engine: Mapping[str, object] | None = None, **changes: object
+) -> Callable[[WorkerConfig], WorkerConfig]:
+    """A change of the configuration, for `running_front`."""
+
+    def change(config: WorkerConfig) -> WorkerConfig:
+        options = msgspec.structs.replace(config.engine, **(engine or {}))
+        return msgspec.structs.replace(config, engine=options, **changes)
+
+    return change
+
+
+def _scrape(port: int) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}

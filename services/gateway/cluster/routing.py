@@ -21,7 +21,7 @@ from phloem.services.gateway.cluster.options import RoutingPolicy
 from phloem.shared.protocol.cluster import WorkerLoad, WorkerRecord
 from phloem.shared.protocol.session import PeerRef
 
-# Until a worker has measured itself. They only rank workers against each other and against a transfer.
+# Until any worker has measured itself; one that has not is taken for as fast as the others are on average.
 PRIOR_PREFILL_TOKENS_PER_S = 2_000.0
 PRIOR_DECODE_STEP_S = 0.03
 PRIOR_TRANSFER_BYTES_PER_S = 1e9
@@ -69,6 +69,24 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
         return sum(self.terms.values())
 
 
+class Norms(msgspec.Struct, frozen=True):
+    """What a worker that has not measured itself is taken for."""
+
+    prefill_tokens_per_s: float = PRIOR_PREFILL_TOKENS_PER_S
+    decode_step_s: float = PRIOR_DECODE_STEP_S
+    transfer_bytes_per_s: float = PRIOR_TRANSFER_BYTES_PER_S
+
+    @classmethod
+    def of(cls, candidates: Sequence[Candidate]) -> Norms:
+        """The means over those that have measured themselves, or the priors."""
+        loads = [candidate.record.load for candidate in candidates]
+        return cls(
+            _mean([load.prefill_tokens_per_s for load in loads], PRIOR_PREFILL_TOKENS_PER_S),
+            _mean([load.decode_step_s for load in loads], PRIOR_DECODE_STEP_S),
+            _mean([load.transfer_bytes_per_s for load in loads], PRIOR_TRANSFER_BYTES_PER_S),
+        )
+
+
 class Option(msgspec.Struct, frozen=True):
     """One way to serve a request."""
 
@@ -81,7 +99,13 @@ def route(policy: RoutingPolicy, request: RoutingRequest, candidates: Sequence[C
     options = options_of(candidates)
     if not options:
         return None
-    terms = [_terms(policy, request, option, index, len(options)) for index, option in enumerate(options)]
+    norms = Norms.of(candidates)
+    terms = [
+        cost_terms(request, option, norms)
+        if policy == "cost"
+        else _simple_terms(policy, request, option, index, len(options))
+        for index, option in enumerate(options)
+    ]
     best = min(range(len(options)), key=lambda n: (sum(terms[n].values()), _tie(request, options[n])))
     chosen = options[best]
     return Decision(
@@ -118,11 +142,10 @@ def _may_hand_over(prefill: WorkerRecord, decode: WorkerRecord) -> bool:
     )
 
 
-def _terms(
+def _simple_terms(
     policy: RoutingPolicy, request: RoutingRequest, option: Option, index: int, num_options: int
 ) -> dict[str, float]:
-    if policy == "cost":
-        return cost_terms(request, option)
+    """Numbers that rank the options of the other policies; they are not seconds."""
     local = option.prefill is None and option.decode.record.role == "decode"
     # The other policies send a request through a pair wherever there is one.
     terms = {"local_prefill": 1e6 if local else 0.0}
@@ -134,20 +157,21 @@ def _terms(
     return terms
 
 
-def cost_terms(request: RoutingRequest, option: Option) -> dict[str, float]:
+def cost_terms(request: RoutingRequest, option: Option, norms: Norms) -> dict[str, float]:
     """The terms of the cost of one option, in seconds."""
     prefill, decode = option.prefill, option.decode
     lacking = max(1, request.num_tokens - decode.cached_tokens)
-    terms = _decode_terms(request, decode)
+    terms = _decode_terms(request, decode, norms)
     if prefill is None:
-        compute_s = lacking / prefill_rate(decode.record.load)
-        terms["prefill_queue"] = _queued_tokens(decode) / prefill_rate(decode.record.load)
+        rate = decode.record.load.prefill_tokens_per_s or norms.prefill_tokens_per_s
+        compute_s = lacking / rate
+        terms["prefill_queue"] = _queued_tokens(decode) / rate
         terms["prefill"] = compute_s
         if decode.record.role == "decode":  # what it runs, and will run, waits meanwhile
             terms["interference"] = compute_s * (1 + _num_requests(decode))
         return terms
-    rate = prefill_rate(prefill.record.load)
-    bandwidth = prefill.record.load.transfer_bytes_per_s or PRIOR_TRANSFER_BYTES_PER_S
+    rate = prefill.record.load.prefill_tokens_per_s or norms.prefill_tokens_per_s
+    bandwidth = prefill.record.load.transfer_bytes_per_s or norms.transfer_bytes_per_s
     terms["prefill_queue"] = _queued_tokens(prefill) / rate
     terms["prefill"] = max(1, request.num_tokens - prefill.cached_tokens) / rate
     terms["handover"] = HANDOVER_S
@@ -155,9 +179,9 @@ def cost_terms(request: RoutingRequest, option: Option) -> dict[str, float]:
     return terms
 
 
-def _decode_terms(request: RoutingRequest, decode: Candidate) -> dict[str, float]:
+def _decode_terms(request: RoutingRequest, decode: Candidate, norms: Norms) -> dict[str, float]:
     record, batch = decode.record, _num_requests(decode)
-    step_s = predicted_step_s(record.load, batch + 1)
+    step_s = predicted_step_s(record.load, batch + 1, norms)
     output = min(request.max_new_tokens, EXPECTED_OUTPUT_TOKENS)
     terms = {"decode": step_s * output}
     if record.max_running_requests:
@@ -170,15 +194,15 @@ def _decode_terms(request: RoutingRequest, decode: Candidate) -> dict[str, float
     return terms
 
 
-def prefill_rate(load: WorkerLoad) -> float:
-    """Prompt tokens per second."""
-    return load.prefill_tokens_per_s or PRIOR_PREFILL_TOKENS_PER_S
-
-
-def predicted_step_s(load: WorkerLoad, batch: int) -> float:
+def predicted_step_s(load: WorkerLoad, batch: int, norms: Norms) -> float:
     """The duration of a decode step with `batch` requests, from the one measured last."""
-    measured = load.decode_step_s or PRIOR_DECODE_STEP_S
+    measured = load.decode_step_s or norms.decode_step_s
     return measured * (1 + STEP_GROWTH * batch) / (1 + STEP_GROWTH * max(1, load.num_running))
+
+
+def _mean(measured: Sequence[float], prior: float) -> float:
+    known = [value for value in measured if value > 0]
+    return sum(known) / len(known) if known else prior
 
 
 def _num_requests(worker: Candidate) -> int:

@@ -148,7 +148,8 @@ class WorkerSession:
         self.up = False
         self._outbox.close()
         self._metrics.sessions_lost.labels(self.ref.worker_id).inc()
-        log.warning("session lost: %s", error, extra={"worker": self.ref.worker_id})
+        level = logging.INFO if error.code == "worker_lost" else logging.WARNING
+        log.log(level, "session ended: %s", error, extra={"worker": self.ref.worker_id})
         self._on_lost(self.ref, error)
         self._on_change()
 
