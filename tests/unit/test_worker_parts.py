@@ -1,0 +1,150 @@
+"""The small parts of a front: the batch queue, pending changes, peers, the engine's environment."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeAlias
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phloem.shared.discovery.snapshot import ClusterSnapshot
+from phloem.shared.protocol.cluster import Role, WorkerRecord
+from phloem.shared.protocol.engine import PeerDown, PeerUp
+from phloem.shared.protocol.session import PeerRef
+from phloem.shared.worker.batch_queue import BatchQueue
+from phloem.shared.worker.engine_env import engine_environment, usable_cores
+from phloem.shared.worker.peers import Peers
+from phloem.shared.worker.pending_changes import PendingChanges
+
+
+async def test_batch_queue_refuses_beyond_its_bound_but_not_what_is_forced() -> None:
+    queue: BatchQueue[int] = BatchQueue(2)
+    assert [queue.offer(n) for n in range(3)] == [True, True, False]
+    queue.force(3)
+    assert await queue.take_all() == [0, 1, 3]
+
+
+async def test_batch_queue_lets_a_waiting_producer_in_when_there_is_room() -> None:
+    queue: BatchQueue[int] = BatchQueue(1)
+    queue.force(1)
+    putting = asyncio.create_task(queue.put(2))
+    await asyncio.sleep(0)
+    assert not putting.done()
+    assert await queue.take_all() == [1]
+    assert await putting
+    assert await queue.take_all() == [2]
+
+
+async def test_closed_batch_queue_gives_what_is_left_then_nothing() -> None:
+    queue: BatchQueue[int] = BatchQueue(5)
+    queue.force(1)
+    waiting = asyncio.create_task(queue.put(2))
+    await waiting
+    queue.close()
+    assert not queue.offer(3)
+    assert await queue.take_all() == [1, 2]
+    assert await queue.take_all() == []
+
+
+Change: TypeAlias = tuple[set[bytes], set[bytes]]  # stored, removed
+
+blocks = st.integers(0, 5).map(lambda n: bytes([n]) * 16)
+steps = st.lists(st.tuples(st.sets(blocks, max_size=4), st.sets(blocks, max_size=4)), max_size=20)
+
+
+@given(steps, st.integers(1, 3))
+def test_published_changes_add_up_to_the_tree(changes: list[Change], size: int) -> None:
+    """However the changes are cut into batches, applying them in order gives the tree's own blocks."""
+    pending = PendingChanges(1000)
+    tree: set[bytes] = set()
+    index: set[bytes] = set()
+    for number, (stored, removed) in enumerate(changes):
+        stored = stored - removed
+        pending.note(stored, removed)
+        tree = (tree - removed) | stored
+        if number % 2:
+            _apply(pending, index, size)
+    while len(pending):
+        _apply(pending, index, size)
+    assert index == tree
+
+
+def _apply(pending: PendingChanges, index: set[bytes], size: int) -> None:
+    stored, removed = pending.take(size)
+    assert len(stored) + len(removed) <= size
+    index.difference_update(removed)
+    index.update(stored)
+
+
+def test_too_many_changes_overflow_until_the_whole_tree_is_given() -> None:
+    pending = PendingChanges(2)
+    pending.note([b"a", b"b", b"c"], [])
+    assert pending.overflowed and len(pending) == 0
+    pending.note([b"d"], [])
+    assert len(pending) == 0
+    pending.replace([b"x", b"y", b"z"])
+    assert pending.take(10) == ([b"x", b"y", b"z"], [])
+
+
+def record(worker_id: str, role: Role, *, epoch: int = 1, layout: str = "kv") -> WorkerRecord:
+    return WorkerRecord(
+        worker_id=worker_id,
+        epoch=epoch,
+        role=role,
+        rpc_address="127.0.0.1:1",
+        model_id="m",
+        page_size=16,
+        context_length=100,
+        kv_layout=layout,
+        transfer_address="" if role == "prefill" else f"{worker_id}:9",
+    )
+
+
+def changes_of(peers: Peers, *workers: WorkerRecord) -> list[PeerUp | PeerDown]:
+    return peers.update(ClusterSnapshot(workers=workers, redis_ok=True))
+
+
+def test_prefill_worker_dials_decode_capable_workers_of_its_layout() -> None:
+    peers = Peers(record("p", "prefill"))
+    others = [
+        record("d", "decode"),
+        record("u", "unified"),
+        record("p2", "prefill"),
+        record("x", "decode", layout="other"),
+    ]
+    assert changes_of(peers, record("p", "prefill"), *others) == [
+        PeerUp(PeerRef("d", 1), "d:9"),
+        PeerUp(PeerRef("u", 1), "u:9"),
+    ]
+    assert changes_of(peers, *others) == []
+
+
+def test_restarted_peer_is_lost_and_found() -> None:
+    peers = Peers(record("p", "prefill"))
+    changes_of(peers, record("d", "decode"))
+    assert changes_of(peers, record("d", "decode", epoch=2)) == [
+        PeerDown(PeerRef("d", 1)),
+        PeerUp(PeerRef("d", 2), "d:9"),
+    ]
+
+
+def test_decode_worker_hears_only_of_losses() -> None:
+    peers = Peers(record("d", "decode"))
+    assert changes_of(peers, record("p", "prefill"), record("u", "unified")) == []
+    assert changes_of(peers) == [PeerDown(PeerRef("p", 1)), PeerDown(PeerRef("u", 1))]
+
+
+def test_unified_workers_open_no_channel_between_them() -> None:
+    peers = Peers(record("u", "unified"))
+    assert changes_of(peers, record("u2", "unified"), record("d", "decode")) == [
+        PeerUp(PeerRef("d", 1), "d:9")
+    ]
+
+
+@pytest.mark.parametrize(("num_threads", "expected"), [(3, "3"), (0, str(usable_cores()))])
+def test_engine_threads_are_counted_and_wait_passively(num_threads: int, expected: str) -> None:
+    env = engine_environment(num_threads, {"PATH": "/bin", "OMP_NUM_THREADS": "99"})
+    assert (env["PATH"], env["OMP_NUM_THREADS"], env["MKL_NUM_THREADS"]) == ("/bin", expected, expected)
+    assert env["OMP_WAIT_POLICY"] == "PASSIVE"
