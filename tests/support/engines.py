@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,6 +53,7 @@ from phloem.shared.transfer.events import TransferEvent
 CPU = torch.device("cpu")
 SECRET = b"tests/support/engines"
 DEADLINE_S = 120.0  # of any wait here: a hang fails, a slow machine does not
+_LOOK_S = 0.02  # a wait looks at its condition this often though nothing was said
 
 
 def load_float32(model_dir: Path) -> Decoder:
@@ -177,12 +177,11 @@ class LocalEngine:
     def wait(self, condition: Callable[[], object], what: str, timeout_s: float = DEADLINE_S) -> None:
         """Until `condition` holds; it is looked at whenever the engine says something."""
         deadline = time.monotonic() + timeout_s
-        with self._changed:
-            while not condition():
-                self._raise_failure()
-                left = deadline - time.monotonic()
-                assert left > 0, f"engine {self.ref.worker_id}: waited {timeout_s} s for {what}"
-                self._changed.wait(left)
+        while not condition():  # without our lock: the endpoint holds its own when it tells us something
+            self._raise_failure()
+            assert time.monotonic() < deadline, f"{self.ref.worker_id}: waited {timeout_s} s for {what}"
+            with self._changed:
+                self._changed.wait(_LOOK_S)
 
     # -- the whole engine ------------------------------------------------------------------------------
 
