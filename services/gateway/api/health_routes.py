@@ -21,6 +21,8 @@ from phloem.services.gateway.generation import GenerationRequest
 from phloem.shared.errors import unavailable
 from phloem.shared.protocol.session import SamplingParams
 
+_METRICS_TYPE = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")  # Litestar adds it
+
 
 class Health(Struct, frozen=True):
     status: str = "ok"
@@ -45,7 +47,7 @@ async def health_generate(request: HttpRequest) -> ASGIApp:
 
 @get("/metrics", summary="Prometheus metrics", media_type=MediaType.TEXT)
 async def metrics(request: HttpRequest) -> Response[bytes]:
-    return Response(gateway_of(request).metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+    return Response(gateway_of(request).metrics.exposition(), media_type=_METRICS_TYPE)
 
 
 async def _generate_one(gateway: Gateway, request_id: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from msgspec import UNSET, Struct, UnsetType
 
@@ -23,8 +23,8 @@ class ChatMessage(Struct, frozen=True):
     role: Role
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[object] | None = None
-    function_call: object = None
+    tool_calls: list[Any] | None = None  # Any: refused unless empty
+    function_call: dict[str, Any] | None = None
 
 
 class StreamOptions(Struct, frozen=True):

@@ -12,8 +12,10 @@ from those that came with the request:
       encode       with control tokens off and the aliases on
 
 Encoding runs once over the whole text, and an alias has its token's flags, so merges across the borders,
-white space and prefixes come out exactly as in the plain encoding of the rendered text. A request whose text
-holds no control token takes the plain way.
+white space and prefixes come out exactly as in the plain encoding of the rendered text. (Aliases are matched
+in raw text always. A tokenizer that matches its control tokens in normalised text, as no chat model we know
+does, may so see other white space next to them.) A request whose text holds no control token takes the plain
+way: it is the reference by construction.
 """
 
 from __future__ import annotations
@@ -30,16 +32,24 @@ from phloem.shared.errors import invalid_request
 class ControlTokens:
     """The special tokens of one tokenizer, and how to find them in text."""
 
-    def __init__(self, tokens: Mapping[int, AddedToken]) -> None:
+    def __init__(
+        self, tokens: Mapping[int, AddedToken], normalize: Callable[[str], str] | None = None
+    ) -> None:
+        """`normalize` is the tokenizer's normalizer, if it has one."""
         self.by_content = {token.content: (token_id, token) for token_id, token in tokens.items()}
         self.contents = sorted(self.by_content, key=len, reverse=True)  # the longest match wins, as theirs
         self._numbers = {content: number for number, content in enumerate(self.contents)}
         self._pattern = _alternation(self.by_content[content][1] for content in self.contents)
-        # Such a token is also matched in normalised spellings that no pattern over raw text can find.
-        self.match_normalized = any(token.normalized for token in tokens.values())
+        # Some tokens are also matched in other spellings, which the normalizer makes theirs.
+        self._normalize = normalize if any(token.normalized for token in tokens.values()) else None
 
     def occur_in(self, text: str) -> bool:
-        return self._pattern is not None and self._pattern.search(text) is not None
+        """Whether the tokenizer would find a control token in `text`."""
+        if self._pattern is None:
+            return False
+        if self._pattern.search(text) is not None:
+            return True
+        return self._normalize is not None and self._pattern.search(self._normalize(text)) is not None
 
     def replace(self, text: str, replacement: Callable[[str], str]) -> str:
         """`text` with what `replacement` makes of each control token in it."""
@@ -53,12 +63,12 @@ class ControlTokens:
 
 
 class Shield:
-    """Hides the control tokens of one request's own text. `needed` says whether there may have been any."""
+    """Hides the control tokens of one request's own text. `needed` says whether there were any."""
 
     def __init__(self, control_tokens: ControlTokens) -> None:
         self._control_tokens = control_tokens
         self._nonce = "qz" + secrets.token_hex(16)
-        self.needed = control_tokens.match_normalized
+        self.needed = False
 
     def hide(self, text: str) -> str:
         """`text` with placeholders for its control tokens."""

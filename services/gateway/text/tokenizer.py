@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from phloem.services.gateway.text.control_tokens import ControlTokens, Shield
 from phloem.services.gateway.text.model_files import TokenizerSettings
-from phloem.shared.errors import ConfigError
+from phloem.shared.errors import ConfigError, invalid_request
 
 _TOKENIZER_FILE = "tokenizer.json"
 
@@ -26,7 +26,11 @@ class Tokenizer:
         self._settings = settings
         self.backend = _load(self._path, settings)
         added = self.backend.get_added_tokens_decoder()
-        self.control_tokens = ControlTokens({i: token for i, token in added.items() if token.special})
+        normalizer = self.backend.normalizer
+        self.control_tokens = ControlTokens(
+            {token_id: token for token_id, token in added.items() if token.special},
+            normalizer.normalize_str if normalizer is not None else None,
+        )
         self._sealed: SealedTokenizer | None = None
         self._sealed_lock = threading.Lock()
 
@@ -38,7 +42,10 @@ class Tokenizer:
 
     def encode_rendered(self, rendered: str, shield: Shield) -> list[int]:
         """Token ids of what a chat template made of `shield`ed messages: the template's control tokens count,
-        the messages' own stay text. No bos is added: the template has written it."""
+        the messages' own stay text. No bos is added: the template has written it.
+
+        Raises `PhloemError` (400) when a control token in a message can't be kept text.
+        """
         if not shield.needed:
             return self.encode(rendered, add_special_tokens=False)
         return self._sealed_tokenizer().encode(rendered, shield)
@@ -47,14 +54,17 @@ class Tokenizer:
         # A second tokenizer costs tens of MiB: only who meets a control token in user text pays.
         with self._sealed_lock:
             if self._sealed is None:
-                self._sealed = SealedTokenizer(_load(self._path, self._settings), self.control_tokens)
+                unk = self._settings.named_tokens().get("unk_token")
+                backend = _load(self._path, self._settings)
+                self._sealed = SealedTokenizer(backend, self.control_tokens, unk)
             return self._sealed
 
 
 class SealedTokenizer:
     """Knows each control token only under a secret alias (see `control_tokens.py`); owns `backend`."""
 
-    def __init__(self, backend: Backend, control_tokens: ControlTokens) -> None:
+    def __init__(self, backend: Backend, control_tokens: ControlTokens, unk_token: str | None) -> None:
+        """`unk_token` is what unknown characters become, which is no control."""
         self._backend = backend
         self._control_tokens = control_tokens
         self._aliases = {content: f"qz{secrets.token_hex(16)}z" for content in control_tokens.contents}
@@ -64,12 +74,23 @@ class SealedTokenizer:
             _known_id(backend, alias): control_tokens.by_content[content][0]
             for content, alias in self._aliases.items()
         }
+        self._forbidden = {
+            token_id for content, (token_id, _) in control_tokens.by_content.items() if content != unk_token
+        }
 
     def encode(self, rendered: str, shield: Shield) -> list[int]:
         sealed = self._control_tokens.replace(rendered, self._aliases.__getitem__)
         [encoding] = self._backend.encode_batch_fast([shield.reveal(sealed)], add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        if not self._forbidden.isdisjoint(ids):
+            # The model's own vocabulary spells a control token: there is no way to keep it text.
+            raise invalid_request(
+                "the messages hold a control token that this model's tokenizer can't take as text",
+                param="messages",
+                code="control_token_in_text",
+            )
         true_ids = self._true_ids
-        return [true_ids.get(token_id, token_id) for token_id in encoding.ids]
+        return [true_ids.get(token_id, token_id) for token_id in ids]
 
     def _alias_token(self, content: str) -> AddedToken:
         token = self._control_tokens.by_content[content][1]
@@ -78,7 +99,7 @@ class SealedTokenizer:
             single_word=token.single_word,
             lstrip=token.lstrip,
             rstrip=token.rstrip,
-            normalized=token.normalized,
+            normalized=False,
             special=False,
         )
 
