@@ -151,7 +151,7 @@ class Channel(ABC):
     def _close_completions(self) -> None: ...
 
     def _serve(self, threads: list[threading.Thread]) -> None:
-        self._plane = plane = open_plane(self._plane_spec)
+        self._plane = plane = open_plane(self._plane_spec, self._check_wanted)
         self._warm_up(plane)
         self._frames.set_timeout(self._timeout_s)
         self._meter.opened()
@@ -168,6 +168,11 @@ class Channel(ABC):
         except PhloemError as error:
             self._on_end_of_stream(error)
             return None
+
+    def _check_wanted(self) -> None:
+        """While the channel opens and nobody reads: raises when either side gave it up."""
+        if self._failed.is_set() or self._frames.is_closed_by_peer:
+            raise channel_lost("the channel was given up while it opened")
 
     def _announce(self) -> None:
         with self._state:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import socket
 import threading
 import time
@@ -55,10 +56,9 @@ class Dialer:
         self._deliver = deliver
         self._meter = meter
         self._stopped = threading.Event()
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards the two below
         self._frames: FrameSocket | None = None
         self._channel: PrefillChannel | None = None
-        self._num_attempts = 0
         name = f"phloem-transfer-dial-{peer.worker_id}.{peer.epoch}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -142,8 +142,9 @@ class Dialer:
     def _open(self, frames: FrameSocket, deadline: float) -> tuple[str, Opened | Refused]:
         prove_as_dialer(frames, transfer_key(self._config.cluster_secret), deadline)
         me = self._config.me
-        self._num_attempts += 1
-        name = f"{me.worker_id}.{me.epoch}-{self.peer.worker_id}.{self.peer.epoch}-{self._num_attempts}"
+        # Never the same twice: a name is a prefix in the peer's store, where an older channel may still end.
+        nonce = secrets.token_hex(8)
+        name = f"{me.worker_id}.{me.epoch}-{self.peer.worker_id}.{self.peer.epoch}-{nonce}"
         staging_bytes = self._config.staging_bytes
         request = Open(me, self.peer, self._config.kv_layout, staging_bytes, name)
         frames.write(transfer_message.encode(request))

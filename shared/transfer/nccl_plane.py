@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
-import struct
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,15 +14,15 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupNCCL  # type: ignore[attr-defined]  # not in the stubs
 
 from phloem.shared.transfer.errors import channel_lost, transfer_timeout
+from phloem.shared.transfer.interfaces import interface_of
 from phloem.shared.transfer.planes import RANKS, Pending, PlaneSpec
-from phloem.shared.transfer.store import join_store
+from phloem.shared.transfer.store import join_store, meet
 
 # Measured on 2 x H200: 16 CTAs give 256 GB/s and cost the sender's matmuls 1% (shared/gpu/README.md).
 MAX_CTAS = 16
 _SPIN_S = 0.001
 _POLL_S = 0.000_05
 _SLOW_POLL_S = 0.000_5
-_SIOCGIFADDR = 0x8915
 
 
 class NcclPlane:
@@ -32,12 +31,13 @@ class NcclPlane:
     The communicator is made by the first operation; NCCL blocks there until the peer comes.
     """
 
-    def __init__(self, spec: PlaneSpec) -> None:
+    def __init__(self, spec: PlaneSpec, check: Callable[[], None]) -> None:
         _keep_torch_from_ending_the_process()
         _bind_nccl_to(spec.host)
         self._device = torch.device(spec.device)
         self._rank = RANKS[spec.side]
         store = PrefixStore(spec.channel_name, join_store(spec.store_address, spec.timeout_s))
+        meet(store, self._rank, spec.timeout_s, check)
         options = ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=spec.timeout_s)
         options.config.max_ctas = MAX_CTAS
@@ -108,22 +108,3 @@ def _bind_nccl_to(host: str) -> None:
     """NCCL's bootstrap sockets take an interface, not an address. The operator's own choice stands."""
     if "NCCL_SOCKET_IFNAME" not in os.environ:
         os.environ["NCCL_SOCKET_IFNAME"] = f"={interface_of(socket.gethostbyname(host))}"
-
-
-def interface_of(address: str) -> str:
-    """The network interface that has this IPv4 address. Raises `channel_lost` when none has."""
-    if address.startswith("127."):
-        return "lo"
-    for _, name in socket.if_nameindex():
-        if _address_of(name) == address:
-            return name
-    raise channel_lost(f"no network interface has the address {address}")
-
-
-def _address_of(interface: str) -> str | None:
-    request = struct.pack("256s", interface.encode()[:15])
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            return socket.inet_ntoa(fcntl.ioctl(sock.fileno(), _SIOCGIFADDR, request)[20:24])
-        except OSError:  # the interface has no IPv4 address
-            return None

@@ -6,6 +6,7 @@ same order; a posted operation is waited for by another thread.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,12 +50,16 @@ class PlaneSpec:
     timeout_s: float
 
 
-def open_plane(spec: PlaneSpec) -> DataPlane:
-    """Joins the group, waiting for the other rank at most `timeout_s`. Raises `channel_lost`."""
+def open_plane(spec: PlaneSpec, check: Callable[[], None]) -> DataPlane:
+    """Joins the group, waiting for the other rank at most `timeout_s`.
+
+    `check` is called while it waits, and raises when the channel is off. Raises `channel_lost` or
+    `transfer_timeout`.
+    """
     if spec.device == "cpu":
         from phloem.shared.transfer.gloo_plane import GlooPlane
 
-        return GlooPlane(spec)
+        return GlooPlane(spec, check)
     from phloem.shared.transfer.nccl_plane import NcclPlane
 
-    return NcclPlane(spec)
+    return NcclPlane(spec, check)

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in the stubs
 
 from phloem.shared.errors import PhloemError
-from phloem.shared.transfer.errors import channel_lost
+from phloem.shared.transfer.errors import channel_lost, transfer_timeout
+
+_FIRST_PAUSE_S = 0.001
+_MAX_PAUSE_S = 0.02
 
 
 def listen_on(host: str) -> socket.socket:
@@ -72,6 +77,25 @@ def join_store(address: str, timeout_s: float) -> Any:
         return TCPStore(host, port, None, False, timedelta(seconds=timeout_s), wait_for_workers=False)
     except RuntimeError as error:
         raise channel_lost(f"the store at {address} does not answer: {error}") from error
+
+
+def meet(store: Any, rank: int, timeout_s: float, check: Callable[[], None]) -> None:
+    """Returns once both ranks have come to `store`, so that what follows does not wait for the peer.
+
+    `check` is called now and then, and raises when the meeting is off. Raises `transfer_timeout`.
+    """
+    deadline = time.monotonic() + timeout_s
+    pause_s = _FIRST_PAUSE_S
+    try:
+        store.set(f"here/{rank}", b"1")
+        while not store.check([f"here/{1 - rank}"]):
+            check()
+            if time.monotonic() > deadline:
+                raise transfer_timeout("the peer did not come to the store")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _MAX_PAUSE_S)
+    except RuntimeError as error:
+        raise channel_lost(f"the store broke: {error}") from error
 
 
 def parse_address(address: str) -> tuple[str, int]:

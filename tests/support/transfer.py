@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Open, Opened, Piece, Refused, TransferMessage, transfer_message
 from phloem.shared.transfer.config import TransferConfig
@@ -164,7 +165,11 @@ class RoguePeer:
 def dial_open(address: str, request: Open, secret: bytes = SECRET) -> tuple[RoguePeer, Opened | Refused]:
     """Connects, proves itself, sends `request`; returns the answer too."""
     rogue = RoguePeer(socket.create_connection(parse_address(address), 5.0))
-    prove_as_dialer(rogue.frames, transfer_key(secret), handshake_deadline(3.0))
+    try:
+        prove_as_dialer(rogue.frames, transfer_key(secret), handshake_deadline(3.0))
+    except PhloemError:
+        rogue.close()
+        raise
     rogue.write(request)
     answer = rogue.read()
     assert isinstance(answer, Opened | Refused)
@@ -228,5 +233,6 @@ def _join(side: Side, store_address: str, name: str, timeout_s: float) -> DataPl
             side=side,
             device="cpu",
             timeout_s=timeout_s,
-        )
+        ),
+        lambda: None,
     )

@@ -1,0 +1,228 @@
+"""Who gets a channel, and who is turned away."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from phloem.shared.errors import PhloemError
+from phloem.shared.protocol.session import PeerRef
+from phloem.shared.protocol.transfer import Opened, Refused
+from phloem.shared.transfer.admission import MAX_CHANNELS, MAX_REMEMBERED_WORKERS, SeenEpochs, refusal
+from phloem.shared.transfer.events import ChannelLost, ChannelOpened
+from phloem.shared.transfer.listener import MAX_UNAUTHENTICATED
+from phloem.shared.transfer.store import parse_address
+from tests.support.transfer import (
+    DECODE,
+    HOST,
+    PREFILL,
+    Recorded,
+    dial_open,
+    joined,
+    open_request,
+    rogue_prefill,
+    transfer_config,
+    wait_until,
+)
+
+
+@pytest.fixture
+def decode() -> Iterator[Recorded]:
+    recorded = Recorded(transfer_config(DECODE, accepts=True))
+    yield recorded
+    recorded.endpoint.close(0.0)
+
+
+def stranger(decode: Recorded) -> socket.socket:
+    return socket.create_connection(parse_address(decode.endpoint.address), 5.0)
+
+
+def is_closed_by_peer(sock: socket.socket) -> bool:
+    try:
+        return sock.recv(1024) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_wrong_secret_is_refused_and_logged(decode: Recorded, caplog: pytest.LogCaptureFixture) -> None:
+    prefill = Recorded(transfer_config(PREFILL, secret=b"another cluster's"))
+    with caplog.at_level(logging.INFO):
+        prefill.endpoint.peer_up(DECODE, decode.endpoint.address)
+        wait_until(lambda: "does not know the cluster secret" in caplog.text)
+    prefill.assert_silent()
+    decode.assert_silent()
+    assert not prefill.endpoint.is_open(DECODE, "prefill")
+    prefill.endpoint.close()
+
+
+def test_listener_that_can_not_prove_itself_learns_nothing_more(decode: Recorded) -> None:
+    with pytest.raises(PhloemError) as caught:
+        dial_open(decode.endpoint.address, open_request(), secret=b"another cluster's")
+    assert caught.value.code == "unauthenticated"
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        b"\x00\x00\x00\x10GET / HTTP/1.1\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\xff\xff\xff\xff",
+        b"\x00\x00\x00\x00",
+        b"\x00\x00\x00\x11phloem-transfer/1",
+    ],
+)
+def test_garbage_is_hung_up_on(decode: Recorded, hello: bytes) -> None:
+    with stranger(decode) as sock:
+        sock.sendall(hello)
+        assert is_closed_by_peer(sock)
+    decode.assert_silent()
+
+
+def test_proof_of_the_listener_can_not_be_played_back_to_it(decode: Recorded) -> None:
+    magic = b"phloem-transfer/1"
+    with stranger(decode) as first, stranger(decode) as second:
+        first.sendall(b"\x00\x00\x00\x31" + magic + b"n" * 32)
+        challenge = first.recv(1024)[4:36]
+        # Have the listener itself answer its own challenge, on another connection.
+        second.sendall(b"\x00\x00\x00\x31" + magic + challenge)
+        proof = second.recv(1024)[36:]
+        first.sendall(b"\x00\x00\x00\x20" + proof)
+        assert is_closed_by_peer(first)
+
+
+def test_silent_strangers_are_few_and_hung_up_on() -> None:
+    decode = Recorded(transfer_config(DECODE, accepts=True, timeout_s=0.5))
+    strangers = [stranger(decode) for _ in range(MAX_UNAUTHENTICATED)]
+    with stranger(decode) as one_more:
+        assert is_closed_by_peer(one_more)
+    assert is_closed_by_peer(strangers[0]), "within the handshake's deadline"
+    for sock in strangers:
+        sock.close()
+    wait_until(lambda: _can_open(decode))
+    decode.endpoint.close(0.0)
+
+
+def _can_open(decode: Recorded) -> bool:
+    try:
+        rogue, answer = dial_open(decode.endpoint.address, open_request(channel_name="later"))
+    except (PhloemError, OSError):
+        return False
+    rogue.close()
+    return isinstance(answer, Opened)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"decode": PeerRef(DECODE.worker_id, DECODE.epoch - 1)}, "stale_epoch"),
+        ({"decode": PeerRef("decode-b", DECODE.epoch)}, "stale_epoch"),
+        ({"kv_layout": "qwen2/bfloat16/16"}, "kv_layout_mismatch"),
+        ({"staging_bytes": 0}, "transfer_protocol"),
+        ({"channel_name": "x" * 2000}, "transfer_protocol"),
+    ],
+)
+def test_open_that_does_not_fit_is_refused(decode: Recorded, changes: dict[str, object], code: str) -> None:
+    rogue, answer = dial_open(decode.endpoint.address, open_request(**changes))
+    assert isinstance(answer, Refused) and answer.code == code
+    rogue.close()
+    decode.assert_silent()
+
+
+@pytest.mark.parametrize(
+    ("peer", "layout", "code"),
+    [
+        (PeerRef(DECODE.worker_id, DECODE.epoch - 1), "llama/float32/16", "stale_epoch"),
+        (DECODE, "qwen2/bfloat16/16", "kv_layout_mismatch"),
+    ],
+)
+def test_dialer_is_told_once_and_gives_up(decode: Recorded, peer: PeerRef, layout: str, code: str) -> None:
+    prefill = Recorded(transfer_config(PREFILL, layout=layout))
+    prefill.endpoint.peer_up(peer, decode.endpoint.address)
+    lost = prefill.next(ChannelLost)
+    assert (lost.peer, lost.error.code, lost.error.retryable) == (peer, code, False)
+    prefill.assert_silent(0.2)
+    prefill.endpoint.close()
+
+
+def test_newer_epoch_of_a_prefill_worker_ends_the_older_channel_and_bars_it(decode: Recorded) -> None:
+    newer = PeerRef(PREFILL.worker_id, PREFILL.epoch + 1)
+    with rogue_prefill(decode):
+        successor = Recorded(transfer_config(newer))
+        successor.endpoint.peer_up(DECODE, decode.endpoint.address)
+        assert decode.next(ChannelLost).peer == PREFILL
+        assert decode.next(ChannelOpened).peer == newer
+        assert not decode.endpoint.is_open(PREFILL, "decode")
+    late, answer = dial_open(decode.endpoint.address, open_request(channel_name="late"))
+    assert isinstance(answer, Refused) and answer.code == "stale_epoch"
+    late.close()
+    assert decode.endpoint.is_open(newer, "decode")
+    successor.endpoint.close(0.0)
+
+
+def test_newer_epoch_of_a_decode_worker_replaces_the_older_one() -> None:
+    with joined() as pair:
+        newer = PeerRef(DECODE.worker_id, DECODE.epoch + 1)
+        restarted = Recorded(transfer_config(newer, accepts=True))
+        pair.prefill.endpoint.peer_up(newer, restarted.endpoint.address)
+        assert pair.prefill.next(ChannelLost).peer == DECODE
+        assert pair.prefill.next(ChannelOpened).peer == newer
+        assert list(pair.prefill.endpoint.stats()) == [newer]
+        restarted.endpoint.close(0.0)
+
+
+def test_peer_up_twice_dials_once() -> None:
+    with joined() as pair:
+        pair.prefill.endpoint.peer_up(DECODE, pair.decode.endpoint.address)
+        pair.prefill.assert_silent(0.1)
+        pair.decode.assert_silent()
+
+
+@pytest.mark.parametrize("address", ["", "nowhere", "host:", "host:port", "host:0", "host:65536", ":80"])
+def test_bad_address_is_refused_at_once(address: str) -> None:
+    prefill = Recorded(transfer_config(PREFILL))
+    with pytest.raises(PhloemError) as caught:
+        prefill.endpoint.peer_up(DECODE, address)
+    assert caught.value.code == "bad_address"
+    prefill.endpoint.close()
+
+
+def test_address_that_is_not_ours_is_refused() -> None:
+    with pytest.raises(PhloemError) as caught:
+        Recorded(msgspec.structs.replace(transfer_config(DECODE, accepts=True), host="192.0.2.1"))
+    assert caught.value.code == "address_unavailable"
+
+
+def test_dialing_goes_on_until_the_peer_listens() -> None:
+    with socket.create_server((HOST, 0)) as placeholder:
+        port = placeholder.getsockname()[1]
+    prefill = Recorded(transfer_config(PREFILL))
+    prefill.endpoint.peer_up(DECODE, f"{HOST}:{port}")
+    prefill.assert_silent(0.2)
+    with socket.create_server((HOST, port)) as server:
+        server.settimeout(5.0)
+        sock, _ = server.accept()
+        sock.close()
+        again, _ = server.accept()
+        again.close()
+    prefill.endpoint.close()
+
+
+def test_too_many_channels_are_refused_for_now() -> None:
+    config = transfer_config(DECODE, accepts=True)
+    assert refusal(open_request(), config, 0, MAX_CHANNELS - 1) is None
+    refused = refusal(open_request(), config, 0, MAX_CHANNELS)
+    assert refused is not None and refused.code == "overloaded"
+
+
+def test_seen_epochs_keep_the_newest_and_forget_the_oldest_worker() -> None:
+    seen = SeenEpochs()
+    seen.note("a", 5)
+    seen.note("a", 4)
+    assert (seen.newest("a"), seen.newest("b")) == (5, 0)
+    for n in range(MAX_REMEMBERED_WORKERS):
+        seen.note(f"w{n}", 1)
+    assert (seen.newest("a"), seen.newest("w0")) == (0, 1)

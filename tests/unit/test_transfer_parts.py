@@ -1,0 +1,227 @@
+"""The parts of a channel, each by itself."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phloem.shared.errors import PhloemError
+from phloem.shared.transfer.frames import FrameSocket
+from phloem.shared.transfer.interfaces import interface_of
+from phloem.shared.transfer.mailbox import Mailbox
+from phloem.shared.transfer.staging import ReceiveRing, SendRing, StagingSlot, make_slots
+from phloem.shared.transfer.stats import PeerMeter
+from tests.support.transfer import wait_until
+
+
+@pytest.fixture
+def frame_pair() -> Iterator[tuple[FrameSocket, FrameSocket]]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        left = socket.create_connection(server.getsockname(), 5.0)
+        right, _ = server.accept()
+    frames = FrameSocket(left), FrameSocket(right)
+    for side in frames:
+        side.set_timeout(5.0)
+    yield frames
+    for side in frames:
+        side.close()
+
+
+def code_of(error: pytest.ExceptionInfo[PhloemError]) -> str:
+    return error.value.code
+
+
+def test_frames_keep_their_borders(frame_pair: tuple[FrameSocket, FrameSocket]) -> None:
+    left, right = frame_pair
+    payloads = [b"", b"a", bytes(range(256)) * 100, b"", b"end"]
+    for payload in payloads:
+        left.write(payload)
+    assert [right.read(1 << 20) for _ in payloads] == payloads
+
+
+def test_frame_longer_than_the_cap_is_not_read(frame_pair: tuple[FrameSocket, FrameSocket]) -> None:
+    left, right = frame_pair
+    left.write(b"12345")
+    with pytest.raises(PhloemError) as caught:
+        right.read(4)
+    assert code_of(caught) == "transfer_protocol"
+
+
+def test_deadline_bounds_a_whole_frame_that_drips(frame_pair: tuple[FrameSocket, FrameSocket]) -> None:
+    left, right = frame_pair
+    stop = threading.Event()
+
+    def drip() -> None:
+        while not stop.wait(0.05):
+            left._socket.sendall(b"\0")  # a byte of the length, then of nothing, again and again
+
+    left._socket.sendall(b"\0\0\1\0")
+    dripper = threading.Thread(target=drip)
+    dripper.start()
+    started = time.monotonic()
+    with pytest.raises(PhloemError) as caught:
+        right.read(1024, started + 0.3)
+    stop.set()
+    dripper.join()
+    assert code_of(caught) == "transfer_timeout"
+    assert time.monotonic() - started < 1.0
+
+
+def test_shutdown_wakes_the_reader_on_both_sides(frame_pair: tuple[FrameSocket, FrameSocket]) -> None:
+    left, right = frame_pair
+    assert not right.is_closed_by_peer
+    left.shutdown()
+    left.shutdown()
+    for side in frame_pair:
+        with pytest.raises(PhloemError) as caught:
+            side.read(10)
+        assert code_of(caught) == "channel_lost"
+    assert right.is_closed_by_peer
+
+
+def test_pending_data_is_not_taken_for_an_end(frame_pair: tuple[FrameSocket, FrameSocket]) -> None:
+    left, right = frame_pair
+    left.write(b"x")
+    assert not right.is_closed_by_peer
+    assert right.read(1) == b"x"
+
+
+def test_writer_gives_up_on_a_peer_that_reads_nothing(frame_pair: tuple[FrameSocket, FrameSocket]) -> None:
+    left, _ = frame_pair
+    left.set_timeout(0.1)
+    with pytest.raises(PhloemError) as caught:
+        for _ in range(1000):
+            left.write(bytes(1 << 20))
+    assert code_of(caught) == "transfer_timeout"
+
+
+def test_mailbox_is_first_in_first_out_and_bounded() -> None:
+    mailbox: Mailbox[int] = Mailbox(2)
+    mailbox.put(1)
+    mailbox.put(2)
+    with pytest.raises(PhloemError) as caught:
+        mailbox.put(3)
+    assert code_of(caught) == "transfer_timeout"
+    assert [mailbox.get(0.0), mailbox.get(0.0), mailbox.get(0.0)] == [1, 2, None]
+
+
+def test_closing_a_mailbox_wakes_getter_and_putter() -> None:
+    empty: Mailbox[int] = Mailbox(1)
+    full: Mailbox[int] = Mailbox(1)
+    full.put(1)
+    codes: list[str] = []
+
+    def expect_lost(call: object) -> None:
+        assert callable(call)
+        with pytest.raises(PhloemError) as caught:
+            call()
+        codes.append(code_of(caught))
+
+    threads = [
+        threading.Thread(target=expect_lost, args=(empty.get,)),
+        threading.Thread(target=expect_lost, args=(lambda: full.put(2, 10.0),)),
+    ]
+    for thread in threads:
+        thread.start()
+    empty.close()
+    full.close()
+    for thread in threads:
+        thread.join(5.0)
+    assert codes == ["channel_lost"] * 2
+    with pytest.raises(PhloemError):
+        full.get()
+
+
+def test_mailbox_is_idle_only_when_the_getter_came_back() -> None:
+    mailbox: Mailbox[int] = Mailbox(4)
+    assert not mailbox.is_idle
+    mailbox.put(1)
+    assert mailbox.get() == 1
+    assert not mailbox.is_idle, "the getter still works on it"
+    getter = threading.Thread(target=mailbox.get)
+    getter.start()
+    wait_until(lambda: mailbox.is_idle)
+    mailbox.put(2)
+    getter.join()
+
+
+@given(
+    num_slots=st.integers(1, 4),
+    credits=st.integers(1, 6),
+    choices=st.lists(st.sampled_from(["acquire", "give_back", "send", "sent", "credit"]), max_size=60),
+)
+def test_send_ring_never_has_more_out_than_slots_and_credits(
+    num_slots: int, credits: int, choices: list[str]
+) -> None:
+    slots = make_slots("c", num_slots, 1, "cpu")
+    ring = SendRing(slots, credits)
+    acquired: list[StagingSlot] = []
+    sending: list[StagingSlot] = []
+    uncredited = 0
+    starved = False
+    for choice in choices:
+        relieved = False
+        if choice == "acquire":
+            slot = ring.acquire()
+            can = len(acquired) + len(sending) < num_slots and len(acquired) + uncredited < credits
+            assert (slot is not None) == can
+            starved = starved or slot is None
+            if slot is not None:
+                assert slot not in acquired and slot not in sending
+                acquired.append(slot)
+        elif choice == "give_back" and acquired:
+            relieved = ring.give_back(acquired.pop())
+        elif choice == "send" and acquired:
+            sending.append(acquired.pop(0))
+            ring.sending(sending[-1])
+            uncredited += 1
+        elif choice == "sent" and sending:
+            relieved = ring.sent(sending.pop(0))
+        elif choice == "credit" and uncredited:
+            uncredited -= 1
+            relieved = ring.credit(1)
+        can = len(acquired) + len(sending) < num_slots and len(acquired) + uncredited < credits
+        if choice != "acquire":
+            assert relieved <= (starved and can)
+            starved = starved and not relieved
+            assert not (starved and can), "a starved engine is told"
+        assert ring.is_idle == (uncredited == 0)
+
+
+def test_receive_ring_takes_back_only_what_it_gave() -> None:
+    ring = ReceiveRing(make_slots("c", 2, 1, "cpu"))
+    first, second = ring.take(), ring.take()
+    with pytest.raises(PhloemError) as caught:
+        ring.take()
+    assert code_of(caught) == "transfer_protocol"
+    ring.releasing(first)
+    with pytest.raises(AssertionError):
+        ring.releasing(first)
+    with pytest.raises(PhloemError):
+        ring.take()  # the device has not emptied it yet
+    ring.emptied(first)
+    assert ring.take() is first
+    assert second is not first
+
+
+def test_busy_time_counts_overlapping_transfers_once() -> None:
+    meter = PeerMeter()
+    meter.sent(10, 1.0, 3.0)
+    meter.sent(10, 2.0, 4.0)
+    meter.sent(10, 9.0, 10.0)
+    meter.received(5, 0.0, 0.5)
+    stats = meter.read()
+    assert (stats.bytes_sent, stats.pieces_sent, stats.send_s) == (30, 3, 4.0)
+    assert (stats.bytes_received, stats.receive_s) == (5, 0.5)
+
+
+def test_nccl_is_bound_to_the_interface_of_the_address() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    with pytest.raises(PhloemError):
+        interface_of("192.0.2.1")
