@@ -57,6 +57,7 @@ class IndexService:
         with self._measured("Publish"):
             _check_worker_id(message.worker.worker_id)
             _check_slot(message.slot)
+            _check_seq(message.seq)
             _check_hashes(message.removed, MAX_PUBLISH_BLOCKS - len(message.stored), "removed")
             _check_hashes(message.stored, MAX_PUBLISH_BLOCKS, "stored")
             await self._store.publish(message)
@@ -94,6 +95,12 @@ def _check_slot(slot: int) -> None:
     # Redis would grow a string to hold any bit it is told to set; the slot's owner is checked there.
     if not 0 <= slot < 1 << 16:
         raise invalid_request(f"there is no slot {slot}", param="slot")
+
+
+def _check_seq(seq: int) -> None:
+    # 0 stands for "nothing applied yet", and so would look like a message that was sent twice.
+    if seq < 1:
+        raise invalid_request("seq starts at 1", param="seq")
 
 
 def _check_hashes(block_hashes: Sequence[bytes], limit: int, param: str) -> None:

@@ -26,12 +26,12 @@ class IndexReplica:
     def __init__(self, redis_url: str, *, max_slots: int = 64, grace_s: float = 0.0) -> None:
         self.link = RedisLink(redis_url, timeout_s=2.0)
         self.prometheus = CollectorRegistry()
-        metrics = IndexMetrics(self.prometheus)
+        self.metrics = IndexMetrics(self.prometheus)
         self.store = BlockStore(self.link, read_timeout_s=0.5, write_timeout_s=2.0)
         self.slots = Slots(self.link, max_slots)
         self.matcher = Matcher(self.store, self.slots, timeout_s=0.5)
-        self.sweeper = Sweeper(self.store, self.slots, metrics, interval_s=60.0, grace_s=grace_s)
-        self.service = IndexService(self.store, self.slots, self.matcher, metrics)
+        self.sweeper = Sweeper(self.store, self.slots, self.metrics, interval_s=60.0, grace_s=grace_s)
+        self.service = IndexService(self.store, self.slots, self.matcher, self.metrics)
 
     def observe(self, snapshot: ClusterSnapshot) -> None:
         self.matcher.set_snapshot(snapshot)
