@@ -29,6 +29,7 @@ class EngineCluster:
         p: int = 0,
         d: int = 0,
         num_prompt_tokens: int | None = None,
+        salt: str = "",
     ) -> None:
         """Submits to prefill engine `p` and decode engine `d` at once, as a gateway does."""
         prefill, decode = self.prefill[p], self.decode[d]
@@ -39,6 +40,7 @@ class EngineCluster:
             phase="decode",
             peer=prefill.ref,
             num_prompt_tokens=num_prompt_tokens,
+            salt=salt,
         )
         prefill.submit(
             request_id,
@@ -47,6 +49,7 @@ class EngineCluster:
             phase="prefill",
             peer=decode.ref,
             num_prompt_tokens=num_prompt_tokens,
+            salt=salt,
         )
 
     def wait_tokens(self, request_id: str, *, p: int = 0, d: int = 0) -> list[int]:
@@ -61,14 +64,22 @@ class EngineCluster:
 
 @contextmanager
 def running_cluster(
-    decoder: Decoder, prefill: int = 1, decode: int = 1, spec: EngineSpec | None = None
+    decoder: Decoder,
+    prefill: int = 1,
+    decode: int = 1,
+    *,
+    spec: EngineSpec | None = None,
+    decode_spec: EngineSpec | None = None,
 ) -> Iterator[EngineCluster]:
-    """Engines of equal size, every prefill engine joined to every decode engine; audited at the end."""
+    """Every prefill engine is joined to every decode engine; all are audited at the end."""
     spec = spec or EngineSpec()
     with ExitStack() as stack:
         cluster = EngineCluster(
             [_start(stack, f"p{i}", decoder, replace(spec, role="prefill")) for i in range(prefill)],
-            [_start(stack, f"d{i}", decoder, replace(spec, role="decode")) for i in range(decode)],
+            [
+                _start(stack, f"d{i}", decoder, replace(decode_spec or spec, role="decode"))
+                for i in range(decode)
+            ],
         )
         for sender in cluster.prefill:
             for receiver in cluster.decode:
