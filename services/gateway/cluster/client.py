@@ -106,6 +106,15 @@ class ClusterClient:
             max_running_requests=sum(record.max_running_requests for record in decoders),
         )
 
+    def workers(self) -> set[PeerRef]:
+        """Workers that take new requests now."""
+        return {session.ref for session in self._membership.routable}
+
+    def heard(self, worker: PeerRef) -> int:
+        """Step messages that came from this worker."""
+        session = self._membership.session(worker)
+        return session.num_messages if session is not None else 0
+
     def decision(self, request_id: str) -> Decision | None:
         """Where a recent request went last, and the terms of its cost."""
         return self._decisions.get(request_id)

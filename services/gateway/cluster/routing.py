@@ -97,6 +97,8 @@ class Option(msgspec.Struct, frozen=True):
 def route(policy: RoutingPolicy, request: RoutingRequest, candidates: Sequence[Candidate]) -> Decision | None:
     """The decision, or None when no worker can decode."""
     options = options_of(candidates)
+    if policy != "cost":  # these don't know when local prefill is worth it: only where there is no pair
+        options = [option for option in options if not _is_local(option)] or options
     if not options:
         return None
     norms = Norms.of(candidates)
@@ -132,6 +134,10 @@ def _options(candidates: Sequence[Candidate]) -> Iterator[Option]:
                 yield Option(decode, prefill)
 
 
+def _is_local(option: Option) -> bool:
+    return option.prefill is None and option.decode.record.role == "decode"
+
+
 def _may_hand_over(prefill: WorkerRecord, decode: WorkerRecord) -> bool:
     """Two unified workers never pair: each does both phases, and they open no channel."""
     roles = (prefill.role, decode.role)
@@ -146,15 +152,12 @@ def _simple_terms(
     policy: RoutingPolicy, request: RoutingRequest, option: Option, index: int, num_options: int
 ) -> dict[str, float]:
     """Numbers that rank the options of the other policies; they are not seconds."""
-    local = option.prefill is None and option.decode.record.role == "decode"
-    # The other policies send a request through a pair wherever there is one.
-    terms = {"local_prefill": 1e6 if local else 0.0}
     if policy == "least_loaded":
         workers = [option.decode, *([option.prefill] if option.prefill is not None else [])]
-        terms["load"] = float(sum(_num_requests(worker) for worker in workers))
-    elif policy == "round_robin":
-        terms["turn"] = float((index - request.sequence) % num_options)
-    return terms
+        return {"load": float(sum(_num_requests(worker) for worker in workers))}
+    if policy == "round_robin":
+        return {"turn": float((index - request.sequence) % num_options)}
+    return {}
 
 
 def cost_terms(request: RoutingRequest, option: Option, norms: Norms) -> dict[str, float]:
@@ -167,7 +170,7 @@ def cost_terms(request: RoutingRequest, option: Option, norms: Norms) -> dict[st
         compute_s = lacking / rate
         terms["prefill_queue"] = _queued_tokens(decode) / rate
         terms["prefill"] = compute_s
-        if decode.record.role == "decode":  # what it runs, and will run, waits meanwhile
+        if _is_local(option):  # what it runs, and will run, waits meanwhile
             terms["interference"] = compute_s * (1 + _num_requests(decode))
         return terms
     rate = prefill.record.load.prefill_tokens_per_s or norms.prefill_tokens_per_s

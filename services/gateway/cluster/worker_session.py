@@ -57,6 +57,7 @@ class WorkerSession:
         self.channel = RpcChannel(record.rpc_address, cluster_secret)
         self.up = False
         self.heard_at = time.monotonic()
+        self.num_messages = 0  # step messages received
         self._gateway_id = gateway_id
         self._options = options
         self._metrics = metrics
@@ -168,5 +169,6 @@ class WorkerSession:
     def _receive(self, message: SessionUp) -> None:
         self.heard_at = time.monotonic()
         if isinstance(message, StepMessage) and message.epoch == self.ref.epoch:
+            self.num_messages += 1
             self._metrics.session_messages.labels(self.ref.worker_id).inc()
             self._on_step(self.ref, message)
