@@ -14,11 +14,12 @@ from torch import Tensor
 
 from phloem.kernels.reference import activation as _activation
 from phloem.kernels.reference import attention as _attention
+from phloem.kernels.reference import linear as _linear
 from phloem.kernels.reference import norm as _norm
 from phloem.kernels.reference import pages as _pages
 from phloem.kernels.reference import rope as _rope
 from phloem.kernels.reference import sampling as _sampling
-from phloem.kernels.types import AttentionPlan, PagedKV
+from phloem.kernels.types import AttentionPlan, LinearWeight, PagedKV
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -35,6 +36,20 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     x, residual: `[T, N]`, weight: `[N]`, one dtype.
     """
     return _norm.add_rms_norm(x, residual, weight, eps)
+
+
+def prepare_linear(plain: LinearWeight) -> LinearWeight:
+    """The same weight, laid out as this device multiplies fastest: a copy, or `plain` itself.
+
+    An unpacked result still is an ordinary `[out, in]` tensor (maybe with other strides); a packed one can
+    only be passed to `linear`. Call it once per weight, at load, and drop the original.
+    """
+    return _linear.prepare_linear(plain)
+
+
+def linear(x: Tensor, w: LinearWeight) -> Tensor:
+    """`x @ w.weight.T + w.bias`. x: `[T, in]`, of the weight's dtype. Returns `[T, out]`, any strides."""
+    return _linear.linear(x, w)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

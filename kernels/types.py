@@ -17,6 +17,17 @@ class PagedKV(Protocol):
     def v(self) -> list[Tensor]: ...
 
 
+class LinearWeight(NamedTuple):
+    """`y = x @ weight.T + bias`; weight `[out, in]`, bias `[out]` or None.
+
+    `packed` says that `weight` is in a layout that only `ops.linear` can read.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    packed: bool = False
+
+
 class SequenceSpan(NamedTuple):
     """One sequence of a ragged batch, as attention sees it.
 
@@ -35,7 +46,6 @@ class SequenceSpan(NamedTuple):
     num_keys: int
     skip: int
     first_page: int
-    num_pages: int
     page_ids: Tensor
 
 
@@ -48,4 +58,4 @@ class AttentionPlan(NamedTuple):
 
     spans: list[SequenceSpan]
     window: int
-    page_size: int
+    max_copied_pages: int  # of one span whose pages are not neighbours

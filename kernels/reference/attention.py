@@ -16,24 +16,19 @@ def plan_attention(
 ) -> AttentionPlan:
     rows: list[list[int]] = page_table.tolist()
     spans = []
-    row = 0
+    row = max_copied_pages = 0
     for index, (query_len, kv_len) in enumerate(zip(query_lens, kv_lens, strict=True)):
         kv_start = max(0, kv_len - query_len - window + 1) if window else 0
         page_start, page_end = kv_start // page_size, -(-kv_len // page_size)
         pages = rows[index][page_start:page_end]
-        spans.append(
-            SequenceSpan(
-                row=row,
-                query_len=query_len,
-                num_keys=kv_len - kv_start,
-                skip=kv_start % page_size,
-                first_page=pages[0] if _are_neighbours(pages) else -1,
-                num_pages=len(pages),
-                page_ids=page_table[index, page_start:page_end],
-            )
-        )
+        first_page = pages[0] if _are_neighbours(pages) else -1
+        if first_page < 0:
+            max_copied_pages = max(max_copied_pages, len(pages))
+        page_ids = page_table[index, page_start:page_end]
+        skip = kv_start % page_size
+        spans.append(SequenceSpan(row, query_len, kv_len - kv_start, skip, first_page, page_ids))
         row += query_len
-    return AttentionPlan(spans, window, page_size)
+    return AttentionPlan(spans, window, max_copied_pages)
 
 
 def _are_neighbours(pages: list[int]) -> bool:
@@ -42,38 +37,52 @@ def _are_neighbours(pages: list[int]) -> bool:
 
 
 def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k_pages.shape[2]
+    # The heads that share a KV head are neighbours: one sequence's query is [H_kv, group, D] per token.
+    grouped = q.view(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    copied = [pages.new_empty(plan.max_copied_pages, *pages.shape[1:]) for pages in (k_pages, v_pages)]
+    attended = []
     for span in plan.spans:
-        rows = slice(span.row, span.row + span.query_len)
-        out[rows] = _attend(q[rows], _tokens(k_pages, span), _tokens(v_pages, span), plan.window, scale)
-    return out
+        keys, values = _heads_of(k_pages, span, copied[0]), _heads_of(v_pages, span, copied[1])
+        queries = grouped[span.row : span.row + span.query_len]
+        if span.query_len == 1:
+            # One query sees every key: its heads are the rows of one small matrix per KV head.
+            attended.append(scaled_dot_product_attention(queries, keys, values, scale=scale))
+        else:
+            attended.append(_attend_causally(queries, keys, values, plan.window, scale))
+    together = attended[0] if len(attended) == 1 else torch.cat(attended)
+    return together.view(num_tokens, num_heads, head_dim)
 
 
-def _tokens(pages: Tensor, span: SequenceSpan) -> Tensor:
-    """The span's tokens, `[num_keys, num_kv_heads, head_dim]`: a view where its pages are neighbours."""
-    if span.first_page >= 0:
-        chosen = pages[span.first_page : span.first_page + span.num_pages]
-    else:
-        chosen = pages.index_select(0, span.page_ids)
-    return chosen.view(-1, *pages.shape[2:])[span.skip : span.skip + span.num_keys]
+def _heads_of(pages: Tensor, span: SequenceSpan, scratch: Tensor) -> Tensor:
+    """The span's tokens, `[1, H_kv, num_keys, D]`: a view where its pages are neighbours, else of a copy."""
+    first_page, source = span.first_page, pages
+    if first_page < 0:
+        first_page, source = 0, scratch
+        torch.index_select(pages, 0, span.page_ids, out=scratch[: len(span.page_ids)])
+    _, page_size, num_kv_heads, head_dim = pages.shape
+    token = num_kv_heads * head_dim
+    offset = source.storage_offset() + (first_page * page_size + span.skip) * token
+    size = (1, num_kv_heads, span.num_keys, head_dim)
+    return source.as_strided(size, (span.num_keys * token, head_dim, token, 1), offset)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-    query_len, num_heads, head_dim = q.shape
-    num_keys, num_kv_heads, _ = k.shape
-    keys, values = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
-    if query_len == 1:
-        # One query sees every key: the heads that share a KV head become the rows of one small matrix.
-        queries = q.reshape(1, num_kv_heads, num_heads // num_kv_heads, head_dim)
-        attended = scaled_dot_product_attention(queries, keys, values, scale=scale)
-        return attended.reshape(1, num_heads, head_dim)
-    queries = q.transpose(0, 1).unsqueeze(0)
+def _attend_causally(queries: Tensor, keys: Tensor, values: Tensor, window: int, scale: float) -> Tensor:
+    """Attention of `[query_len, H_kv, group, D]` queries that stand at the last keys; the same shape."""
+    query_len, num_keys = queries.shape[0], keys.shape[2]
     plain_causal = query_len == num_keys and not (window and num_keys > window)
-    mask = None if plain_causal else _mask(query_len, num_keys, window, q.device)
+    mask = None if plain_causal else _mask(query_len, num_keys, window, queries.device)
     attended = scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, is_causal=plain_causal, scale=scale, enable_gqa=True
+        queries.flatten(1, 2).transpose(0, 1).unsqueeze(0),
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=plain_causal,
+        scale=scale,
+        enable_gqa=True,
     )
-    return attended.squeeze(0).transpose(0, 1)
+    return attended.squeeze(0).transpose(0, 1).reshape(queries.shape)
 
 
 def _mask(query_len: int, num_keys: int, window: int, device: torch.device) -> Tensor:

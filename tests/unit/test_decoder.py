@@ -29,8 +29,9 @@ from phloem.shared.model_store.model_config import load_model_config
 
 CPU = torch.device("cpu")
 PROMPT_LEN = 40
-TINY = {
-    "vocab_size": 199,
+VOCAB = 199
+TINY: dict[str, Any] = {
+    "vocab_size": VOCAB,
     "hidden_size": 48,
     "intermediate_size": 80,
     "num_hidden_layers": 3,
@@ -120,7 +121,8 @@ class PagedRun:
             page_table=self._page_table[rows],
             logits_index=torch.arange(sum(lens)),
         )
-        by_row = dict(zip(rows, self._decoder.forward(batch, self._kv).split(lens), strict=True))
+        logits = torch.split_with_sizes(self._decoder.forward(batch, self._kv), lens)
+        by_row = dict(zip(rows, logits, strict=True))
         empty = torch.empty(0, self._decoder.config.vocab_size)
         return [by_row.get(row, empty) for row in range(len(tokens))]
 
@@ -149,7 +151,7 @@ def test_logits_agree_with_transformers_in_chunks_and_decode_steps(
     name: str, page_size: int, tmp_path: Path
 ) -> None:
     reference = save_tiny(name, tmp_path)
-    ids = torch.randint(1, TINY["vocab_size"], (3, PROMPT_LEN), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(1, VOCAB, (3, PROMPT_LEN), generator=torch.Generator().manual_seed(3))
     sequences = [ids[0], ids[1, :23], ids[2, :31]]
     # A whole prompt then decode steps; ragged chunks; single tokens from the first on.
     cuts = [[0, 30, *range(31, PROMPT_LEN + 1)], [0, 7, 16, 17, 23], list(range(32))]
@@ -178,9 +180,11 @@ def test_a_step_without_wanted_logits_returns_none_and_still_writes_kv(tmp_path:
     save_tiny("llama", tmp_path)
     decoder = load(tmp_path)
     kv = KVCache.allocate(decoder.config, 1, 16, torch.float32, CPU)
+    for plane in (*kv.k, *kv.v):
+        plane.zero_()
     at = torch.arange(8)
     batch = ForwardBatch(at + 1, at, at, [8], [8], torch.tensor([[0]]), torch.empty(0, dtype=torch.int64))
-    assert decoder.forward(batch, kv).shape == (0, TINY["vocab_size"])
+    assert decoder.forward(batch, kv).shape == (0, VOCAB)
     assert all(bool((k[0, :8] != 0).any(-1).all()) for k in kv.k)
     assert all(bool((k[0, 8:] == 0).all()) for k in kv.k)
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from phloem.kernels import ops
 from phloem.kernels.types import AttentionPlan
@@ -56,7 +55,7 @@ class Decoder:
             plan = step.plans[self.config.layer_windows[index]]
             x = self._attention(x, layer, step, plan, kv.k[index], kv.v[index])
             x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
-            x = linear(ops.silu_mul(linear(x, *layer.gate_up)), *layer.down)
+            x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up)), layer.down)
             if index < last:
                 x = ops.add_rms_norm(x, residual, parameters.layers[index + 1].input_norm, eps)
         return self._logits(x, residual, batch.logits_index)
@@ -76,13 +75,13 @@ class Decoder:
     ) -> Tensor:
         config = self.config
         num_tokens, num_rotated = x.shape[0], config.num_heads + config.num_kv_heads
-        heads = linear(x, *layer.qkv).view(num_tokens, num_rotated + config.num_kv_heads, config.head_dim)
+        heads = ops.linear(x, layer.qkv).view(num_tokens, num_rotated + config.num_kv_heads, config.head_dim)
         rotated, values = heads[:, :num_rotated], heads[:, num_rotated:]
         if layer.q_norm is not None and layer.k_norm is not None:
             rotated = self._norm_heads(rotated, layer.q_norm, layer.k_norm)
         queries = ops.rope_write_kv(rotated, values, step.cos, step.sin, k, v, step.write_index)
         attended = ops.paged_attention(queries, k, v, plan, self._scale)
-        return linear(attended.view(num_tokens, -1), *layer.o)
+        return ops.linear(attended.view(num_tokens, -1), layer.o)
 
     def _norm_heads(self, rotated: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
         eps, num_heads = self.config.norm_eps, self.config.num_heads
@@ -96,4 +95,4 @@ class Decoder:
         wanted = ops.add_rms_norm(
             x[logits_index], residual[logits_index], parameters.final_norm, self.config.norm_eps
         )
-        return linear(wanted, parameters.lm_head).float()
+        return ops.linear(wanted, parameters.lm_head).to(torch.float32, memory_format=torch.contiguous_format)

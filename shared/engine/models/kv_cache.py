@@ -20,10 +20,12 @@ class KVCache(NamedTuple):
     def allocate(
         cls, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        """Room for `num_pages` pages, all zero; on a CPU the system backs a page when it is first written."""
+        """Room for `num_pages` pages, not initialised: no token is read before it was written. On a CPU the
+        system backs memory when it is first written, so an unused pool costs nothing."""
         shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
-        k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        make = torch.empty if device.type == "cpu" else torch.zeros
+        k = [make(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        v = [make(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         return cls(k, v)
 
     @property

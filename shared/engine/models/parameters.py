@@ -7,37 +7,56 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from phloem.kernels import ops
+from phloem.kernels.types import LinearWeight
 from phloem.shared.engine.models.registry import Architecture, find_architecture, has_bias
 from phloem.shared.model_store.model_config import ModelConfig
-
-
-class Projection(NamedTuple):
-    """`y = x @ weight.T + bias`; weight `[out, in]`, bias `[out]` or None."""
-
-    weight: Tensor
-    bias: Tensor | None
 
 
 class LayerParameters(NamedTuple):
     """One layer. `qkv` stacks q, k, v; `gate_up` stacks gate, up; the norms of q and k are Qwen3's."""
 
     input_norm: Tensor
-    qkv: Projection
+    qkv: LinearWeight
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: Projection
+    o: LinearWeight
     post_norm: Tensor
-    gate_up: Projection
-    down: Projection
+    gate_up: LinearWeight
+    down: LinearWeight
 
 
 class DecoderParameters(NamedTuple):
-    """All weights of a decoder; with tied embeddings `lm_head` is the embedding itself."""
+    """All weights of a decoder; with tied embeddings `lm_head` holds the embedding itself."""
 
     embedding: Tensor
     layers: list[LayerParameters]
     final_norm: Tensor
-    lm_head: Tensor
+    lm_head: LinearWeight
+
+
+def prepare_parameters(plain: DecoderParameters) -> DecoderParameters:
+    """The weights in the device's layout. Empties `plain.layers` on the way, so that at no time more than
+    one layer is in memory twice."""
+    layers = []
+    while plain.layers:
+        layers.append(_prepare_layer(plain.layers.pop(0)))
+    lm_head = ops.prepare_linear(plain.lm_head)
+    if plain.lm_head.weight is not plain.embedding:
+        return plain._replace(layers=layers, lm_head=lm_head)
+    if lm_head.packed:
+        # Tokens are looked up in the same weights, which needs them plain: better slower than twice.
+        return plain._replace(layers=layers)
+    return plain._replace(layers=layers, lm_head=lm_head, embedding=lm_head.weight)
+
+
+def _prepare_layer(plain: LayerParameters) -> LayerParameters:
+    return plain._replace(
+        qkv=ops.prepare_linear(plain.qkv),
+        o=ops.prepare_linear(plain.o),
+        gate_up=ops.prepare_linear(plain.gate_up),
+        down=ops.prepare_linear(plain.down),
+    )
 
 
 class ParameterFactory:
@@ -56,7 +75,7 @@ class ParameterFactory:
             embedding=embedding,
             layers=[self._layer() for _ in range(config.num_layers)],
             final_norm=self._empty(config.hidden_size),
-            lm_head=embedding if config.tied_embeddings else torch.empty_like(embedding),
+            lm_head=LinearWeight(embedding if config.tied_embeddings else torch.empty_like(embedding)),
         )
 
     def _layer(self) -> LayerParameters:
@@ -77,8 +96,8 @@ class ParameterFactory:
             down=self._projection(hidden, inner, mlp_bias),
         )
 
-    def _projection(self, num_out: int, num_in: int, bias: bool) -> Projection:
-        return Projection(self._empty(num_out, num_in), self._empty(num_out) if bias else None)
+    def _projection(self, num_out: int, num_in: int, bias: bool) -> LinearWeight:
+        return LinearWeight(self._empty(num_out, num_in), self._empty(num_out) if bias else None)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self._device)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from phloem.shared.engine.models.decoder import Decoder
-from phloem.shared.engine.models.parameters import DecoderParameters, ParameterFactory
+from phloem.shared.engine.models.parameters import DecoderParameters, ParameterFactory, prepare_parameters
 from phloem.shared.engine.models.registry import WeightNames, find_architecture
 from phloem.shared.engine.weights.slots import weight_slots
 from phloem.shared.errors import ConfigError, PhloemError
@@ -56,7 +56,7 @@ def load_decoder(
         case _:
             supported = "auto, safetensors, dummy"
             raise ConfigError(f"load format {load_format!r} is unknown; use one of {supported}")
-    return Decoder(config, parameters)
+    return Decoder(config, prepare_parameters(parameters))
 
 
 def resolve_dtype(name: str, model_dir: Path, device: torch.device) -> torch.dtype:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from phloem.shared.engine.models.parameters import DecoderParameters, LayerParameters, Projection
+from phloem.kernels.types import LinearWeight
+from phloem.shared.engine.models.parameters import DecoderParameters, LayerParameters
 from phloem.shared.engine.models.registry import WeightNames
 from phloem.shared.model_store.model_config import ModelConfig
 
@@ -15,7 +16,7 @@ def weight_slots(parameters: DecoderParameters, names: WeightNames, config: Mode
     """Checkpoint name -> the view of the parameters that it fills; together they cover everything once."""
     slots = {names.embedding: parameters.embedding, names.final_norm: parameters.final_norm}
     if not config.tied_embeddings:
-        slots[names.lm_head] = parameters.lm_head
+        slots[names.lm_head] = parameters.lm_head.weight
     for index, layer in enumerate(parameters.layers):
         slots.update(_layer_slots(layer, f"{names.layer_prefix}{index}.", names, config))
     return slots
@@ -39,7 +40,7 @@ def _layer_slots(
 
 
 def _stacked(
-    projection: Projection, prefix: str, parts: list[tuple[str, int]]
+    projection: LinearWeight, prefix: str, parts: list[tuple[str, int]]
 ) -> Iterator[tuple[str, Tensor]]:
     """The rows of a fused projection, part by part."""
     row = 0
