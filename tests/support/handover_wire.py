@@ -85,7 +85,11 @@ class Wire:
         self.to_decode: deque[TransferEvent] = deque()
         self.deliver_to_prefill: Deliver = _nobody
         self.deliver_to_decode: Deliver = _nobody
+        self.unreleased: list[PieceReceived] = []  # delivered to the decode side
         self._epoch = 0
+        self._free: list[StagingSlot] = []
+        self._acquired: StagingSlot | None = None
+        self._starved = False  # an acquire failed since the last `SlotAvailable`
         self._reset()
 
     # -- what the test does ----------------------------------------------------------------------------
@@ -161,9 +165,9 @@ class Wire:
         self._epoch += 1
         self.to_prefill.clear()
         self.to_decode.clear()
-        self.unreleased: list[PieceReceived] = []
+        self.unreleased.clear()
         self._starved = False
-        self._acquired: StagingSlot | None = None
+        self._acquired = None
         self._free = [
             StagingSlot(index, str(self._epoch), torch.zeros(self.slot_bytes, dtype=torch.uint8))
             for index in range(self.num_slots)
