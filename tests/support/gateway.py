@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import httpx
+from litestar.types import ASGIApp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from phloem.services.gateway.app import create_app
@@ -135,9 +136,12 @@ def make_gateway(model_dir: Path, generator: FakeGenerator, config: GatewayConfi
 
 
 @contextlib.asynccontextmanager
-async def in_process(gateway: Gateway, **headers: str) -> AsyncIterator[httpx.AsyncClient]:
-    """A client that calls the application without a socket; streams arrive whole."""
-    transport = httpx.ASGITransport(create_app(gateway, SECRET))  # type: ignore[arg-type]
+async def in_process(
+    gateway: Gateway, app: ASGIApp | None = None, headers: dict[str, str] | None = None
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client that calls the application without a socket; streams arrive whole. Making an `app` takes a
+    while: tests that share a gateway share it."""
+    transport = httpx.ASGITransport(app or create_app(gateway, SECRET))  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as client:
         yield client
 

@@ -46,30 +46,30 @@ async def _read(receive: Receive, max_bytes: int) -> bytes:
             return bytes(body)
 
 
-def decode_json(data: bytes | msgspec.Raw, body_type: Any, prefix: str = "") -> Any:
+def decode_json(data: bytes | msgspec.Raw, body_type: Any) -> Any:
     """`data` as a `body_type` (Any: it may be any type expression), strictly: no text for a number.
 
     Nesting is bounded by the interpreter's recursion limit, also in fields that are ignored. Raises
     `PhloemError` (400): `invalid_json`, `missing_required_parameter`, `invalid_type` or `invalid_value`, with
-    the field as `prefix` and a path like `messages[0].content`.
+    the field as a path like `messages[0].content`.
     """
     try:
         return msgspec.json.decode(data, type=body_type)
     except msgspec.ValidationError as error:
-        raise _wrong_field(str(error), prefix) from error
+        raise _wrong_field(str(error)) from error
     except RecursionError as error:
         raise invalid_request("the JSON body is nested too deeply", code="invalid_json") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid_request(f"the body is not valid JSON: {error}", code="invalid_json") from error
 
 
-def _wrong_field(message: str, prefix: str) -> PhloemError:
+def _wrong_field(message: str) -> PhloemError:
     located = _LOCATION.match(message)
     problem = located["problem"] if located else message
-    path = prefix + (located["path"] if located else "")
+    path = located["path"] if located else ""
     missing = _MISSING.match(problem)
     if missing:
-        path = f"{path}.{missing['field']}" if path and not path.endswith(".") else path + missing["field"]
+        path = f"{path}.{missing['field']}".lstrip(".")
         return invalid_request(
             f"missing required parameter: {path}", param=path, code="missing_required_parameter"
         )

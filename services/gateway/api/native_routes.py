@@ -9,6 +9,7 @@ from litestar import MediaType, Response, get, post, route
 from litestar.enums import HttpMethod
 from litestar.openapi import ResponseSpec
 from litestar.types import ASGIApp
+from msgspec import Struct
 
 from phloem.services.gateway.api.access import call_of
 from phloem.services.gateway.api.answer import answer
@@ -29,7 +30,6 @@ from phloem.services.gateway.api.refusals import (
     NATIVE_REFUSALS,
     NATIVE_SAMPLING_REFUSALS,
     refuse_unsupported,
-    unsupported,
 )
 from phloem.services.gateway.gateway import Gateway
 from phloem.services.gateway.sampling import SamplingPlan, plan_sampling
@@ -53,7 +53,8 @@ async def generate(request: HttpRequest) -> ASGIApp:
     data = await body_of(request)
     body: GenerateRequest = decode_json(data, GenerateRequest)
     refuse_unsupported(data, NATIVE_REFUSALS)
-    sampling = _sampling(gateway, body.sampling_params)
+    refuse_unsupported(_raw_sampling(data), NATIVE_SAMPLING_REFUSALS, _PREFIX)
+    sampling = _sampling(gateway, body.sampling_params or NativeSampling())
     prompts, param, single = _prompts(body, gateway.config.max_batch_prompts)
 
     async def work(reply: Reply) -> None:
@@ -108,12 +109,17 @@ async def flush_cache(request: HttpRequest) -> Response[str]:
     return Response(f"Cache flushed on {num_workers} workers.\n", media_type=MediaType.TEXT)
 
 
-def _sampling(gateway: Gateway, raw: msgspec.Raw) -> SamplingPlan:
-    if bytes(raw).lstrip()[:1] == b"[":
-        raise unsupported("sampling_params", " as a list")
-    fields: NativeSampling = decode_json(raw, NativeSampling | None, _PREFIX) or NativeSampling()
-    if bytes(raw) != b"null":
-        refuse_unsupported(bytes(raw), NATIVE_SAMPLING_REFUSALS, _PREFIX)
+class _RawSampling(Struct):
+    sampling_params: msgspec.Raw = msgspec.Raw(b"null")
+
+
+def _raw_sampling(data: bytes) -> bytes:
+    """The JSON object of the sampling parameters, with the fields that no struct knows."""
+    raw = bytes(decode_json(data, _RawSampling).sampling_params)
+    return b"{}" if raw == b"null" else raw
+
+
+def _sampling(gateway: Gateway, fields: NativeSampling) -> SamplingPlan:
     if fields.seed is None and fields.sampling_seed is not None:
         fields = msgspec.structs.replace(fields, seed=fields.sampling_seed)
     return plan_sampling(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from phloem.services.gateway.api.openai_types import PhloemField
@@ -17,12 +16,11 @@ class NativeSampling(SamplingFields, kw_only=True, frozen=True):
 
 
 class GenerateRequest(Struct, kw_only=True, frozen=True):
-    """Exactly one of `text` and `input_ids`, single or a list. `sampling_params` is a `NativeSampling`, kept
-    raw to name what it asks in vain."""
+    """Exactly one of `text` and `input_ids`, single or a list."""
 
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
-    sampling_params: msgspec.Raw = msgspec.Raw(b"null")
+    sampling_params: NativeSampling | None = None
     stream: bool | None = None
     cache_salt: str | None = None
 

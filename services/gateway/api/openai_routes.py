@@ -123,9 +123,9 @@ async def list_models(request: HttpRequest) -> ModelList:
 
 
 @get("/v1/models/{model_id:path}", summary="One model")
-async def get_model(request: HttpRequest, model_id: str) -> ModelCard:
+async def get_model(request: HttpRequest) -> ModelCard:
     gateway = gateway_of(request)
-    gateway.model.check_name(model_id.lstrip("/"))
+    gateway.model.check_name(str(request.path_params["model_id"]).lstrip("/"))
     return _card(gateway)
 
 
