@@ -23,13 +23,12 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     decode: PeerRef
     kv_layout: str
     staging_bytes: int
-    channel_name: str  # names the store's prefix: both epochs and a counter
+    channel_name: str  # both workers and epochs, and never the same twice
 
 
 class Opened(msgspec.Struct, frozen=True, tag="opened"):
-    """The decode side accepts: where its store listens, the slot size agreed on, and the first credits."""
+    """The decode side accepts: the slot size agreed on, and the first credits."""
 
-    store_address: str
     staging_bytes: int
     credits: int
 
@@ -37,6 +36,13 @@ class Opened(msgspec.Struct, frozen=True, tag="opened"):
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
     code: str
     message: str
+
+
+class Rendezvous(msgspec.Struct, frozen=True, tag="rendezvous"):
+    """After `Opened`, both ways: what a rank tells the other so that both join the process group."""
+
+    key: str
+    value: bytes
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -83,6 +89,6 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     message: str = ""
 
 
-TransferMessage: TypeAlias = Open | Opened | Refused | Ready | Piece | Last | Credit | Cancel
+TransferMessage: TypeAlias = Open | Opened | Refused | Rendezvous | Ready | Piece | Last | Credit | Cancel
 
 transfer_message: Codec[TransferMessage] = Codec(TransferMessage, max_bytes=1024 * 1024)

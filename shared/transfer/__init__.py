@@ -5,8 +5,8 @@ a two-rank process group of its own for the bytes. Life of one channel:
 
 1. `Dialer` (prefill side) connects to the `Listener` (decode side); both prove that they know the cluster
    secret (`handshake`).
-2. `Open` / `Opened` agree on epochs, layout and slot size; `planes` joins the process group over the decode
-   side's `StoreHost`; one byte goes through it.
+2. `Open` / `Opened` agree on epochs, layout and slot size; both ranks find each other over the same
+   connection (`rendezvous`) and join the process group of a `DataPlane`; one byte goes through it.
 3. Three threads serve a `Channel`: its own reads control frames, `write` sends them and posts data,
    `complete` waits for posted data in order. Silence past the deadline, a broken rule or a dead peer ends
    all three with one `ChannelLost`.

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.protocol.transfer import TransferMessage, transfer_message
+from phloem.shared.protocol.transfer import Rendezvous, TransferMessage, transfer_message
 from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.events import ChannelLost, ChannelOpened, Side, TransferEvent
 from phloem.shared.transfer.frames import KEEPALIVE, FrameSocket
 from phloem.shared.transfer.mailbox import Mailbox
 from phloem.shared.transfer.planes import DataPlane, Pending, PlaneSpec, open_plane
+from phloem.shared.transfer.rendezvous import ControlStore
 from phloem.shared.transfer.staging import StagingSlot
 from phloem.shared.transfer.stats import PeerMeter
 
@@ -53,13 +54,14 @@ class Channel(ABC):
     def __init__(
         self,
         peer: PeerRef,
+        name: str,
         plane_spec: PlaneSpec,
         frames: FrameSocket,
         deliver: Callable[[TransferEvent], None],
         meter: PeerMeter,
     ) -> None:
         self.peer = peer
-        self.name = plane_spec.channel_name
+        self.name = name
         self._plane_spec = plane_spec
         self._timeout_s = plane_spec.timeout_s
         self._frames = frames
@@ -151,7 +153,7 @@ class Channel(ABC):
     def _close_completions(self) -> None: ...
 
     def _serve(self, threads: list[threading.Thread]) -> None:
-        self._plane = plane = open_plane(self._plane_spec, self._check_wanted)
+        self._plane = plane = open_plane(self._plane_spec, ControlStore(self._frames, self._timeout_s))
         self._warm_up(plane)
         self._frames.set_timeout(self._timeout_s)
         self._meter.opened()
@@ -159,8 +161,9 @@ class Channel(ABC):
         for thread in threads:
             thread.start()
         while (payload := self._read()) is not None:
-            if payload != KEEPALIVE:
-                self._on_message(transfer_message.decode(payload), plane)
+            message = None if payload == KEEPALIVE else transfer_message.decode(payload)
+            if message is not None and not isinstance(message, Rendezvous):  # told, but not waited for
+                self._on_message(message, plane)
 
     def _read(self) -> bytes | None:
         try:
@@ -168,11 +171,6 @@ class Channel(ABC):
         except PhloemError as error:
             self._on_end_of_stream(error)
             return None
-
-    def _check_wanted(self) -> None:
-        """While the channel opens and nobody reads: raises when either side gave it up."""
-        if self._failed.is_set() or self._frames.is_closed_by_peer:
-            raise channel_lost("the channel was given up while it opened")
 
     def _announce(self) -> None:
         with self._state:

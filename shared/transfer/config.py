@@ -10,7 +10,7 @@ from phloem.shared.protocol.session import PeerRef
 class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything an endpoint needs.
 
-    `host` is the one address that the control listener, the store and the group's sockets bind to.
+    `host` is the one address that the control listener and the group's sockets bind to.
     `kv_layout` must be equal on both sides of a channel. `staging_bytes` is the size of one slot (a channel
     takes the smaller of both sides'), `staging_slots` the slots per channel and side. `timeout_s` bounds
     every operation: a peer that is silent for that long is lost. `accepts`: decode and unified workers

@@ -43,6 +43,7 @@ class DecodeChannel(Channel):
     def __init__(
         self,
         peer: PeerRef,
+        name: str,
         plane_spec: PlaneSpec,
         frames: FrameSocket,
         deliver: Callable[[TransferEvent], None],
@@ -51,7 +52,7 @@ class DecodeChannel(Channel):
         staging_bytes: int,
         staging_slots: int,
     ) -> None:
-        super().__init__(peer, plane_spec, frames, deliver, meter)
+        super().__init__(peer, name, plane_spec, frames, deliver, meter)
         self._staging_bytes = staging_bytes
         self._ring = ReceiveRing(make_slots(self.name, staging_slots, staging_bytes, plane_spec.device))
         self._arrivals: Mailbox[_Arrival] = Mailbox(_MAX_ARRIVALS)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Open, Opened, Refused, transfer_message
+from phloem.shared.transfer.addresses import parse_address
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.errors import channel_lost, protocol_violation
 from phloem.shared.transfer.events import ChannelLost, TransferEvent
@@ -21,7 +22,6 @@ from phloem.shared.transfer.handshake import handshake_deadline, prove_as_dialer
 from phloem.shared.transfer.planes import PlaneSpec
 from phloem.shared.transfer.prefill_channel import PrefillChannel
 from phloem.shared.transfer.stats import PeerMeter
-from phloem.shared.transfer.store import parse_address
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,6 @@ class Dialer:
     def _open(self, frames: FrameSocket, deadline: float) -> tuple[str, Opened | Refused]:
         prove_as_dialer(frames, transfer_key(self._config.cluster_secret), deadline)
         me = self._config.me
-        # Never the same twice: a name is a prefix in the peer's store, where an older channel may still end.
         nonce = secrets.token_hex(8)
         name = f"{me.worker_id}.{me.epoch}-{self.peer.worker_id}.{self.peer.epoch}-{nonce}"
         staging_bytes = self._config.staging_bytes
@@ -160,8 +159,6 @@ class Dialer:
     def _make_channel(self, name: str, opened: Opened, frames: FrameSocket) -> PrefillChannel:
         config = self._config
         spec = PlaneSpec(
-            channel_name=name,
-            store_address=opened.store_address,
             host=config.host,
             side="prefill",
             device=config.device,
@@ -169,6 +166,7 @@ class Dialer:
         )
         channel = PrefillChannel(
             self.peer,
+            name,
             spec,
             frames,
             self._deliver,

@@ -6,7 +6,6 @@ A frame is a 4-byte big-endian length and as many bytes. An empty frame says onl
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import struct
 import time
@@ -47,16 +46,6 @@ class FrameSocket:
         if length > max_bytes:
             raise protocol_violation(f"frame of {length} bytes is over {max_bytes}")
         return bytes(self._read_exactly(length, deadline))
-
-    @property
-    def is_closed_by_peer(self) -> bool:
-        """Whether nothing will come any more; only while no other thread reads."""
-        try:
-            readable = select.poll()
-            readable.register(self._socket, select.POLLIN)
-            return bool(readable.poll(0)) and self._socket.recv(1, socket.MSG_PEEK) == b""
-        except OSError:
-            return True
 
     def shutdown(self) -> None:
         """Wakes both threads; safe to call at any time and more than once."""

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]  # not in the stubs
+from torch.distributed import ProcessGroupGloo
 
 from phloem.shared.transfer.errors import channel_lost, transfer_timeout
 from phloem.shared.transfer.planes import RANKS, Pending, PlaneSpec
-from phloem.shared.transfer.store import join_store, meet
+from phloem.shared.transfer.rendezvous import ControlStore
 
 _DATA_TAG = 0
 _ABORT_TAG = 1
@@ -23,10 +22,8 @@ _ABORT_TAG = 1
 class GlooPlane:
     """See `DataPlane`."""
 
-    def __init__(self, spec: PlaneSpec, check: Callable[[], None]) -> None:
-        store = PrefixStore(spec.channel_name, join_store(spec.store_address, spec.timeout_s))
+    def __init__(self, spec: PlaneSpec, store: ControlStore) -> None:
         self._rank = RANKS[spec.side]
-        meet(store, self._rank, spec.timeout_s, check)
         try:
             # Any: the stubs lack send and recv.
             self._group: Any = ProcessGroupGloo(store, self._rank, 2, _options(spec))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Open, Opened, Refused, transfer_message
+from phloem.shared.transfer.addresses import listen_on
 from phloem.shared.transfer.admission import SeenEpochs, refusal
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.decode_channel import DecodeChannel
@@ -26,7 +27,6 @@ from phloem.shared.transfer.handshake import (
 )
 from phloem.shared.transfer.planes import PlaneSpec
 from phloem.shared.transfer.stats import PeerMeter
-from phloem.shared.transfer.store import StoreHost, listen_on
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,6 @@ class Listener:
         self._meter_of = meter_of
         self._socket = listen_on(config.host)
         self.address = f"{config.host}:{self._socket.getsockname()[1]}"
-        self._store = StoreHost(config.host, config.timeout_s)
         self._strangers = threading.BoundedSemaphore(MAX_UNAUTHENTICATED)
         self._lock = threading.Lock()  # guards all below
         self._closing = threading.Event()
@@ -86,7 +85,6 @@ class Listener:
         for thread in connections.values():
             thread.join()
         self._socket.close()
-        self._store.close()
 
     def _accept(self) -> None:
         while not self._closing.is_set():
@@ -133,7 +131,6 @@ class Listener:
         try:
             channel.run()
         finally:
-            self._store.forget(channel.name)
             with self._lock:
                 if self._channels.get(channel.peer.worker_id) is channel:
                     del self._channels[channel.peer.worker_id]
@@ -146,7 +143,7 @@ class Listener:
             frames.write(transfer_message.encode(channel))
             return None
         credits = self._config.staging_slots
-        opened = Opened(self._store.address, self._agreed_bytes(request), credits)
+        opened = Opened(self._agreed_bytes(request), credits)
         try:
             frames.write(transfer_message.encode(opened))
         except PhloemError as error:
@@ -186,8 +183,6 @@ class Listener:
     def _make_channel(self, request: Open, frames: FrameSocket) -> DecodeChannel:
         config = self._config
         spec = PlaneSpec(
-            channel_name=request.channel_name,
-            store_address=self._store.address,
             host=config.host,
             side="decode",
             device=config.device,
@@ -195,6 +190,7 @@ class Listener:
         )
         return DecodeChannel(
             request.prefill,
+            request.channel_name,
             spec,
             frames,
             self._deliver,

@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupNCCL  # type: ignore[attr-defined]  # not in the stubs
+from torch.distributed import ProcessGroupNCCL
 
 from phloem.shared.transfer.errors import channel_lost, transfer_timeout
 from phloem.shared.transfer.interfaces import interface_of
 from phloem.shared.transfer.planes import RANKS, Pending, PlaneSpec
-from phloem.shared.transfer.store import join_store, meet
+from phloem.shared.transfer.rendezvous import ControlStore
 
 # Measured on 2 x H200: 16 CTAs give 256 GB/s and cost the sender's matmuls 1% (shared/gpu/README.md).
 MAX_CTAS = 16
@@ -28,16 +27,15 @@ _SLOW_POLL_S = 0.000_5
 class NcclPlane:
     """See `DataPlane`. The receive must name exactly the bytes that the peer sends.
 
-    The communicator is made by the first operation; NCCL blocks there until the peer comes.
+    The communicator is made by the first operation, the channel's warm-up, over `store`; NCCL blocks there
+    until the peer comes.
     """
 
-    def __init__(self, spec: PlaneSpec, check: Callable[[], None]) -> None:
+    def __init__(self, spec: PlaneSpec, store: ControlStore) -> None:
         _keep_torch_from_ending_the_process()
         _bind_nccl_to(spec.host)
         self._device = torch.device(spec.device)
         self._rank = RANKS[spec.side]
-        store = PrefixStore(spec.channel_name, join_store(spec.store_address, spec.timeout_s))
-        meet(store, self._rank, spec.timeout_s, check)
         options = ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=spec.timeout_s)
         options.config.max_ctas = MAX_CTAS

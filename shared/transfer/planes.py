@@ -6,13 +6,13 @@ same order; a posted operation is waited for by another thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from phloem.shared.transfer.events import Side
+from phloem.shared.transfer.rendezvous import ControlStore
 
 RANKS: dict[Side, int] = {"decode": 0, "prefill": 1}
 
@@ -40,26 +40,21 @@ class DataPlane(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PlaneSpec:
-    """Names a plane: equal on both sides but for `host` (the own address) and `side`."""
+    """One rank's part of a plane; `host` is the own address that its sockets bind to."""
 
-    channel_name: str
-    store_address: str
     host: str
     side: Side
     device: str
     timeout_s: float
 
 
-def open_plane(spec: PlaneSpec, check: Callable[[], None]) -> DataPlane:
-    """Joins the group, waiting for the other rank at most `timeout_s`.
-
-    `check` is called while it waits, and raises when the channel is off. Raises `channel_lost` or
-    `transfer_timeout`.
-    """
+def open_plane(spec: PlaneSpec, store: ControlStore) -> DataPlane:
+    """Joins the group, waiting for the other rank at most `timeout_s`. Raises `channel_lost`,
+    `transfer_timeout`, or `transfer_protocol`."""
     if spec.device == "cpu":
         from phloem.shared.transfer.gloo_plane import GlooPlane
 
-        return GlooPlane(spec, check)
+        return GlooPlane(spec, store)
     from phloem.shared.transfer.nccl_plane import NcclPlane
 
-    return NcclPlane(spec, check)
+    return NcclPlane(spec, store)

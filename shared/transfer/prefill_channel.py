@@ -35,6 +35,7 @@ class PrefillChannel(Channel):
     def __init__(
         self,
         peer: PeerRef,
+        name: str,
         plane_spec: PlaneSpec,
         frames: FrameSocket,
         deliver: Callable[[TransferEvent], None],
@@ -44,7 +45,7 @@ class PrefillChannel(Channel):
         staging_slots: int,
         credits: int,
     ) -> None:
-        super().__init__(peer, plane_spec, frames, deliver, meter)
+        super().__init__(peer, name, plane_spec, frames, deliver, meter)
         slots = make_slots(self.name, staging_slots, staging_bytes, plane_spec.device)
         self._ring = SendRing(slots, credits)
         self._sendings: Mailbox[_Sending] = Mailbox(staging_slots)

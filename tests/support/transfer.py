@@ -14,6 +14,7 @@ import torch
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Open, Opened, Piece, Refused, TransferMessage, transfer_message
+from phloem.shared.transfer.addresses import parse_address
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.endpoint import TransferEndpoint
 from phloem.shared.transfer.events import ChannelOpened, Side, TransferEvent
@@ -25,8 +26,8 @@ from phloem.shared.transfer.handshake import (
     transfer_key,
 )
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec, open_plane
+from phloem.shared.transfer.rendezvous import ControlStore
 from phloem.shared.transfer.staging import StagingSlot
-from phloem.shared.transfer.store import StoreHost, parse_address
 
 HOST = "127.0.0.1"
 SECRET = b"the cluster's secret"
@@ -193,7 +194,7 @@ def rogue_prefill(decode: Recorded, timeout_s: float = 5.0) -> Iterator[RoguePee
     rogue, answer = dial_open(decode.endpoint.address, open_request())
     try:
         assert isinstance(answer, Opened)
-        rogue.plane = _join("prefill", answer.store_address, "rogue-1", timeout_s)
+        rogue.plane = _join("prefill", rogue.frames, timeout_s)
         rogue.plane.post_send(torch.ones(1, dtype=torch.uint8)).wait(timeout_s)
         decode.next(ChannelOpened)
         yield rogue
@@ -204,7 +205,6 @@ def rogue_prefill(decode: Recorded, timeout_s: float = 5.0) -> Iterator[RoguePee
 @contextmanager
 def rogue_decode(prefill: Recorded, timeout_s: float = 5.0) -> Iterator[RoguePeer]:
     """A decode side whose channel has just opened, with `NUM_SLOTS` credits."""
-    store = StoreHost(HOST, timeout_s)
     with socket.create_server((HOST, 0)) as server:
         prefill.endpoint.peer_up(DECODE, f"{HOST}:{server.getsockname()[1]}")
         sock, _ = server.accept()
@@ -213,26 +213,18 @@ def rogue_decode(prefill: Recorded, timeout_s: float = 5.0) -> Iterator[RoguePee
         prove_as_listener(rogue.frames, transfer_key(SECRET), handshake_deadline(3.0))
         request = rogue.read()
         assert isinstance(request, Open)
-        rogue.write(Opened(store.address, SLOT_BYTES, NUM_SLOTS))
-        rogue.plane = _join("decode", store.address, request.channel_name, timeout_s)
+        rogue.write(Opened(SLOT_BYTES, NUM_SLOTS))
+        rogue.plane = _join("decode", rogue.frames, timeout_s)
         byte = torch.zeros(1, dtype=torch.uint8)
         rogue.plane.post_receive(byte, 1).wait(timeout_s)
         prefill.next(ChannelOpened)
         yield rogue
     finally:
         rogue.close()
-        store.close()
 
 
-def _join(side: Side, store_address: str, name: str, timeout_s: float) -> DataPlane:
-    return open_plane(
-        PlaneSpec(
-            channel_name=name,
-            store_address=store_address,
-            host=HOST,
-            side=side,
-            device="cpu",
-            timeout_s=timeout_s,
-        ),
-        lambda: None,
-    )
+def _join(side: Side, frames: FrameSocket, timeout_s: float) -> DataPlane:
+    spec = PlaneSpec(host=HOST, side=side, device="cpu", timeout_s=timeout_s)
+    plane = open_plane(spec, ControlStore(frames, timeout_s))
+    frames.set_timeout(timeout_s)
+    return plane

@@ -12,7 +12,7 @@ import psutil
 
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.transfer.config import TransferConfig
-from phloem.shared.transfer.events import PieceReceived
+from phloem.shared.transfer.events import ChannelOpened, PieceReceived
 from tests.support.transfer import Recorded, piece
 
 
@@ -37,6 +37,7 @@ def run_prefill(config: TransferConfig, pipe: Connection, peer: PeerRef, address
     """Dials, then sends one piece of page 0 whenever it is told a number to fill it with."""
     recorded = Recorded(config)
     recorded.endpoint.peer_up(peer, address)
+    recorded.next_of(ChannelOpened, 60.0)
     while True:
         fill: int = pipe.recv()
         slot = recorded.endpoint.acquire_slot(peer)

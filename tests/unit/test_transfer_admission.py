@@ -12,10 +12,10 @@ import pytest
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Opened, Refused
+from phloem.shared.transfer.addresses import parse_address
 from phloem.shared.transfer.admission import MAX_CHANNELS, MAX_REMEMBERED_WORKERS, SeenEpochs, refusal
 from phloem.shared.transfer.events import ChannelLost, ChannelOpened
 from phloem.shared.transfer.listener import MAX_UNAUTHENTICATED
-from phloem.shared.transfer.store import parse_address
 from tests.support.transfer import (
     DECODE,
     HOST,

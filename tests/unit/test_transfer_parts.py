@@ -74,22 +74,13 @@ def test_deadline_bounds_a_whole_frame_that_drips(frame_pair: tuple[FrameSocket,
 
 
 def test_shutdown_wakes_the_reader_on_both_sides(frame_pair: tuple[FrameSocket, FrameSocket]) -> None:
-    left, right = frame_pair
-    assert not right.is_closed_by_peer
+    left, _ = frame_pair
     left.shutdown()
     left.shutdown()
     for side in frame_pair:
         with pytest.raises(PhloemError) as caught:
             side.read(10)
         assert code_of(caught) == "channel_lost"
-    assert right.is_closed_by_peer
-
-
-def test_pending_data_is_not_taken_for_an_end(frame_pair: tuple[FrameSocket, FrameSocket]) -> None:
-    left, right = frame_pair
-    left.write(b"x")
-    assert not right.is_closed_by_peer
-    assert right.read(1) == b"x"
 
 
 def test_writer_gives_up_on_a_peer_that_reads_nothing(frame_pair: tuple[FrameSocket, FrameSocket]) -> None:

@@ -56,7 +56,7 @@ GOOD = piece("r")
         Last("r", 1, -1, []),
         Ready("r", 1, 0),
         Credit(1),
-        Opened("127.0.0.1:1", 1, 1),
+        Opened(1, 1),
     ],
 )
 def test_decode_side_ends_the_channel(decode: Recorded, message: TransferMessage) -> None:

@@ -1,0 +1,60 @@
+"""How the two ranks of a channel find each other: over the control connection that has proven itself.
+
+torch's TCPStore would do, but it has no authentication, listens for strangers, and looks up the name of each
+peer's address: where DNS is slow or dead a channel opened after 5 s or never (torch 2.13).
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+from torch.distributed import Store  # type: ignore[attr-defined]  # not in the stubs
+
+from phloem.shared.protocol.transfer import Rendezvous, transfer_message
+from phloem.shared.transfer.errors import protocol_violation
+from phloem.shared.transfer.frames import KEEPALIVE, FrameSocket
+
+MAX_KEYS = 64
+MAX_FRAME_BYTES = 64 * 1024
+
+
+class ControlStore(Store):
+    """A store of two ranks, for the opening of one channel and for the thread that opens it.
+
+    What one rank sets is written to the other; who waits for a key reads until it comes. Waits raise
+    `transfer_timeout` at their deadline, and `channel_lost` as soon as the connection is shut.
+    """
+
+    def __init__(self, frames: FrameSocket, timeout_s: float) -> None:
+        super().__init__()
+        self._frames = frames
+        self._timeout_s = timeout_s
+        self._values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: bytes | str) -> None:
+        data = value.encode() if isinstance(value, str) else bytes(value)
+        self._values[key] = data
+        self._frames.write(transfer_message.encode(Rendezvous(key, data)))
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return self._values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self._values for key in keys)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        timeout_s = self._timeout_s if timeout is None else timeout.total_seconds()
+        deadline = time.monotonic() + timeout_s
+        while not self.check(keys):
+            self._read(deadline)
+
+    def _read(self, deadline: float) -> None:
+        payload = self._frames.read(MAX_FRAME_BYTES, deadline)
+        if payload == KEEPALIVE:
+            return
+        message = transfer_message.decode(payload)
+        if not isinstance(message, Rendezvous) or len(self._values) >= MAX_KEYS:
+            raise protocol_violation(f"{type(message).__name__} came while the channel opened")
+        self._values[message.key] = message.value
