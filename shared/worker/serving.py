@@ -76,6 +76,7 @@ class ServingWorker:
             http = await MetricsServer.start(self._prometheus, self._config.host, self._config.metrics_port)
             stack.push_async_callback(http.close)
             registration = Registration(self._registry, self._record(port), self._on_regained)
+            await self._registry.connect(self._config.redis_wait_s)  # it may have gone while the model loaded
             await registration.acquire()
             stack.push_async_callback(registration.close)
             stack.callback(self._sessions.close, _stopped())

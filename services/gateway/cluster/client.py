@@ -16,6 +16,7 @@ from phloem.services.gateway.cluster.live_request import LiveRequest
 from phloem.services.gateway.cluster.membership import Membership
 from phloem.services.gateway.cluster.metrics import ClusterMetrics
 from phloem.services.gateway.cluster.options import ClusterOptions
+from phloem.services.gateway.cluster.recent_placements import RecentPlacements
 from phloem.services.gateway.cluster.request_table import RequestTable
 from phloem.services.gateway.cluster.routing import Candidate, Decision, RoutingRequest, route
 from phloem.services.gateway.cluster.worker_calls import audit_workers, flush_workers
@@ -62,6 +63,7 @@ class ClusterClient:
             silence_s=self._options.worker_silence_s,
         )
         self._table = RequestTable(self._membership.session)
+        self._recent = RecentPlacements(time.monotonic)
         self._decisions: OrderedDict[str, Decision] = OrderedDict()
         self._sequence = 0
         self._tasks = asyncio.TaskGroup()
@@ -160,14 +162,22 @@ class ClusterClient:
         live.block_hashes = self._hasher.chain(
             state.token_ids, state.request.cache_salt, known=live.block_hashes
         )
-        cached = await self._index.cached_tokens(live.block_hashes)
+        cached = await self._cached_tokens(live.block_hashes)
         decision = await self._decide(live, cached)
         self._keep(state.request.request_id, decision)
         submits = state.begin(_phases(decision), live.block_hashes, live.elapsed_s)
         prefiller = decision.prefill or decision.decode
+        self._recent.note(live.block_hashes, prefiller)
         num_tokens = max(1, len(state.token_ids) - cached.get(prefiller, 0))
         self._table.submit(live, submits, (prefiller, num_tokens))
         self._metrics.routed.labels("pair" if decision.prefill else "local").inc()
+
+    async def _cached_tokens(self, block_hashes: list[bytes]) -> dict[PeerRef, int]:
+        """What each worker holds of the prompt, as the index says, or will hold soon."""
+        cached = await self._index.cached_tokens(block_hashes)
+        for worker, num_tokens in self._recent.cached_tokens(block_hashes).items():
+            cached[worker] = max(num_tokens, cached.get(worker, 0))
+        return cached
 
     async def _decide(self, live: LiveRequest, cached: dict[PeerRef, int]) -> Decision:
         """The cheapest way now; waits for a worker when there is none."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections import deque
 from collections.abc import Sequence
 
 from phloem.services.gateway.cluster.metrics import ClusterMetrics
@@ -24,15 +26,20 @@ class IndexClient:
         self._timeout_s = timeout_s
         self._metrics = metrics
         self._channels: dict[str, RpcChannel] = {}
+        self._retired: deque[tuple[float, RpcChannel]] = deque()
         self._num_calls = 0
 
     async def set_addresses(self, addresses: Sequence[str]) -> None:
-        """The replicas that live now; channels to others are closed."""
+        """The replicas that live now. Channels to others are closed once no look-up can be on them any more:
+        closing a channel cancels whoever waits on it."""
+        now = time.monotonic()
         for address in [known for known in self._channels if known not in addresses]:
-            await self._channels.pop(address).close()
+            self._retired.append((now, self._channels.pop(address)))
         for address in addresses:
             if address not in self._channels:
                 self._channels[address] = RpcChannel(address, self._cluster_secret)
+        while self._retired and now - self._retired[0][0] > 2 * self._timeout_s:
+            await self._retired.popleft()[1].close()
 
     async def cached_tokens(self, block_hashes: list[bytes]) -> dict[PeerRef, int]:
         """Leading tokens of the prompt that each worker holds; workers that hold none are left out."""
@@ -51,4 +58,9 @@ class IndexClient:
         return {holder.worker: holder.num_blocks * BLOCK_TOKENS for holder in answer.holders}
 
     async def close(self) -> None:
-        await self.set_addresses(())
+        """Closes all channels; no look-up may be under way."""
+        channels = [*self._channels.values(), *(channel for _, channel in self._retired)]
+        self._channels.clear()
+        self._retired.clear()
+        for channel in channels:
+            await channel.close()

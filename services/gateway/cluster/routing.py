@@ -86,6 +86,14 @@ class Norms(msgspec.Struct, frozen=True):
             _mean([load.transfer_bytes_per_s for load in loads], PRIOR_TRANSFER_BYTES_PER_S),
         )
 
+    def prefill_rate(self, load: WorkerLoad) -> float:
+        """Prompt tokens per second, at least one."""
+        return max(1.0, load.prefill_tokens_per_s or self.prefill_tokens_per_s)
+
+    def bandwidth(self, load: WorkerLoad) -> float:
+        """Bytes per second of KV transfer, at least a kilobyte."""
+        return max(1000.0, load.transfer_bytes_per_s or self.transfer_bytes_per_s)
+
 
 class Option(msgspec.Struct, frozen=True):
     """One way to serve a request."""
@@ -166,15 +174,14 @@ def cost_terms(request: RoutingRequest, option: Option, norms: Norms) -> dict[st
     lacking = max(1, request.num_tokens - decode.cached_tokens)
     terms = _decode_terms(request, decode, norms)
     if prefill is None:
-        rate = decode.record.load.prefill_tokens_per_s or norms.prefill_tokens_per_s
+        rate = norms.prefill_rate(decode.record.load)
         compute_s = lacking / rate
         terms["prefill_queue"] = _queued_tokens(decode) / rate
         terms["prefill"] = compute_s
         if _is_local(option):  # what it runs, and will run, waits meanwhile
             terms["interference"] = compute_s * (1 + _num_requests(decode))
         return terms
-    rate = prefill.record.load.prefill_tokens_per_s or norms.prefill_tokens_per_s
-    bandwidth = prefill.record.load.transfer_bytes_per_s or norms.transfer_bytes_per_s
+    rate, bandwidth = norms.prefill_rate(prefill.record.load), norms.bandwidth(prefill.record.load)
     terms["prefill_queue"] = _queued_tokens(prefill) / rate
     terms["prefill"] = max(1, request.num_tokens - prefill.cached_tokens) / rate
     terms["handover"] = HANDOVER_S

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from phloem.services.gateway.cluster.worker_session import WorkerSession
+from phloem.shared.errors import unavailable
 from phloem.shared.protocol.engine import AuditReply
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.worker_rpc import (
@@ -52,7 +53,9 @@ async def _ask_all(
 ) -> list[Answer]:
     answers = await asyncio.gather(*(ask(session) for session in sessions), return_exceptions=True)
     results: list[Answer] = []
-    for answer in answers:
+    for session, answer in zip(sessions, answers, strict=True):
+        if isinstance(answer, asyncio.CancelledError):  # its channel was closed beneath the call
+            raise unavailable(f"worker {session.ref.worker_id} has left", code="worker_lost")
         if isinstance(answer, BaseException):
             raise answer
         results.append(answer)
