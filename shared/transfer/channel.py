@@ -153,8 +153,10 @@ class Channel(ABC):
     def _close_completions(self) -> None: ...
 
     def _serve(self, threads: list[threading.Thread]) -> None:
-        self._plane = plane = open_plane(self._plane_spec, ControlStore(self._frames, self._timeout_s))
+        store = ControlStore(self._frames, self._timeout_s)
+        self._plane = plane = open_plane(self._plane_spec, store)
         self._warm_up(plane)
+        store.seal()
         self._frames.set_timeout(self._timeout_s)
         self._meter.opened()
         self._announce()

@@ -110,8 +110,14 @@ class Listener:
             if self._closing.is_set():
                 frames.close()
                 return
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads: serve those that we have
+                log.warning("a transfer peer can't be served: %s", error)
+                self._strangers.release()
+                frames.close()
+                return
             self._connections[frames] = thread
-            thread.start()
 
     def _serve(self, frames: FrameSocket) -> None:
         try:

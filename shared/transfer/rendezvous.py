@@ -12,7 +12,7 @@ from datetime import timedelta
 from torch.distributed import Store  # type: ignore[attr-defined]  # not in the stubs
 
 from phloem.shared.protocol.transfer import Rendezvous, transfer_message
-from phloem.shared.transfer.errors import protocol_violation
+from phloem.shared.transfer.errors import channel_lost, protocol_violation
 from phloem.shared.transfer.frames import KEEPALIVE, FrameSocket
 
 MAX_KEYS = 64
@@ -31,11 +31,17 @@ class ControlStore(Store):
         self._frames = frames
         self._timeout_s = timeout_s
         self._values: dict[str, bytes] = {}
+        self._sealed = False
+
+    def seal(self) -> None:
+        """The channel is open and other threads have the connection: from now on nothing is told or heard."""
+        self._sealed = True
 
     def set(self, key: str, value: bytes | str) -> None:
         data = value.encode() if isinstance(value, str) else bytes(value)
         self._values[key] = data
-        self._frames.write(transfer_message.encode(Rendezvous(key, data)))
+        if not self._sealed:
+            self._frames.write(transfer_message.encode(Rendezvous(key, data)))
 
     def get(self, key: str) -> bytes:
         self.wait([key])
@@ -51,6 +57,8 @@ class ControlStore(Store):
             self._read(deadline)
 
     def _read(self, deadline: float) -> None:
+        if self._sealed:
+            raise channel_lost("the ranks have met already")
         payload = self._frames.read(MAX_FRAME_BYTES, deadline)
         if payload == KEEPALIVE:
             return

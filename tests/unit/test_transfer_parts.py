@@ -6,15 +6,18 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from phloem.shared.errors import PhloemError
+from phloem.shared.protocol.transfer import Credit, Rendezvous, transfer_message
 from phloem.shared.transfer.frames import FrameSocket
 from phloem.shared.transfer.interfaces import interface_of
 from phloem.shared.transfer.mailbox import Mailbox
+from phloem.shared.transfer.rendezvous import MAX_KEYS, ControlStore
 from phloem.shared.transfer.staging import ReceiveRing, SendRing, StagingSlot, make_slots
 from phloem.shared.transfer.stats import PeerMeter
 from tests.support.transfer import wait_until
@@ -90,6 +93,60 @@ def test_writer_gives_up_on_a_peer_that_reads_nothing(frame_pair: tuple[FrameSoc
         for _ in range(1000):
             left.write(bytes(1 << 20))
     assert code_of(caught) == "transfer_timeout"
+
+
+def test_what_one_rank_sets_the_other_gets(frame_pair: tuple[FrameSocket, FrameSocket]) -> None:
+    left, right = (ControlStore(frames, 5.0) for frames in frame_pair)
+    left.set("0/0", b"left's address")
+    frame_pair[0].write(b"")  # a sign of life in between
+    left.set("0/1", "text")
+    assert right.get("0/1") == b"text"
+    assert right.get("0/0") == b"left's address"
+    assert left.check(["0/0"]) and not left.check(["0/0", "1/0"])
+    assert left.get("0/0") == b"left's address"
+
+
+def test_rank_that_says_nothing_is_waited_for_until_the_deadline(
+    frame_pair: tuple[FrameSocket, FrameSocket],
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(PhloemError) as caught:
+        ControlStore(frame_pair[0], 60.0).wait(["0/0"], timedelta(seconds=0.1))
+    assert code_of(caught) == "transfer_timeout"
+    assert time.monotonic() - started < 2.0
+
+
+def test_rank_that_leaves_ends_the_wait_at_once(frame_pair: tuple[FrameSocket, FrameSocket]) -> None:
+    frame_pair[1].shutdown()
+    with pytest.raises(PhloemError) as caught:
+        ControlStore(frame_pair[0], 60.0).get("0/0")
+    assert code_of(caught) == "channel_lost"
+
+
+def test_ranks_may_not_tell_anything_else_nor_without_end(
+    frame_pair: tuple[FrameSocket, FrameSocket],
+) -> None:
+    store = ControlStore(frame_pair[0], 5.0)
+    frame_pair[1].write(transfer_message.encode(Credit(1)))
+    with pytest.raises(PhloemError) as caught:
+        store.get("0/0")
+    assert code_of(caught) == "transfer_protocol"
+    for n in range(MAX_KEYS + 1):
+        frame_pair[1].write(transfer_message.encode(Rendezvous(f"k{n}", b"")))
+    with pytest.raises(PhloemError) as caught:
+        store.get("0/0")
+    assert code_of(caught) == "transfer_protocol"
+
+
+def test_sealed_store_leaves_the_connection_alone(frame_pair: tuple[FrameSocket, FrameSocket]) -> None:
+    store = ControlStore(frame_pair[0], 5.0)
+    store.seal()
+    store.set("late", b"1")
+    frame_pair[0].write(b"next")
+    assert frame_pair[1].read(10) == b"next"
+    with pytest.raises(PhloemError) as caught:
+        store.get("0/0")
+    assert code_of(caught) == "channel_lost"
 
 
 def test_mailbox_is_first_in_first_out_and_bounded() -> None:
