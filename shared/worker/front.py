@@ -1,7 +1,8 @@
 """A worker's front, from its flags to a worker that serves.
 
-1. Redis, the cluster's secret, an epoch, the model directory. 2. The engine loads; progress is logged. 3. It
-serves (`ServingWorker`) until SIGTERM, Drain, or the death of the engine. A signal before 3 ends it at once.
+1. Redis, the cluster's secret, an epoch, the model directory, a GPU of its own. 2. The engine loads;
+progress is logged. 3. It serves (`ServingWorker`) until SIGTERM, Drain, or the death of the engine. A signal
+before 3 ends it at once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from phloem.shared.engine.config import EngineConfig, EngineOptions
 from phloem.shared.model_store.resolve import default_cache_dir, resolve_model
 from phloem.shared.protocol.cluster import Role
 from phloem.shared.protocol.session import PeerRef
+from phloem.shared.worker.accelerator import claimed_gpu, host_gpus
 from phloem.shared.worker.config import WorkerConfig
 from phloem.shared.worker.engine_env import engine_environment
 from phloem.shared.worker.engine_process import ENGINE_COMMAND, EngineProcess
@@ -48,29 +50,30 @@ async def run_worker(
         secret = await cluster_secret(registry, config.cluster_secret)
         me = PeerRef(config.worker_id or _random_id(role), await registry.next_epoch())
         model_dir = await asyncio.to_thread(_model_dir, config.engine)
-        engine = await _start_engine(config, role, me, secret, model_dir, engine_command)
+        gpu = await stack.enter_async_context(
+            claimed_gpu(registry, host_gpus(os.environ), config.engine.device, me)
+        )
+        env = engine_environment(config.engine.num_threads, {**os.environ, **gpu})
+        engine = await EngineProcess.start(
+            engine_command, _engine_config(config, role, me, secret, model_dir), env
+        )
+        log.info("engine started", extra={"worker": me.worker_id, "engine_pid": engine.pid})
         stack.push_async_callback(engine.kill)
         ready = await wait_until_ready(engine, config.engine_start_timeout_s)
         await ServingWorker(config, role, me, secret, registry, engine, ready).run()
 
 
-async def _start_engine(
-    config: WorkerConfig, role: Role, me: PeerRef, secret: bytes, model_dir: Path, command: Sequence[str]
-) -> EngineProcess:
-    engine = await EngineProcess.start(
-        command,
-        EngineConfig(
-            worker_id=me.worker_id,
-            epoch=me.epoch,
-            role=role,
-            host=config.host,
-            cluster_secret=secret,
-            options=msgspec.structs.replace(config.engine, model_path=str(model_dir)),
-        ),
-        engine_environment(config.engine.num_threads, os.environ),
+def _engine_config(
+    config: WorkerConfig, role: Role, me: PeerRef, secret: bytes, model_dir: Path
+) -> EngineConfig:
+    return EngineConfig(
+        worker_id=me.worker_id,
+        epoch=me.epoch,
+        role=role,
+        host=config.host,
+        cluster_secret=secret,
+        options=msgspec.structs.replace(config.engine, model_path=str(model_dir)),
     )
-    log.info("engine started", extra={"worker": me.worker_id, "epoch": me.epoch, "engine_pid": engine.pid})
-    return engine
 
 
 def _model_dir(options: EngineOptions) -> Path:
