@@ -127,14 +127,24 @@ class Engine:
 
     def run(self) -> None:
         """Turns until stopped. Raises what the device or the front's socket raises."""
-        launched = False
+        busy = False
         while not self._stopped:
-            self._take_inbox(wait=not launched and not self._in_flight and not self._outbox.has_outputs)
-            launched = self._turn()
+            busy = self.turn(wait=not busy)
+
+    def turn(self, *, wait: bool = False) -> bool:
+        """One turn; with `wait` it first sleeps until there is a message or a deadline may be due.
+
+        Returns whether there is something to do even if no message comes.
+        """
+        self._take_inbox(wait=wait)
+        if self._stopped:
+            return False
+        launched = self._step()
+        return launched or bool(self._in_flight) or self._outbox.has_outputs
 
     # -- one turn --------------------------------------------------------------------------------------
 
-    def _turn(self) -> bool:
+    def _step(self) -> bool:
         """Everything of a turn but the inbox; whether a step was launched."""
         self._num_turns += 1
         if self._in_flight and (not self._parts.overlap or self._in_flight[0].step.ready()):
@@ -208,9 +218,9 @@ class Engine:
         """Handles all that is there; with `wait`, sleeps until something is or a deadline may be due."""
         try:
             item = self._inbox.get(timeout=_TICK_S) if wait else self._inbox.get_nowait()
-            while True:
-                self._handle(item)
-                item = self._inbox.get_nowait()
+            self._handle(item)
+            while not self._stopped:
+                self._handle(self._inbox.get_nowait())
         except queue.Empty:
             return
 
