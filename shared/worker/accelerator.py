@@ -42,11 +42,7 @@ class HostGpus(msgspec.Struct, frozen=True):
     visible: tuple[str, ...] = ()
 
 
-def host_gpus(
-    environ: Mapping[str, str],
-    dev: Path = Path("/dev"),
-    boot_id: Path = Path("/proc/sys/kernel/random/boot_id"),
-) -> HostGpus:
+def host_gpus(environ: Mapping[str, str], dev: Path = Path("/dev")) -> HostGpus:
     """What is in `dev`, less what CUDA_VISIBLE_DEVICES hides. No GPU where torch was built without CUDA, and
     none where the operator named devices by UUID: they are pinned already."""
     matches = [_GPU_NODE.fullmatch(node.name) for node in dev.iterdir()]

@@ -13,6 +13,7 @@ from phloem.services.gateway.cluster.metrics import ClusterMetrics
 from phloem.shared.protocol.index import INDEX_SERVICE, Holder, Match, Matched, match, matched
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.rpc.server import RpcServer
+from tests.support.waiting import until
 
 SECRET = b"secret"
 W1, W2 = PeerRef("w1", 1), PeerRef("w2", 2)
@@ -99,6 +100,6 @@ async def test_replica_that_leaves_mid_call_does_not_cancel_the_caller(lookups: 
     lookups.index.late_s = 0.2
     await lookups.client.set_addresses([lookups.address])
     asking = asyncio.create_task(lookups.client.cached_tokens([b"a" * 16]))
-    await asyncio.sleep(0.05)
+    await until(lambda: lookups.index.asked)
     await lookups.client.set_addresses([])
     assert await asking == {W1: 128, W2: 64}
