@@ -20,9 +20,6 @@ from phloem.shared.errors import PhloemError, invalid_request
 
 OnDelta: TypeAlias = Callable[[RunningSequence, TextDelta], Awaitable[None]]
 
-# The cluster client keeps the deadline; this much later the gateway stops waiting for it.
-_DEADLINE_SLACK_S = 5.0
-
 
 class Gateway:
     """One per process. Owns nothing: `main` opens and closes the parts."""
@@ -40,6 +37,8 @@ class Gateway:
         self.encoder = encoder
         self.model = model
         self.metrics = metrics
+        # The cluster client keeps the deadline; this much later the gateway stops waiting for it.
+        self.deadline_slack_s = 5.0
         self.admission = Admission(
             total=config.max_inflight_requests,
             per_tenant=config.max_inflight_per_key,
@@ -113,7 +112,7 @@ class Gateway:
         Raises the first error, with all others stopped; when cancelled it aborts all.
         """
         try:
-            async with asyncio.timeout(self.config.request_timeout_s + _DEADLINE_SLACK_S):
+            async with asyncio.timeout(self.config.request_timeout_s + self.deadline_slack_s):
                 await self._run_all(sequences, on_delta)
         except TimeoutError as error:
             raise PhloemError(

@@ -95,13 +95,13 @@ class _BoundedHttpProtocol(HttpToolsProtocol):
     _head_bytes = 0
 
     def data_received(self, data: bytes) -> None:
-        if self._in_head:
-            self._head_bytes += len(data)
-            # What came with the head's end is the body's first part, and bounded by the read.
-            if self._head_bytes > MAX_HEAD_BYTES + len(data):
-                self._refuse(ErrorInfo("headers_too_large", "the request head is too long", http_status=431))
-                return
+        was_in_head = self._in_head
         super().data_received(data)
+        # A head that was complete has reset the count; of one that began in this piece only the rest counts.
+        if was_in_head and self._in_head and not self.transport.is_closing():
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse(ErrorInfo("headers_too_large", "the request head is too long", http_status=431))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
