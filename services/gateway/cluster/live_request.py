@@ -62,7 +62,7 @@ class LiveRequest:
 def request_timeout(timeout_s: float) -> PhloemError:
     return PhloemError(
         "request_timeout",
-        f"the request did not finish within {timeout_s:.0f} s",
+        f"the request did not finish within {timeout_s:g} s",
         retryable=True,
         http_status=504,
     )

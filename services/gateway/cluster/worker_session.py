@@ -146,6 +146,8 @@ class WorkerSession:
     def _break(self, error: PhloemError) -> None:
         if not self.up:
             return
+        if error.code == "peer_unavailable":
+            error = unavailable(f"the session with worker {self.ref.worker_id} broke", code="session_broken")
         self.up = False
         self._outbox.close()
         self._metrics.sessions_lost.labels(self.ref.worker_id).inc()
