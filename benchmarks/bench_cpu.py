@@ -1,0 +1,265 @@
+"""The demo model on the CPU: Phloem over HTTP beside plain transformers, and 1P1D beside unified.
+
+    python benchmarks/bench_cpu.py [--dtype float32] [--rounds 5] [--check]
+
+Starts two clusters with `phloem up` (one prefill + one decode worker; one unified worker) and loads the
+same weights into transformers in this process. Each round measures all of them in turn, so that a noisy
+machine is noisy for all; ratios are of medians over the rounds. With `--check` the exit status says
+whether the bars hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from phloem.shared.model_store.resolve import resolve_model
+
+MODEL = "smollm2-135m-instruct"
+PROMPT_TOKENS = 64
+NEW_TOKENS = 96
+STREAMS = 8
+PREFILL_TOKENS = 1024
+TTFT_LENGTHS = (128, 512, 1024)
+
+
+class Bar(NamedTuple):
+    what: str
+    value: float
+    bound: float
+    at_least: bool
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+
+class Timing(NamedTuple):
+    """Of one streamed request, in seconds on this process's clock."""
+
+    start: float
+    first: float
+    last: float
+    num_tokens: int
+
+
+class Results:
+    """Samples by name."""
+
+    def __init__(self) -> None:
+        self._samples: dict[str, list[float]] = {}
+
+    def add(self, name: str, value: float) -> None:
+        self._samples.setdefault(name, []).append(value)
+
+    def median(self, name: str) -> float:
+        return statistics.median(self._samples[name])
+
+    def show(self) -> None:
+        for name, values in self._samples.items():
+            spread = f"{min(values):9.2f} .. {max(values):.2f}"
+            print(f"  {name:44s} {statistics.median(values):9.2f}   ({spread})")
+
+
+@contextmanager
+def running_up(flags: list[str]) -> Iterator[int]:
+    """A cluster by `phloem up`; yields the port of its gateway."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [sys.executable, "-m", "phloem.cli.main", "up", "--port", str(port), "--no-ask", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    try:
+        shown = []
+        for line in process.stdout:
+            shown.append(line)
+            if "Ctrl-C stops the cluster" in line:
+                break
+        else:
+            raise SystemExit("phloem up failed:\n" + "".join(shown))
+        yield port
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+        process.stdout.close()
+
+
+def stream(port: int, prompt: list[int], max_tokens: int) -> Timing:
+    """One streamed completion over token ids."""
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+    body |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    start = time.perf_counter()
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if response.status != 200:
+        raise SystemExit(f"HTTP {response.status}: {response.read().decode()}")
+    first = last = 0.0
+    num_tokens = 0
+    for line in response:
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line[6:])
+        if event["choices"]:
+            last = time.perf_counter()
+            first = first or last
+        elif event.get("usage"):
+            num_tokens = event["usage"]["completion_tokens"]
+    connection.close()
+    assert num_tokens == max_tokens, f"{num_tokens} of {max_tokens} tokens came"
+    return Timing(start, first, last, num_tokens)
+
+
+def random_prompt(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(1000, 40_000) for _ in range(length)]
+
+
+# Any: transformers' classes are untyped here.
+class Reference:
+    """transformers with the same weights, dtype and threads."""
+
+    def __init__(self, model_dir: Path, dtype: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
+        self._model.eval()
+
+    @torch.inference_mode()
+    def decode_tokens_per_s(self, prompt: list[int]) -> float:
+        """`generate` of many tokens less `generate` of one, so that the prompt's time drops out."""
+        ids = torch.tensor([prompt])
+        long = timed(lambda: self._generate(ids, NEW_TOKENS))
+        short = timed(lambda: self._generate(ids, 1))
+        return (NEW_TOKENS - 1) / (long - short)
+
+    @torch.inference_mode()
+    def prefill_s(self, prompt: list[int]) -> float:
+        """One forward pass that asks for the last token's logits only."""
+        ids = torch.tensor([prompt])
+        return timed(lambda: self._model(ids, use_cache=True, logits_to_keep=1))
+
+    def _generate(self, ids: torch.Tensor, count: int) -> None:
+        mask = torch.ones_like(ids)
+        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        self._model.generate(ids, attention_mask=mask, **options)
+
+
+def timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def decode_rate(timing: Timing) -> float:
+    return (timing.num_tokens - 1) / (timing.last - timing.first)
+
+
+def concurrent_rate(port: int, prompts: list[list[int]]) -> float:
+    """Tokens per second of all streams together, from the last one's first token on."""
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        timings = list(pool.map(lambda prompt: stream(port, prompt, NEW_TOKENS), prompts))
+    start, end = max(t.first for t in timings), min(t.last for t in timings)
+    rates = [decode_rate(t) for t in timings]
+    assert end > start, "the streams did not overlap"
+    return sum(rates)
+
+
+def measure(results: Results, reference: Reference, pair: int, unified: int, rng: random.Random) -> None:
+    prompt = random_prompt(rng, PROMPT_TOKENS)
+    results.add("transformers decode, batch 1 [tok/s]", reference.decode_tokens_per_s(prompt))
+    results.add("1P1D decode, batch 1 [tok/s]", decode_rate(stream(pair, prompt, NEW_TOKENS)))
+    prompts = [random_prompt(rng, PROMPT_TOKENS) for _ in range(STREAMS)]
+    results.add(f"1P1D decode, {STREAMS} streams [tok/s]", concurrent_rate(pair, prompts))
+    long = random_prompt(rng, PREFILL_TOKENS)
+    results.add("transformers forward, 1024 tokens [ms]", 1e3 * reference.prefill_s(long))
+    for length in TTFT_LENGTHS:
+        targets = [("1P1D", pair), ("unified", unified)]
+        rng.shuffle(targets)
+        for name, port in targets:
+            timing = stream(port, random_prompt(rng, length), 2)
+            results.add(f"{name} TTFT, {length} tokens [ms]", 1e3 * (timing.first - timing.start))
+
+
+def bars_of(results: Results) -> list[Bar]:
+    decode = results.median("1P1D decode, batch 1 [tok/s]")
+    forward = results.median("transformers forward, 1024 tokens [ms]")
+    return [
+        Bar(
+            "batch-1 decode / transformers",
+            decode / results.median("transformers decode, batch 1 [tok/s]"),
+            0.9,
+            True,
+        ),
+        Bar(
+            "8 streams / batch 1",
+            results.median(f"1P1D decode, {STREAMS} streams [tok/s]") / decode,
+            3.0,
+            True,
+        ),
+        Bar(
+            "prefill 1024 / transformers", forward / results.median("1P1D TTFT, 1024 tokens [ms]"), 0.9, True
+        ),
+        *(
+            Bar(
+                f"TTFT 1P1D / unified, {length} tokens",
+                results.median(f"1P1D TTFT, {length} tokens [ms]")
+                / results.median(f"unified TTFT, {length} tokens [ms]"),
+                1.15,
+                False,
+            )
+            for length in TTFT_LENGTHS
+        ),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a bar is missed")
+    options = parser.parse_args()
+    model_dir = resolve_model(
+        MODEL, cache_dir=Path(os.environ.get("PHLOEM_CACHE", "~/.cache/phloem/models")).expanduser()
+    )
+    flags = ["--dtype", options.dtype, "--model-path", MODEL]
+    reference = Reference(model_dir, options.dtype)
+    rng = random.Random(0)
+    with (
+        running_up([*flags, "--prefill", "1", "--decode", "1"]) as pair,
+        running_up([*flags, "--prefill", "0", "--decode", "0", "--unified", "1"]) as unified,
+    ):
+        measure(Results(), reference, pair, unified, rng)  # warm-up
+        results = Results()
+        for _ in range(options.rounds):
+            measure(results, reference, pair, unified, rng)
+    print(
+        f"\n{MODEL}, {options.dtype}, {len(os.sched_getaffinity(0))} cores, median of {options.rounds} rounds"
+    )
+    results.show()
+    bars = bars_of(results)
+    for bar in bars:
+        sign = ">=" if bar.at_least else "<="
+        print(f"  {bar.what:44s} {bar.value:9.2f}   {sign} {bar.bound}  {'met' if bar.met else 'MISSED'}")
+    return 1 if options.check and not all(bar.met for bar in bars) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
