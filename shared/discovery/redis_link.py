@@ -49,7 +49,9 @@ class RedisLink:
                 url,
                 max_connections=max_connections,
                 timeout=timeout_s,
-                socket_timeout=timeout_s,
+                # Ours covers the whole call; redis-py's own one uses `asyncio.wait_for`, which on Python 3.11
+                # can swallow a cancellation.
+                socket_timeout=None,
                 socket_connect_timeout=timeout_s,
                 retry=Retry(NoBackoff(), 0),
                 protocol=2,

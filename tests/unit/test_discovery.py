@@ -252,3 +252,22 @@ async def test_processes_agree_on_a_secret_and_put_it_back_after_a_loss(registry
 async def test_configured_secret_wins_and_is_not_written_to_redis(registry: Registry) -> None:
     assert await cluster_secret(registry, "configured") == b"configured"
     assert await registry.link.command("EXISTS", keys.CLUSTER_SECRET) == 0
+
+
+async def test_cancelled_command_always_ends_its_task(valkey: ValkeyServer) -> None:
+    """Also one that is cancelled while it connects, sends, or has its answer already."""
+    for num_steps in range(120):
+        registry = Registry(valkey.url)
+        task = asyncio.create_task(endless_commands(registry))
+        for _ in range(num_steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        async with asyncio.timeout(5):
+            await asyncio.wait({task})
+        assert task.cancelled()
+        await registry.close()
+
+
+async def endless_commands(registry: Registry) -> None:
+    while True:
+        await registry.link.command("PING")
