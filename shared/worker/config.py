@@ -57,3 +57,9 @@ class WorkerConfig(LogOptions, frozen=True, kw_only=True):
         Meta(gt=0.0, le=86_400.0, description="silence of a busy engine after which it is killed"),
     ] = 120.0
     engine: EngineOptions = EngineOptions()
+
+    def __post_init__(self) -> None:
+        if self.host in ("0.0.0.0", "::", ""):
+            raise ValueError(
+                f"--host {self.host!r} is no address that peers can reach: name one, or say --host auto-private"
+            )

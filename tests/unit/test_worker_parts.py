@@ -9,11 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phloem.shared.config.loader import load_config
 from phloem.shared.discovery.snapshot import ClusterSnapshot
+from phloem.shared.errors import ConfigError
 from phloem.shared.protocol.cluster import Role, WorkerRecord
 from phloem.shared.protocol.engine import PeerDown, PeerUp
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.worker.batch_queue import BatchQueue
+from phloem.shared.worker.config import WorkerConfig
 from phloem.shared.worker.engine_env import engine_environment, usable_cores
 from phloem.shared.worker.peers import Peers
 from phloem.shared.worker.pending_changes import PendingChanges
@@ -141,6 +144,19 @@ def test_unified_workers_open_no_channel_between_them() -> None:
     assert changes_of(peers, record("u2", "unified"), record("d", "decode")) == [
         PeerUp(PeerRef("d", 1), "d:9")
     ]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
+def test_worker_never_binds_to_all_addresses(host: str) -> None:
+    with pytest.raises(ConfigError, match="auto-private"):
+        load_config(WorkerConfig, section="decode", overrides={"host": host})
+
+
+def test_engine_flags_are_flat_beside_the_fronts_own() -> None:
+    config = load_config(WorkerConfig, section="decode", overrides={"page_size": "32", "port": "1234"})
+    assert (config.engine.page_size, config.port) == (32, 1234)
+    with pytest.raises(ConfigError, match="--page-size"):
+        load_config(WorkerConfig, section="decode", overrides={"page_size": "65"})
 
 
 @pytest.mark.parametrize(("num_threads", "expected"), [(3, "3"), (0, str(usable_cores()))])
