@@ -139,13 +139,14 @@ class Engine:
         self._take_inbox(wait=wait)
         if self._stopped:
             return False
-        launched = self._step()
-        return launched or bool(self._in_flight) or self._outbox.has_outputs
+        moved = self._step()
+        return moved or bool(self._in_flight) or self._outbox.has_outputs
 
     # -- one turn --------------------------------------------------------------------------------------
 
     def _step(self) -> bool:
-        """Everything of a turn but the inbox; whether a step was launched."""
+        """Everything of a turn but the inbox; whether a step was launched, or one collected after planning:
+        its pages may be what a waiting request needs."""
         self._num_turns += 1
         if self._in_flight and (not self._parts.overlap or self._in_flight[0].step.ready()):
             self._collect()
@@ -153,9 +154,10 @@ class Engine:
         self._flush()
         self._settle_sent(self._sender.pump())
         launched = self._launch()
-        if len(self._in_flight) > 1 or (self._in_flight and not launched):
+        overdue = len(self._in_flight) > (1 if launched else 0)
+        if overdue:
             self._collect()
-        return launched
+        return launched or overdue
 
     def _launch(self) -> bool:
         scheduled = self._scheduler.schedule()
