@@ -11,14 +11,16 @@ import threading
 import time
 from collections.abc import Callable
 
+from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Cancel, Last, Piece, Ready
+from phloem.shared.transfer.addresses import parse_address
 from phloem.shared.transfer.channel import not_open
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.decode_channel import DecodeChannel
 from phloem.shared.transfer.dialer import Dialer
 from phloem.shared.transfer.errors import channel_lost
-from phloem.shared.transfer.events import PieceReceived, Side, TransferEvent
+from phloem.shared.transfer.events import ChannelLost, PieceReceived, Side, TransferEvent
 from phloem.shared.transfer.listener import Listener
 from phloem.shared.transfer.prefill_channel import PrefillChannel
 from phloem.shared.transfer.staging import StagingSlot
@@ -47,7 +49,13 @@ class TransferEndpoint:
 
     def peer_up(self, peer: PeerRef, address: str) -> None:
         """Prefill side: dials "host:port" in the background until a channel opens, and again when it is lost,
-        until `peer_down` or another epoch of the worker comes up. Raises `bad_address`."""
+        until `peer_down` or another epoch of the worker comes up. An address that is none is answered by
+        `ChannelLost` (`bad_address`)."""
+        try:
+            parse_address(address)
+        except PhloemError as error:
+            self._deliver(ChannelLost(peer, "prefill", error.info))
+            return
         with self._lock:
             if self._closing.is_set():
                 return

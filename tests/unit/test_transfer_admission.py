@@ -184,9 +184,9 @@ def test_peer_up_twice_dials_once() -> None:
 @pytest.mark.parametrize("address", ["", "nowhere", "host:", "host:port", "host:0", "host:65536", ":80"])
 def test_bad_address_is_refused_at_once(address: str) -> None:
     prefill = Recorded(transfer_config(PREFILL))
-    with pytest.raises(PhloemError) as caught:
-        prefill.endpoint.peer_up(DECODE, address)
-    assert caught.value.code == "bad_address"
+    prefill.endpoint.peer_up(DECODE, address)
+    error = prefill.next(ChannelLost).error
+    assert (error.code, error.retryable) == ("bad_address", False)
     prefill.endpoint.close()
 
 

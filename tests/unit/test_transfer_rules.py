@@ -23,7 +23,7 @@ from tests.support.transfer import (
     transfer_config,
 )
 
-TIMEOUT_S = 0.6
+TIMEOUT_S = 1.0
 
 
 @pytest.fixture
