@@ -61,5 +61,5 @@ class WorkerConfig(LogOptions, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.host in ("0.0.0.0", "::", ""):
             raise ValueError(
-                f"--host {self.host!r} is no address that peers can reach: name one, or say --host auto-private"
+                f"--host {self.host!r} is no address that peers can reach: name one, or auto-private"
             )
