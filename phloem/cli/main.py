@@ -7,6 +7,7 @@ import sys
 from cyclopts import App, CycloptsError
 
 import phloem
+from phloem.cli.bench.app import bench_app
 from phloem.cli.services import SERVICES
 from phloem.shared.errors import PhloemError
 
@@ -28,6 +29,7 @@ def build_app() -> App:
     app.command(_serve_app())
     app.command("phloem.cli.pull:pull", name="pull", help="Fetch a model into the model cache.")
     app.command("phloem.cli.chat:chat", name="chat", help="Talk to a running cluster.")
+    app.command(bench_app())
     app.command("phloem.cli.doctor:doctor", name="doctor", help="Check what this machine has.")
     return app
 

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -32,6 +33,7 @@ from phloem.shared.bench.protocol import (
 )
 from phloem.shared.bench.record import RequestRecord
 from phloem.shared.bench.session import Session
+from phloem.shared.bench.ticks import TickSum
 from phloem.shared.errors import PhloemError
 from phloem.shared.lifecycle.child_process import ChildProcess, spawn_child
 
@@ -64,12 +66,12 @@ class ClientGroup:
     def __init__(self, setup: Setup, num_clients: int, on_tick: OnTick) -> None:
         self._setup = setup
         self._num_clients = num_clients
-        self._on_tick = on_tick
+        self._ticks = TickSum(num_clients, on_tick)
         self._clients: list[_Client] = []
 
     async def __aenter__(self) -> ClientGroup:
         for index in range(self._num_clients):
-            self._clients.append(await _Client.spawn(index, self._take_tick))
+            self._clients.append(await _Client.spawn(index, partial(self._ticks.take, index)))
         for client in self._clients:
             await client.set_up(self._setup)
         return self
@@ -93,23 +95,10 @@ class ClientGroup:
         lag = [task.result()[1] for task in tasks]
         return BlockResult(start_at, max(ended_s - start_at, 1e-9), records, lag)
 
-    async def stop(self, *, abort: bool = False) -> None:
+    def stop(self, *, abort: bool = False) -> None:
         """Begins nothing new; with `abort`, what is in flight is given up."""
         for client in self._clients:
-            await client.send(StopBlocks(abort))
-
-    def _take_tick(self, _: Tick) -> None:
-        ticks = [client.last_tick for client in self._clients]
-        self._on_tick(
-            Tick(
-                sent=sum(tick.sent for tick in ticks),
-                succeeded=sum(tick.succeeded for tick in ticks),
-                failed=sum(tick.failed for tick in ticks),
-                in_flight=sum(tick.in_flight for tick in ticks),
-                tokens=sum(tick.tokens for tick in ticks),
-                lag_ms=max(tick.lag_ms for tick in ticks),
-            )
-        )
+            client.stop(StopBlocks(abort))
 
 
 class _Feed:
@@ -156,7 +145,6 @@ class _Client:
         on_tick: OnTick,
     ) -> None:
         self.index = index
-        self.last_tick = Tick(sent=0, succeeded=0, failed=0, in_flight=0, tokens=0, lag_ms=0.0)
         self._child = child
         up, self._down = streams
         self._on_tick = on_tick
@@ -206,6 +194,10 @@ class _Client:
                 case _:
                     await self._feed(begin.block, feed)
 
+    def stop(self, message: StopBlocks) -> None:
+        """A few bytes, which need no draining."""
+        self._down.write(frame(client_down.encode(message)))
+
     async def close(self) -> None:
         """Ends the process."""
         self._down.close()
@@ -228,7 +220,6 @@ class _Client:
     def _take(self, message: ClientUp) -> None:
         match message:
             case Tick():
-                self.last_tick = message
                 self._on_tick(message)
             case Records():
                 self._records.extend(message.records)

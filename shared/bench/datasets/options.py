@@ -13,9 +13,7 @@ from phloem.shared.bench.prompt_source import PromptSource
 from phloem.shared.bench.session import Turn, tokens_json
 from phloem.shared.errors import ConfigError
 
-DatasetName: TypeAlias = Literal[
-    "random", "shared-prefix", "multi-turn", "mooncake", "azure", "sharegpt", "jsonl"
-]
+DatasetName: TypeAlias = Literal["random", "shared-prefix", "multi-turn", "trace", "sharegpt", "jsonl"]
 
 
 class DatasetOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from phloem.shared.bench.datasets.synthetic import (
     random_sessions,
     shared_prefix_sessions,
 )
-from phloem.shared.bench.datasets.traces import azure_sessions, mooncake_sessions
+from phloem.shared.bench.datasets.traces import trace_sessions
 from phloem.shared.bench.prompt_source import PromptSource
 from phloem.shared.bench.session import Session
 from phloem.shared.bench.token_counter import TokenCounter
@@ -29,10 +29,8 @@ def make_sessions(
             return shared_prefix_sessions(options, source, seed)
         case "multi-turn":
             return multi_turn_sessions(options, source, seed)
-        case "mooncake":
-            return mooncake_sessions(options, source, seed)
-        case "azure":
-            return azure_sessions(options, source, seed)
+        case "trace":
+            return trace_sessions(options, source, seed)
         case "sharegpt":
             return sharegpt_sessions(options, source, seed, counter)
         case "jsonl":

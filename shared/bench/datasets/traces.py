@@ -25,6 +25,13 @@ class _MooncakeRow(msgspec.Struct):
     hash_ids: list[int] = []
 
 
+def trace_sessions(options: DatasetOptions, source: PromptSource, seed: int) -> Iterator[Session]:
+    """A trace in either format, told by its first character: Mooncake's are JSON lines, Azure's CSV."""
+    with options.required_path().open("rb") as file:
+        is_json = file.read(1) == b"{"
+    return (mooncake_sessions if is_json else azure_sessions)(options, source, seed)
+
+
 def mooncake_sessions(options: DatasetOptions, source: PromptSource, seed: int) -> Iterator[Session]:
     """One request per line. A hash id stands for one fixed block of 512 random tokens, so that equal ids
     are equal content at equal places; the last block of a prompt is cut to its length.

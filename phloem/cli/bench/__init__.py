@@ -1,0 +1,1 @@
+"""`phloem bench`: measuring servers."""
