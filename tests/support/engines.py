@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +21,6 @@ from phloem.shared.engine.radix_tree import RadixTree
 from phloem.shared.engine.scheduler import Limits
 from phloem.shared.engine.step_runner import SyncStepRunner
 from phloem.shared.engine.weights.loader import load_decoder
-from phloem.shared.errors import ErrorInfo
 from phloem.shared.protocol.cluster import Role
 from phloem.shared.protocol.engine import (
     AuditReply,
@@ -35,20 +34,11 @@ from phloem.shared.protocol.engine import (
     StepReport,
     Stop,
 )
-from phloem.shared.protocol.session import (
-    Ended,
-    EndReason,
-    FinishReason,
-    Output,
-    PeerRef,
-    Phase,
-    SamplingParams,
-    Submit,
-    TokensOut,
-)
+from phloem.shared.protocol.session import PeerRef, Phase, SamplingParams, Submit
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.endpoint import TransferEndpoint
 from phloem.shared.transfer.events import TransferEvent
+from tests.support.streams import Stream
 
 CPU = torch.device("cpu")
 SECRET = b"tests/support/engines"
@@ -60,30 +50,6 @@ def load_float32(model_dir: Path) -> Decoder:
     return load_decoder(
         model_dir, load_format="auto", dtype=torch.float32, device=CPU, progress=lambda done, total: None
     )
-
-
-@dataclass
-class Stream:
-    """What one worker said about one request."""
-
-    first_index: int
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    num_cached_tokens: int = 0
-    ended: EndReason | None = None
-    error: ErrorInfo | None = None
-
-    def take(self, output: Output) -> None:
-        assert self.ended is None, f"{output} came after the end"
-        match output:
-            case TokensOut():
-                assert self.finish_reason is None, f"{output} came after the last token"
-                assert output.start == self.first_index + len(self.token_ids), f"{output} leaves a gap"
-                self.token_ids += output.token_ids
-                self.finish_reason = output.finish_reason
-                self.num_cached_tokens += output.num_cached_tokens
-            case Ended():
-                self.ended, self.error = output.reason, output.error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +77,6 @@ class LocalEngine:
         self._replies: dict[int, AuditReply | Reply] = {}
         self._num_tags = 0
         self._failure: BaseException | None = None
-        self.num_reports_by_turn: dict[int, int] = {}
         self.endpoint = TransferEndpoint(self._transfer_config(decoder), self._deliver)
         self._engine = Engine(self._parts(decoder))
         self._thread = threading.Thread(target=self._run, name=f"engine-{name}")
@@ -270,8 +235,6 @@ class LocalEngine:
         with self._changed:
             match message:
                 case StepReport():
-                    turns = self.num_reports_by_turn
-                    turns[message.step] = turns.get(message.step, 0) + 1
                     for outputs in message.outputs:
                         for output in outputs.outputs:
                             self._streams[output.request_id].take(output)
