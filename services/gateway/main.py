@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 async def run(config: GatewayConfig) -> None:
     """Serves until SIGTERM, then drains. Raises `PhloemError` when it can't start."""
-    stop = stop_event()
     # Prompts are encoded one by one on our own threads; the library's pool would only cost memory.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     async with AsyncExitStack() as stack:
@@ -63,6 +62,7 @@ async def run(config: GatewayConfig) -> None:
         stack.push_async_callback(keeper.close)
         log.info("serving", extra={"address": record.address, "model": model.name})
         app = create_app(gateway, secret)
+        stop = stop_event()  # not before: until here a signal just ends the process
         async with asyncio.TaskGroup() as tasks:
             heartbeat = tasks.create_task(keeper.run(), name="registration")
             await serve_http(app, listener, stop, drain_timeout_s=config.drain_timeout_s)

@@ -103,18 +103,24 @@ async def test_tokens_are_sent_as_they_come(generator: FakeGenerator, url: str) 
     assert rest[-2] == "data: [DONE]"
 
 
-async def test_a_client_that_does_not_read_holds_up_only_itself(
-    model_dir: Path, generator: FakeGenerator, url: str
-) -> None:
+async def test_a_client_that_does_not_read_holds_up_only_itself(generator: FakeGenerator, url: str) -> None:
     assert generator.gate is not None
     generator.gate.set()
-    generator.script = reply_script(encode(model_dir, REPLY) * 9)
+    ordinary = generator.script
+    # /generate repeats all text so far: far more than any socket buffers.
+    endless = [GeneratedTokens([50])] * 5000
+
+    generator.script = lambda request: endless
     _, slow = await connect(url)
     await send_json(slow, "/generate", {"text": "x", "stream": True})
+    await until(lambda: generator.num_running == 1)
+    generator.script = ordinary
     async with httpx.AsyncClient() as client:
         response = await client.post(f"{url}/v1/chat/completions", json=CHAT)
     assert response.status_code == 200
+    assert generator.num_running == 1
     slow.close()
+    await until(lambda: generator.num_running == 0)
 
 
 async def test_a_request_ends_at_its_deadline(model_dir: Path, generator: FakeGenerator) -> None:
@@ -132,6 +138,24 @@ async def test_health_generate_gives_up_at_its_deadline(model_dir: Path, generat
     async with in_process(gateway) as client:
         response = await client.get("/health_generate")
     assert (response.status_code, response.json()["error"]["code"]) == (503, "unhealthy")
+
+
+async def test_the_log_line_says_how_it_ended(
+    generator: FakeGenerator, gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert generator.gate is not None
+    generator.gate.set()
+    caplog.set_level("INFO")
+    async with in_process(gateway) as client:
+        good = await client.post("/v1/chat/completions", json=CHAT)
+        bad = await client.post("/v1/chat/completions", json=CHAT | {"n": 0})
+        await client.get("/health")
+    lines = [vars(record) for record in caplog.records if record.message == "request"]
+    assert [line["status"] for line in lines] == [200, 400]
+    assert lines[0]["route"] == "/v1/chat/completions"
+    assert lines[0]["generated_tokens"] == good.json()["usage"]["completion_tokens"]
+    assert lines[0]["prompt_tokens"] == good.json()["usage"]["prompt_tokens"]
+    assert lines[1]["error"] == bad.json()["error"]["code"]
 
 
 async def test_a_body_that_stalls_is_a_408() -> None:

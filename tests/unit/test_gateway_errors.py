@@ -129,6 +129,7 @@ WRONG_CHAT: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"stop_token_ids": [400]}, 400, "stop_token_ids[0]", "token_out_of_range"),
     ({"stop_token_ids": [0] * 129}, 400, "stop_token_ids", "invalid_value"),
     ({"stream": "yes"}, 400, "stream", "invalid_type"),
+    ({"cache_salt": "x" * 257}, 400, "cache_salt", "invalid_value"),
     ({"stream_options": {"include_usage": 1}}, 400, "stream_options.include_usage", "invalid_type"),
     (
         {"chat_template_kwargs": {"messages": "x"}},

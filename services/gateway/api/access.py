@@ -70,9 +70,15 @@ class AccessLayer:
                 "status": status,
                 "seconds": round(time.monotonic() - state["received_at"], 6),
                 **({"tenant": tenant.id} if tenant is not None and tenant.id else {}),
-                **state.get("log_fields", {}),
+                **log_fields_of(scope),
             },
         )
+
+
+def log_fields_of(scope: Scope) -> dict[str, object]:
+    """What is known of the request for its log line; handlers add to it."""
+    fields: dict[str, object] = scope["state"].setdefault("log_fields", {})
+    return fields
 
 
 def call_of(scope: Scope) -> Call:

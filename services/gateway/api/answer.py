@@ -32,11 +32,15 @@ async def answer(
     gateway: Gateway, sequences: Sequence[RunningSequence], dialect: Dialect, reply: Reply, *, stream: bool
 ) -> None:
     """Raises `PhloemError`, also when events have been sent already."""
-    if stream:
-        await _stream(gateway, sequences, dialect, reply)
-    else:
-        await gateway.run(sequences, _ignore)
-        await reply.json(dialect.whole(sequences))
+    try:
+        if stream:
+            await _stream(gateway, sequences, dialect, reply)
+        else:
+            await gateway.run(sequences, _ignore)
+            await reply.json(dialect.whole(sequences))
+    finally:
+        reply.log_fields["prompt_tokens"] = sum(len(one.request.token_ids) for one in sequences)
+        reply.log_fields["generated_tokens"] = sum(one.num_generated_tokens for one in sequences)
 
 
 async def _stream(

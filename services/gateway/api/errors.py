@@ -12,6 +12,7 @@ from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFou
 from litestar.types import ExceptionHandlersMap
 from msgspec import Struct
 
+from phloem.services.gateway.api.access import log_fields_of
 from phloem.shared.errors import ErrorInfo, PhloemError
 
 log = logging.getLogger(__name__)
@@ -67,23 +68,26 @@ def exception_handlers() -> ExceptionHandlersMap:
 
 
 def _answer_error(request: HttpRequest, error: Exception) -> Response[bytes]:
-    return _response(info_of(error))
+    return _response(request, info_of(error))
 
 
 def _answer_http_exception(request: HttpRequest, error: HTTPException) -> Response[bytes]:
     status = error.status_code
     if status >= 500:
-        return _response(info_of(error))
+        return _response(request, info_of(error))
     message = error.detail
     if isinstance(error, NotFoundException):
         message = f"there is no route {request.method} {request.scope['path'][:256]}"
     elif isinstance(error, MethodNotAllowedException):
         message = f"{request.scope['path'][:256]} does not take {request.method}"
     info = ErrorInfo(_CODES.get(status, "bad_request"), message, http_status=status)
-    return _response(info, error.headers or {})
+    return _response(request, info, error.headers or {})
 
 
-def _response(info: ErrorInfo, headers: dict[str, str] | None = None) -> Response[bytes]:
+def _response(
+    request: HttpRequest, info: ErrorInfo, headers: dict[str, str] | None = None
+) -> Response[bytes]:
+    log_fields_of(request.scope)["error"] = info.code
     return Response(
         error_body(info),
         status_code=info.http_status,

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from litestar.types import HTTPResponseBodyEvent, HTTPResponseStartEvent, Receive, Scope, Send
 
-from phloem.services.gateway.api.access import CLIENT_GONE
+from phloem.services.gateway.api.access import CLIENT_GONE, log_fields_of
 from phloem.services.gateway.api.errors import error_body, info_of
 
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
@@ -21,10 +21,11 @@ JSON = b"application/json"
 
 
 class Reply:
-    """Sends either one JSON body or a stream of server-sent events."""
+    """Sends either one JSON body or a stream of server-sent events. `log_fields` go into the log line."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, log_fields: dict[str, object]) -> None:
         self._send = send
+        self.log_fields = log_fields
         self.started = False
 
     async def json(self, body: bytes, status: int = 200) -> None:
@@ -70,7 +71,7 @@ class Exchange:
         self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = Reply(send)
+        reply = Reply(send, log_fields_of(scope))
         work = asyncio.ensure_future(self._work(reply))
         gone = asyncio.create_task(_wait_until_gone(receive))
         try:
@@ -90,7 +91,9 @@ async def _conclude(work: asyncio.Future[None], reply: Reply) -> None:
         return
     if not reply.started:
         raise error
-    await reply.events([error_body(info_of(error))])
+    info = info_of(error)
+    reply.log_fields["error"] = info.code
+    await reply.events([error_body(info)])
     await reply.end()
 
 

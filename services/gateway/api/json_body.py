@@ -73,7 +73,8 @@ def _wrong_field(message: str) -> PhloemError:
         return invalid_request(
             f"missing required parameter: {path}", param=path, code="missing_required_parameter"
         )
-    code = "invalid_type" if problem.startswith("Expected") else "invalid_value"
+    wrong_type = problem.startswith("Expected") and " of length " not in problem
+    code = "invalid_type" if wrong_type else "invalid_value"
     return invalid_request(f"{path or 'the body'}: {problem}", param=path or None, code=code)
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from phloem.services.gateway.api.openai_types import PhloemField
+from phloem.services.gateway.api.openai_types import CacheSalt, PhloemField
 from phloem.services.gateway.sampling import SamplingFields
 
 
@@ -22,7 +22,7 @@ class GenerateRequest(Struct, kw_only=True, frozen=True):
     input_ids: list[int | list[int]] | None = None
     sampling_params: NativeSampling | None = None
     stream: bool | None = None
-    cache_salt: str | None = None
+    cache_salt: CacheSalt | None = None
 
 
 class NativeFinish(Struct, frozen=True):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from phloem.services.gateway.sampling import SamplingFields
 from phloem.shared.protocol.session import FinishReason
+
+# It is hashed with every block of the prompt.
+CacheSalt: TypeAlias = Annotated[str, Meta(max_length=256)]
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -39,7 +42,7 @@ class GenerationFields(SamplingFields, kw_only=True, frozen=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    cache_salt: str | None = None
+    cache_salt: CacheSalt | None = None
 
 
 class ChatCompletionRequest(GenerationFields, kw_only=True, frozen=True):
