@@ -119,6 +119,7 @@ class Engine:
         self._num_turns = 0
         self._num_steps = 0
         self._next_tick_s = 0.0
+        self._collected_at_s = 0.0  # of the step before: a device that runs ahead begins the next one then
         self._stopped = False
 
     def deliver(self, item: InboxItem) -> None:
@@ -182,7 +183,8 @@ class Engine:
         plan, step, launched_at_s = self._in_flight.popleft()
         token_ids = step.token_ids()
         now_s = self._clock()
-        self._rates.observe(plan, now_s - launched_at_s)
+        self._rates.observe(plan, now_s - max(launched_at_s, self._collected_at_s))
+        self._collected_at_s = now_s
         for made in self._scheduler.collect(plan, token_ids):
             self._outbox.token(made.request, made.token_id, made.finish_reason, now_s)
             if made.finish_reason is not None:
@@ -350,8 +352,10 @@ class Engine:
             self._fail_all(list(self._sender.on_lost(peer, error)))
 
     def _peer_lost(self, peer: PeerRef, error: ErrorInfo) -> None:
-        self._fail_all(list(self._receiver.on_lost(peer, error)))
-        self._fail_all(list(self._sender.on_lost(peer, error)))
+        """Also those that no channel knows of yet: they would wait for a peer that never comes."""
+        for request in self._scheduler.live_requests():
+            if request.phase != "both" and request.peer == peer:
+                self._drop(request, "failed", error)
 
     def _stop(self) -> None:
         for request in self._scheduler.live_requests():
