@@ -22,7 +22,8 @@ class BlockHasher:
     """Hashes chains of blocks under one cluster secret."""
 
     def __init__(self, cluster_secret: bytes) -> None:
-        self._key = blake2b(cluster_secret, digest_size=32, person=b"phloem-blocks").digest()
+        key = blake2b(cluster_secret, digest_size=32, person=b"phloem-blocks").digest()
+        self._keyed = blake2b(digest_size=HASH_BYTES, key=key)
 
     def chain(self, token_ids: Sequence[int], salt: str = "", *, known: Sequence[bytes] = ()) -> list[bytes]:
         """Hashes of all full blocks of `token_ids`, 16 bytes each; a partial last block has none.
@@ -44,7 +45,8 @@ class BlockHasher:
         parent = hashes[-1] if hashes else _ROOT
         step = BLOCK_TOKENS * 4
         for offset in range(0, len(data), step):
-            state = blake2b(parent + prefix, digest_size=HASH_BYTES, key=self._key)
+            state = self._keyed.copy()
+            state.update(parent + prefix)
             state.update(data[offset : offset + step])
             parent = state.digest()
             hashes.append(parent)

@@ -50,7 +50,7 @@ class CacheIndexConfig(LogOptions, frozen=True, kw_only=True):
         float, Meta(gt=0.0, le=10.0, description="deadline of one lookup in Redis")
     ] = 0.05
     publish_timeout_s: Annotated[
-        float, Meta(gt=0.0, le=60.0, description="deadline of one write of up to 1,024 blocks to Redis")
+        float, Meta(gt=0.0, le=60.0, description="deadline of one write of up to 256 blocks to Redis")
     ] = 1.0
     slot_grace_s: Annotated[
         float,

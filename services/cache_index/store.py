@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
@@ -12,8 +13,10 @@ from phloem.shared.discovery.redis_link import Argument, RedisLink
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.index import Publish
 
-# One script call blocks Redis for about a microsecond per block; a lookup must not wait much longer.
-BLOCKS_PER_SCRIPT = 1024
+# One script call blocks Redis for about a microsecond per block. A lookup waits for those sent before it, so
+# they are short, and few are under way at once, however many workers publish.
+BLOCKS_PER_SCRIPT = 256
+_PARALLEL_WRITES = 2
 KEYS_PER_SCAN = 512
 
 
@@ -38,6 +41,7 @@ class BlockStore:
         self._link = link
         self._read_timeout_s = read_timeout_s
         self._write_timeout_s = write_timeout_s
+        self._writes = asyncio.Semaphore(_PARALLEL_WRITES)
 
     async def read(self, block_hashes: Sequence[bytes]) -> Blocks:
         """The blocks and the slot table's version, all of one instant."""
@@ -62,7 +66,10 @@ class BlockStore:
                 len(removed),
                 int(is_last),
             )
-            if not await self._link.script(layout.PUBLISH, names, args, timeout_s=self._write_timeout_s):
+            # The caller's deadline bounds the wait; each worker waits with one message at a time.
+            async with self._writes:
+                applied = await self._link.script(layout.PUBLISH, names, args, self._write_timeout_s)
+            if not applied:
                 raise _resync_needed(message)
 
     async def scan(self, cursor: int) -> ScanBatch:

@@ -38,6 +38,7 @@ from tests.support.waiting import until_async
 WORKER = PeerRef("w", 100)
 CHAIN = some_chain("prompt", 128)
 TIMEOUT_S = 5.0
+MATCH_TIMEOUT_S = 0.4  # long enough to tell an answer that waited for it from one that did not
 
 
 class Client:
@@ -70,7 +71,13 @@ class Client:
 
 @asynccontextmanager
 async def replicas(valkey: ValkeyServer, registry: Registry, count: int) -> AsyncIterator[list[Client]]:
-    config = CacheIndexConfig(redis_url=valkey.url, redis_wait_s=5.0, sweep_interval_s=0.05, slot_grace_s=0.0)
+    config = CacheIndexConfig(
+        redis_url=valkey.url,
+        redis_wait_s=5.0,
+        match_timeout_s=MATCH_TIMEOUT_S,
+        sweep_interval_s=0.05,
+        slot_grace_s=0.0,
+    )
     tasks = [asyncio.create_task(run(config)) for _ in range(count)]
     async with AsyncExitStack() as stack:
         try:
@@ -155,7 +162,8 @@ async def test_answers_fail_fast_while_redis_is_down_and_recover(
                 await client.match(CHAIN)
             durations.append(time.perf_counter() - start)
             assert (caught.value.code, caught.value.retryable) == ("redis_unavailable", True)
-        assert sorted(durations)[10] < 0.005
+        assert min(durations) < 0.005
+        assert sorted(durations)[10] < MATCH_TIMEOUT_S / 4
         valkey.start()
         await long_registry.renew_worker(record_of(WORKER))
 
@@ -184,7 +192,7 @@ async def test_hanging_redis_costs_one_deadline_not_one_per_call(
             for _ in range(10):
                 with pytest.raises(PhloemError):
                     await client.match(CHAIN)
-            assert time.perf_counter() - start < 0.5
+            assert time.perf_counter() - start < 10 * MATCH_TIMEOUT_S / 2
         finally:
             valkey.resume()
         await until_async(lambda: matches(client, {WORKER: 128}))
