@@ -9,6 +9,7 @@ unless an op says otherwise; ids, bytes and digests agree exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -19,7 +20,14 @@ from phloem.kernels.reference import norm as _norm
 from phloem.kernels.reference import pages as _pages
 from phloem.kernels.reference import rope as _rope
 from phloem.kernels.reference import sampling as _sampling
-from phloem.kernels.types import AttentionPlan, LinearWeight, PagedKV
+from phloem.kernels.types import AttentionPlan, DevicePlan, LinearWeight, PagedKV
+
+
+class SamplingHints(NamedTuple):
+    """What the host knows of a batch's sampling parameters, so that the device need not be asked."""
+
+    all_greedy: bool  # every temperature is 0
+    no_filters: bool  # no row uses top_k, top_p or min_p
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -27,6 +35,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x: `[..., N]`, weight: `[N]` of the same dtype. Returns a new tensor like x.
     """
+    if x.is_cuda:
+        from phloem.kernels import cuda_ops
+
+        return cuda_ops.rms_norm(x, weight, eps)
     return _norm.rms_norm(x, weight, eps)
 
 
@@ -35,6 +47,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
     x, residual: `[T, N]`, weight: `[N]`, one dtype.
     """
+    if x.is_cuda:
+        from phloem.kernels import cuda_ops
+
+        return cuda_ops.add_rms_norm(x, residual, weight, eps)
     return _norm.add_rms_norm(x, residual, weight, eps)
 
 
@@ -54,6 +70,10 @@ def linear(x: Tensor, w: LinearWeight) -> Tensor:
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` of the fused projection `[T, 2 * N]` (gate first). Returns `[T, N]`."""
+    if gate_up.is_cuda:
+        from phloem.kernels import cuda_ops
+
+        return cuda_ops.silu_mul(gate_up)
     return _activation.silu_mul(gate_up)
 
 
@@ -68,6 +88,10 @@ def rope_write_kv(
     write_index: int64 `[T]`, `page_id * page_size + offset`, no index twice.
     Returns the rotated q, `[T, H, D]`.
     """
+    if qk.is_cuda:
+        from phloem.kernels import cuda_ops
+
+        return cuda_ops.rope_write_kv(qk, v, cos, sin, k_pages, v_pages, write_index)
     return _rope.rope_write_kv(qk, v, cos, sin, k_pages, v_pages, write_index)
 
 
@@ -83,12 +107,17 @@ def plan_attention(
     return _attention.plan_attention(query_lens, kv_lens, page_table, page_size, window)
 
 
-def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+def paged_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan | DevicePlan, scale: float
+) -> Tensor:
     """Causal attention of a ragged batch over its pages; K and V of this step are in the pages already.
 
     q: `[T, H, D]`, k_pages, v_pages: `[num_pages, page_size, H_kv, D]`, H a multiple of H_kv (query head h
-    reads KV head `h // (H / H_kv)`). Logits are scaled by `scale`. Returns `[T, H, D]`, contiguous.
+    reads KV head `h // (H / H_kv)`). `plan` is `plan_attention`'s, or one of a device backend. Logits are
+    scaled by `scale`. Returns `[T, H, D]`, contiguous.
     """
+    if not isinstance(plan, AttentionPlan):
+        return plan.attend(q, k_pages, v_pages, scale)
     return _attention.paged_attention(q, k_pages, v_pages, plan, scale)
 
 
@@ -99,6 +128,10 @@ def gather_pages(kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: int
     (page_bytes: K and V of one page in one layer), written as `[layer, k/v, page, token, head, dim]` from its
     start; the rest is left alone. The digest is a signed 64-bit integer; zero bytes give 0.
     """
+    if out.is_cuda:
+        from phloem.kernels import cuda_ops
+
+        return int(cuda_ops.gather_pages(kv, page_ids, layer_start, layer_end, out))
     return _pages.gather_pages(kv, page_ids, layer_start, layer_end, out)
 
 
@@ -108,6 +141,10 @@ def scatter_pages(kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: in
     page_ids must name each page once. The caller compares the digest with the sender's before it lets
     anyone read the pages.
     """
+    if src.is_cuda:
+        from phloem.kernels import cuda_ops
+
+        return int(cuda_ops.scatter_pages(kv, page_ids, layer_start, layer_end, src))
     return _pages.scatter_pages(kv, page_ids, layer_start, layer_end, src)
 
 
@@ -119,6 +156,7 @@ def sample(
     min_p: Tensor,
     seed: Tensor,
     position: Tensor,
+    hints: SamplingHints | None = None,
 ) -> Tensor:
     """One token per row: int64 `[R]`.
 
@@ -127,6 +165,22 @@ def sample(
     (1 or more: off; 0 or less keeps the best token), min_p float32 (0: off; relative to the best token), in
     that order, as Hugging Face applies them. seed, position: int64, any values; position is that of the token
     being sampled. Equal (row, seed, position) give equal tokens, whatever the other rows are. A row whose
-    logits are all -inf gives token 0.
+    logits are all -inf gives token 0. `hints` spare a CUDA device from being waited for; there, of tokens
+    that tie with the last one of a nucleus, all stay.
     """
+    if logits.is_cuda:
+        known = hints or SamplingHints(all_greedy=False, no_filters=False)
+        from phloem.kernels import cuda_ops
+
+        return cuda_ops.sample(
+            logits,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            seed,
+            position,
+            all_greedy=known.all_greedy,
+            no_filters=known.no_filters,
+        )
     return _sampling.sample(logits, temperature, top_k, top_p, min_p, seed, position)

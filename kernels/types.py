@@ -59,3 +59,10 @@ class AttentionPlan(NamedTuple):
     spans: list[SequenceSpan]
     window: int
     max_copied_pages: int  # of one span whose pages are not neighbours
+
+
+class DevicePlan(Protocol):
+    """An attention plan of a backend that keeps its own buffers on the device."""
+
+    def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float) -> Tensor:
+        """As `ops.paged_attention`."""

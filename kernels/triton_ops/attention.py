@@ -95,6 +95,7 @@ def paged_attention(
     max_query_len: int,
     scale: float,
     window: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See `ops.paged_attention`.
 
@@ -104,7 +105,8 @@ def paged_attention(
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k_pages.shape[2]
     group = num_heads // num_kv_heads
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     rows = max_query_len * group
     block_m = 16 if rows <= 16 else 64
     grid = (kv_lens.numel(), triton.cdiv(rows, block_m), num_kv_heads)

@@ -9,9 +9,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _rms_norm_kernel(
-    x, residual, weight, out, x_stride, width, eps, adds: tl.constexpr, block: tl.constexpr
-):
+def _rms_norm_kernel(x, residual, weight, out, x_stride, width, eps, adds: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     inside = column < width

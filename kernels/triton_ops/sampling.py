@@ -46,7 +46,7 @@ def _best_of_block_kernel(
     row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * block + tl.arange(0, block)
     inside = token < vocab
-    logit = tl.load(logits + row * row_stride + token, mask=inside, other=float("-inf"))
+    logit = tl.load(logits + row * row_stride + token, mask=inside, other=float("-inf")).to(tl.float32)
     heat = tl.load(temperature + row)
     best = tl.load(best_logit + row)
     if (heat > 0.0) & (best > float("-inf")) & (best < float("inf")):
@@ -87,6 +87,50 @@ def _bitmask_kernel(logits, bitmask, rows, row_stride, mask_stride, vocab, block
     tl.store(logits + row * row_stride + token, float("-inf"), mask=forbidden)
 
 
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    *,
+    all_greedy: bool,
+    no_filters: bool,
+) -> Tensor:
+    """See `ops.sample`. Never waits for the device: the caller says what the host knows of the batch.
+
+    Where several tokens tie with the last one of a nucleus, all of them stay (the reference keeps the first).
+    """
+    if all_greedy:
+        return gumbel_argmax(logits, temperature, temperature, temperature, seed, position)
+    best = logits.max(dim=-1).values.float()
+    if no_filters:
+        threshold = torch.full_like(temperature, float("-inf"))
+    else:
+        threshold = _thresholds(logits, best, temperature, top_k, top_p, min_p)
+    return gumbel_argmax(logits, best, temperature, threshold, seed, position)
+
+
+def _thresholds(
+    logits: Tensor, best: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    """The least score `(logit - best) / temperature` that passes top_k, then top_p, then min_p."""
+    vocab = logits.shape[1]
+    heat = torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)
+    ranked = ((logits.float() - best.unsqueeze(1)) / heat).sort(dim=-1, descending=True).values
+    limit = torch.where((top_k > 0) & (top_k < vocab), top_k, vocab).unsqueeze(1)
+    by_k = ranked.gather(1, limit - 1)
+    masses = torch.where(ranked >= by_k, ranked.double(), float("-inf")).exp_()
+    before = masses.cumsum(dim=-1) / masses.sum(dim=-1, keepdim=True)
+    num_kept = (before < top_p.double().unsqueeze(1)).sum(dim=-1, keepdim=True) + 1
+    by_p = ranked.gather(1, num_kept.clamp(max=vocab) - 1)
+    by_p = torch.where(top_p.unsqueeze(1) < 1.0, by_p, float("-inf"))
+    by_min = torch.where(min_p > 0, min_p.log(), float("-inf")).unsqueeze(1)
+    return torch.maximum(torch.maximum(by_k, by_p), by_min).squeeze(1)
+
+
 def gumbel_argmax(
     logits: Tensor,
     best_logit: Tensor,
@@ -97,9 +141,9 @@ def gumbel_argmax(
 ) -> Tensor:
     """The best token of each row: int64 `[R]`.
 
-    logits float32 `[R, V]`; best_logit float32 `[R]`, each row's largest; threshold float32 `[R]`: tokens
-    whose `(logit - best) / temperature` is below it are not sampled (-inf: all are). Rows of temperature 0
-    take the first of the largest logits.
+    logits `[R, V]`, float32 or narrower; best_logit float32 `[R]`, each row's largest; threshold float32
+    `[R]`: tokens whose `(logit - best) / temperature` is below it are not sampled (-inf: all are). Rows of
+    temperature 0 take the first of the largest logits.
     """
     num_rows, vocab = logits.shape
     num_blocks = triton.cdiv(vocab, _BLOCK)

@@ -5,23 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
+import msgspec
 import torch
 
 from phloem.shared.block_hash import BlockHasher
 from phloem.shared.engine.config import EngineConfig, EngineOptions
 from phloem.shared.engine.engine_loop import Engine, EngineParts
 from phloem.shared.engine.kv_pool import KVPool
-from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache, bytes_per_page
 from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.page_store import KVPageStore
 from phloem.shared.engine.radix_tree import RadixTree
+from phloem.shared.engine.runners import LoadedModel, build_runner, find_device, for_device
 from phloem.shared.engine.scheduler import Limits
 from phloem.shared.engine.sizing import context_length, kv_layout, pool_pages
-from phloem.shared.engine.step_runner import SyncStepRunner
-from phloem.shared.engine.warmup import warm_up
+from phloem.shared.engine.step_runner import StepRunner
 from phloem.shared.engine.weights.loader import load_decoder, resolve_dtype
 from phloem.shared.errors import ConfigError
 from phloem.shared.protocol.engine import EngineReady, EngineUp, Progress
@@ -32,25 +31,18 @@ from phloem.shared.transfer.endpoint import TransferEndpoint
 Send = Callable[[EngineUp], None]
 
 
-class _Model(NamedTuple):
-    decoder: Decoder
-    kv: KVCache
-    device: torch.device
-    dtype: torch.dtype
-    context_length: int
-    num_pages: int
-
-
 def build_engine(config: EngineConfig, send: Send) -> tuple[Engine, EngineReady, TransferEndpoint]:
     """An engine ready to run, what its front is told, and the endpoint to close after it.
 
     Raises `PhloemError` with a remedy: an unusable device, model or size.
     """
-    options = config.options
-    if 64 % options.page_size:
-        raise ConfigError(f"--page-size {options.page_size} must divide 64", param="page_size")
+    if 64 % config.options.page_size:
+        raise ConfigError(f"--page-size {config.options.page_size} must divide 64", param="page_size")
+    device = find_device(config.options.device)
+    options = for_device(config.options, device)
+    config = msgspec.structs.replace(config, options=options)
     torch.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))
-    model = _load(options, send)
+    model = _load(options, device, send)
     tree = RadixTree(options.page_size)
     account = PageAccount(
         KVPool(model.num_pages),
@@ -58,18 +50,7 @@ def build_engine(config: EngineConfig, send: Send) -> tuple[Engine, EngineReady,
         BlockHasher(config.cluster_secret),
         reuse=not options.disable_radix_cache,
     )
-    runner = SyncStepRunner(
-        model.decoder,
-        model.kv,
-        model.device,
-        num_slots=options.max_running_requests,
-        max_pages=-(-model.context_length // options.page_size),
-    )
-    send(Progress("warmup", 0, 1))
-    pool_tokens = model.num_pages * options.page_size
-    tokens = min(options.chunked_prefill_size, model.context_length - 1, pool_tokens, 64)
-    warm_up(runner, tokens, options.page_size)
-    send(Progress("warmup", 1, 1))
+    runner = build_runner(options, model, send)
     layout = kv_layout(Path(options.model_path), options, model.dtype)
     engine, endpoint = _wire(config, model, account, runner, layout, send)
     ready = EngineReady(
@@ -85,9 +66,8 @@ def build_engine(config: EngineConfig, send: Send) -> tuple[Engine, EngineReady,
     return engine, ready, endpoint
 
 
-def _load(options: EngineOptions, send: Send) -> _Model:
+def _load(options: EngineOptions, device: torch.device, send: Send) -> LoadedModel:
     model_dir = Path(options.model_path)
-    device = _device(options.device)
     dtype = resolve_dtype(options.dtype, model_dir, device)
     send(Progress("weights", 0, 1))
     decoder = load_decoder(
@@ -100,9 +80,10 @@ def _load(options: EngineOptions, send: Send) -> _Model:
     length = context_length(options, decoder.config)
     num_pages = pool_pages(options, bytes_per_page(decoder.config, options.page_size, dtype), device, length)
     send(Progress("kv_pool", 0, 1))
-    kv = KVCache.allocate(decoder.config, num_pages, options.page_size, dtype, device)
+    # One page more than the pool knows: padding rows of a CUDA graph write there.
+    kv = KVCache.allocate(decoder.config, num_pages + 1, options.page_size, dtype, device)
     send(Progress("kv_pool", 1, 1))
-    return _Model(decoder, kv, device, dtype, length, num_pages)
+    return LoadedModel(decoder, kv, device, dtype, length, num_pages)
 
 
 def _by_percent(send: Send) -> Callable[[int, int], None]:
@@ -119,19 +100,11 @@ def _by_percent(send: Send) -> Callable[[int, int], None]:
     return report
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device; use --device cpu", param="device")
-    return torch.device("cuda:0" if name == "cuda" else name)
-
-
 def _wire(
     config: EngineConfig,
-    model: _Model,
+    model: LoadedModel,
     account: PageAccount,
-    runner: SyncStepRunner,
+    runner: StepRunner,
     layout: str,
     send: Send,
 ) -> tuple[Engine, TransferEndpoint]:

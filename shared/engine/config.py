@@ -11,6 +11,7 @@ from phloem.shared.protocol.codec import Codec
 
 DtypeName: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat: TypeAlias = Literal["auto", "safetensors", "dummy"]
+AttentionBackend: TypeAlias = Literal["auto", "flashinfer", "triton", "torch"]
 SchedulePolicy: TypeAlias = Literal["fcfs", "lpm"]
 
 
@@ -41,11 +42,12 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
         Meta(gt=0.0, lt=1.0, description="share of device memory for weights and KV; of free RAM on a CPU"),
     ] = 0.85
     chunked_prefill_size: Annotated[
-        int, Meta(ge=1, le=1_048_576, description="most tokens of one engine step")
-    ] = 2048
+        int,
+        Meta(ge=0, le=1_048_576, description="most tokens of one engine step; 0: 8192 on CUDA, else 2048"),
+    ] = 0
     max_running_requests: Annotated[
-        int, Meta(ge=1, le=4096, description="most requests that hold a slot at once")
-    ] = 64
+        int, Meta(ge=0, le=4096, description="most requests with a slot at once; 0: 256 on CUDA, else 64")
+    ] = 0
     max_queued_requests: Annotated[
         int, Meta(ge=1, le=1_000_000, description="more than these are refused with 503")
     ] = 1024
@@ -56,6 +58,14 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     disable_overlap_schedule: Annotated[
         bool, Meta(description="wait for each step's results before planning the next")
     ] = False
+    attention_backend: Annotated[
+        AttentionBackend,
+        Meta(description="auto: flashinfer on CUDA where it has a kernel, else triton; torch on a CPU"),
+    ] = "auto"
+    disable_cuda_graph: Annotated[bool, Meta(description="run decode steps eagerly")] = False
+    cuda_graph_max_bs: Annotated[
+        int, Meta(ge=0, le=4096, description="largest batch with a CUDA graph; 0: --max-running-requests")
+    ] = 0
     num_threads: Annotated[
         int, Meta(ge=0, le=1024, description="CPU threads of the engine; 0: all cores, waiting passively")
     ] = 0

@@ -87,7 +87,8 @@ class EngineDown(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
-    """Start-up progress: `stage` is one of "imports", "weights", "kv_pool", "warmup"; `done` of `total`."""
+    """Start-up progress, `done` of `total`; `stage` is one of "imports", "weights", "kv_pool", "cuda_graphs",
+    "warmup"."""
 
     stage: str
     done: int

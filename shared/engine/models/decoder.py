@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from phloem.kernels import ops
-from phloem.kernels.types import AttentionPlan
+from phloem.kernels.types import AttentionPlan, DevicePlan
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.models.parameters import DecoderParameters, LayerParameters
@@ -22,7 +23,7 @@ class _Step(NamedTuple):
     cos: Tensor
     sin: Tensor
     write_index: Tensor
-    plans: dict[int, AttentionPlan]  # by window
+    plans: Mapping[int, AttentionPlan | DevicePlan]  # by window
 
 
 class Decoder:
@@ -62,16 +63,23 @@ class Decoder:
 
     def _step(self, batch: ForwardBatch, kv: KVCache) -> _Step:
         cos, sin = self._rope.tables(batch.positions, self.dtype)
-        plans = {
-            window: ops.plan_attention(
-                batch.query_lens, batch.kv_lens, batch.page_table, kv.page_size, window
-            )
+        return _Step(cos, sin, batch.write_index, batch.plans or self._plans(batch, kv.page_size))
+
+    def _plans(self, batch: ForwardBatch, page_size: int) -> dict[int, AttentionPlan]:
+        assert batch.page_table is not None, "a batch without plans needs a page table"
+        return {
+            window: ops.plan_attention(batch.query_lens, batch.kv_lens, batch.page_table, page_size, window)
             for window in self._windows
         }
-        return _Step(cos, sin, batch.write_index, plans)
 
     def _attention(
-        self, x: Tensor, layer: LayerParameters, step: _Step, plan: AttentionPlan, k: Tensor, v: Tensor
+        self,
+        x: Tensor,
+        layer: LayerParameters,
+        step: _Step,
+        plan: AttentionPlan | DevicePlan,
+        k: Tensor,
+        v: Tensor,
     ) -> Tensor:
         config = self.config
         num_tokens, num_rotated = x.shape[0], config.num_heads + config.num_kv_heads
@@ -89,10 +97,10 @@ class Decoder:
         keys = ops.rms_norm(rotated[:, num_heads:], k_norm, eps)
         return torch.cat((queries, keys), dim=1)
 
-    def _logits(self, x: Tensor, residual: Tensor, logits_index: Tensor) -> Tensor:
+    def _logits(self, x: Tensor, residual: Tensor, logits_index: Tensor | None) -> Tensor:
         """Only the wanted rows pass the last norm and the vocabulary."""
         parameters = self._parameters
-        wanted = ops.add_rms_norm(
-            x[logits_index], residual[logits_index], parameters.final_norm, self.config.norm_eps
-        )
+        if logits_index is not None:
+            x, residual = x[logits_index], residual[logits_index]
+        wanted = ops.add_rms_norm(x, residual, parameters.final_norm, self.config.norm_eps)
         return ops.linear(wanted, parameters.lm_head).to(torch.float32, memory_format=torch.contiguous_format)
