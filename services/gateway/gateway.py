@@ -92,19 +92,27 @@ class Gateway:
                     cache_salt=call.tenant.cache_salt(cache_salt),
                     timeout_s=self.config.request_timeout_s,
                 )
-                made.append(
-                    RunningSequence(
-                        request,
-                        index=index,
-                        prompt_index=prompt_index,
-                        stops=sampling.stops,
-                        detokenizer=self.encoder.detokenizer(
-                            prompt if continues_text else (), skip_special_tokens=sampling.skip_special_tokens
-                        ),
-                        received_at=call.received_at,
-                    )
-                )
+                context = prompt if continues_text else ()
+                made.append(self._sequence(call, request, sampling, index, prompt_index, context))
         return made
+
+    def _sequence(
+        self,
+        call: Call,
+        request: GenerationRequest,
+        sampling: SamplingPlan,
+        index: int,
+        prompt_index: int,
+        context: Sequence[int],
+    ) -> RunningSequence:
+        return RunningSequence(
+            request,
+            index=index,
+            prompt_index=prompt_index,
+            stops=sampling.stops,
+            detokenizer=self.encoder.detokenizer(context, skip_special_tokens=sampling.skip_special_tokens),
+            received_at=call.received_at,
+        )
 
     async def run(self, sequences: Sequence[RunningSequence], on_delta: OnDelta) -> None:
         """Runs all at once until the last has ended, telling `on_delta` of each addition.

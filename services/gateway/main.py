@@ -50,23 +50,28 @@ async def run(config: GatewayConfig) -> None:
         )
         gateway = Gateway(config, client, encoder, model, metrics)
 
-        port = listener.getsockname()[1]
-        record = ServiceRecord(
-            kind="gateway",
-            service_id=gateway_id,
-            epoch=await registry.next_epoch(),
-            address=f"{config.advertise_host or config.host}:{port}",
-        )
-        keeper = LeaseKeeper(ServiceLease(registry, record))
-        await keeper.acquire()
+        keeper = await _register(config, registry, gateway_id, listener.getsockname()[1])
         stack.push_async_callback(keeper.close)
-        log.info("serving", extra={"address": record.address, "model": model.name})
         app = create_app(gateway, secret)
         stop = stop_event()  # not before: until here a signal just ends the process
         async with asyncio.TaskGroup() as tasks:
             heartbeat = tasks.create_task(keeper.run(), name="registration")
             await serve_http(app, listener, stop, drain_timeout_s=config.drain_timeout_s)
             heartbeat.cancel()
+
+
+async def _register(config: GatewayConfig, registry: Registry, gateway_id: str, port: int) -> LeaseKeeper:
+    """The held lease of this gateway; its owner runs and closes it."""
+    record = ServiceRecord(
+        kind="gateway",
+        service_id=gateway_id,
+        epoch=await registry.next_epoch(),
+        address=f"{config.advertise_host or config.host}:{port}",
+    )
+    keeper = LeaseKeeper(ServiceLease(registry, record))
+    await keeper.acquire()
+    log.info("serving", extra={"address": record.address})
+    return keeper
 
 
 def load_model(config: GatewayConfig) -> tuple[ServedModel, PromptEncoder]:

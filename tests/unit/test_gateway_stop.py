@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
@@ -65,6 +65,7 @@ def test_nothing_is_returned_twice_after_a_stop() -> None:
     assert matcher.flush() == ""
 
 
+@settings(deadline=None)
 @given(
     st.text("abc", max_size=40),
     st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
@@ -111,6 +112,7 @@ def test_control_tokens_have_no_text_unless_wanted(backend: Tokenizer) -> None:
     assert Detokenizer(backend, skip_special_tokens=False).push(END) == "<|im_end|>"
 
 
+@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 299), max_size=40))
 def test_pieces_add_up_to_the_whole_text(backend: Tokenizer, ids: list[int]) -> None:
     detokenizer = Detokenizer(backend)
@@ -144,6 +146,7 @@ def test_a_leading_space_is_kept_only_when_text_goes_on() -> None:
     assert anew.push(paris) + anew.push(is_) == "Paris is"
 
 
+@settings(deadline=None)
 @given(ids=st.lists(st.integers(3, 262), max_size=30))
 def test_invalid_bytes_never_raise(ids: list[int]) -> None:
     detokenizer = Detokenizer(byte_fallback_tokenizer())

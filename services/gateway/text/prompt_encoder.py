@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from phloem.services.gateway.text.chat_template import ChatTemplate
 from phloem.services.gateway.text.control_tokens import Shield
@@ -14,7 +14,8 @@ from phloem.services.gateway.text.tokenizer import Tokenizer
 from phloem.shared.errors import PhloemError, invalid_request, overloaded
 
 Result = TypeVar("Result")
-TemplateValue = str | int | float | bool
+TemplateValue: TypeAlias = str | int | float | bool
+Value = TypeVar("Value", str, TemplateValue)
 
 ENCODE_TIMEOUT_S = 60.0
 # A text this much longer than the context, in characters per token, is probed before all of it is encoded.
@@ -68,12 +69,9 @@ class PromptEncoder:
         def encode() -> list[int]:
             shield = Shield(self._tokenizer.control_tokens)
             rendered = template.render(
-                [{key: shield.hide(value) for key, value in message.items()} for message in messages],
+                [_hidden(message, shield) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                extra={
-                    key: shield.hide(value) if isinstance(value, str) else value
-                    for key, value in extra.items()
-                },
+                extra=_hidden(extra, shield),
             )
             self._refuse_far_too_long(rendered, context_length, "messages")
             return self._tokenizer.encode_rendered(rendered, shield)
@@ -103,6 +101,11 @@ class PromptEncoder:
         at_least = len(self._tokenizer.encode(text[:probe_chars], add_special_tokens=False))
         if at_least - _PROBE_SLACK_TOKENS > context_length:
             raise context_length_exceeded(f"at least {at_least}", None, context_length, param)
+
+
+def _hidden(values: Mapping[str, Value], shield: Shield) -> dict[str, Value]:
+    """`values` with the control tokens of its texts hidden."""
+    return {key: shield.hide(value) if isinstance(value, str) else value for key, value in values.items()}
 
 
 def context_length_exceeded(
