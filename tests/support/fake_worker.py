@@ -125,9 +125,9 @@ class FakeWorker:
     def ended(self, submit: Submit, reason: EndReason, error: ErrorInfo | None = None) -> Ended:
         return Ended(submit.request_id, submit.attempt, reason, error)
 
-    def break_session(self) -> None:
-        """The session ends with a retryable error; the gateway may open another."""
-        self._outgoing.put_nowait(PhloemError("session_broken", "broken", retryable=True, http_status=503))
+    def break_session(self, *, code: str = "session_broken", retryable: bool = True) -> None:
+        """The session ends with an error; the gateway may open another."""
+        self._outgoing.put_nowait(PhloemError(code, "broken", retryable=retryable, http_status=503))
 
     async def _serve(self, messages: AsyncIterator[SessionDown]) -> AsyncIterator[SessionUp]:
         assert isinstance(await anext(messages), Hello)

@@ -192,6 +192,28 @@ async def test_broken_session_resumes_elsewhere_with_every_token_once(
         assert consumer.reasons == ["length"]
 
 
+async def test_session_that_ends_for_good_costs_its_requests_no_error(
+    client: ClusterClient, new_worker: NewWorker
+) -> None:
+    async with new_worker("u", "unified") as u:
+        consumer = Consumer(client, request())
+        await u.next_submit()
+        u.break_session(code="bad_session", retryable=False)
+        again = await u.next_submit(2)
+        assert u.num_sessions == 2
+        u.send(u.tokens(again, 0, 4, "length"))
+        assert await consumer.result() == expected(4)
+
+
+async def test_worker_of_another_cluster_is_not_used(
+    client: ClusterClient, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with fake_worker(registry, "foreign", "unified", b"another secret"):
+        await until(lambda: "no session yet" in caplog.text)
+        assert not client.ready()
+    assert caplog.text.count("no session yet") == 1 and "cluster token" in caplog.text
+
+
 async def test_lost_decode_worker_aborts_prefill_and_resumes(
     client: ClusterClient, new_worker: NewWorker
 ) -> None:

@@ -7,6 +7,8 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 
+import grpc.aio
+
 from phloem.services.gateway.cluster.metrics import ClusterMetrics
 from phloem.services.gateway.cluster.options import ClusterOptions
 from phloem.shared.errors import PhloemError, overloaded, unavailable
@@ -64,6 +66,7 @@ class WorkerSession:
         self._on_step = on_step
         self._on_lost = on_lost
         self._on_change = on_change
+        self._last_complaint = ""
         self._given_up = asyncio.Event()
         self._outbox: BatchQueue[SessionDown] = BatchQueue(options.session_outbox_messages)
 
@@ -84,11 +87,10 @@ class WorkerSession:
         backoff_s = MIN_BACKOFF_S
         try:
             while True:
-                try:
-                    await self._one_session()
-                except PhloemError as error:
-                    backoff_s = MIN_BACKOFF_S if self.up else min(MAX_BACKOFF_S, backoff_s * 2)
-                    self._break(error)
+                error = await self._one_session()
+                backoff_s = MIN_BACKOFF_S if self.up else min(MAX_BACKOFF_S, backoff_s * 2)
+                self._complain(error)
+                self._break(error)
                 await asyncio.sleep(backoff_s)
         finally:
             self._break(unavailable(f"worker {self.ref.worker_id} has left", code="worker_lost"))
@@ -99,8 +101,17 @@ class WorkerSession:
         self._given_up.set()
         self._break(error)
 
-    async def _one_session(self) -> None:
-        """From Hello to the break; always raises."""
+    async def _one_session(self) -> PhloemError:
+        """From Hello to the break; returns its reason."""
+        try:
+            await self._talk()
+        except PhloemError as error:
+            return error
+        except grpc.aio.BaseError as error:
+            return unavailable(f"gRPC failed: {error}", code="session_broken")
+        return unavailable(f"worker {self.ref.worker_id} ended the session", code="session_ended")
+
+    async def _talk(self) -> None:
         stream = self.channel.stream(WORKER_SERVICE, "Session", session_down, session_up)
         tasks: list[asyncio.Task[None]] = []
         try:
@@ -114,7 +125,6 @@ class WorkerSession:
             for task in tasks:
                 if task.done() and not task.cancelled():
                     task.result()
-            raise unavailable(f"worker {self.ref.worker_id} ended the session", code="session_ended")
         finally:
             stream.cancel()
             for task in tasks:
@@ -143,16 +153,22 @@ class WorkerSession:
         log.info("session opened", extra={"worker": self.ref.worker_id, "epoch": self.ref.epoch})
         self._on_change()
 
+    def _complain(self, error: PhloemError) -> None:
+        """Says once why a session can't be opened, not at every attempt."""
+        if not self.up and str(error) != self._last_complaint:
+            self._last_complaint = str(error)
+            log.warning("no session yet: %s", error, extra={"worker": self.ref.worker_id})
+
     def _break(self, error: PhloemError) -> None:
         if not self.up:
             return
-        if error.code == "peer_unavailable":
-            error = unavailable(f"the session with worker {self.ref.worker_id} broke", code="session_broken")
         self.up = False
         self._outbox.close()
         self._metrics.sessions_lost.labels(self.ref.worker_id).inc()
         level = logging.INFO if error.code == "worker_lost" else logging.WARNING
         log.log(level, "session ended: %s", error, extra={"worker": self.ref.worker_id})
+        if error.code == "peer_unavailable" or not error.retryable:  # no fault of the requests under way
+            error = unavailable(f"the session with worker {self.ref.worker_id} broke", code="session_broken")
         self._on_lost(self.ref, error)
         self._on_change()
 
