@@ -156,6 +156,7 @@ async def bench(options: Options) -> None:
     rng = random.Random(0)
     chains = conversations(options, rng)
     async with cluster() as (registry, channel):
+        empty_bytes = await used_bytes(registry)
         num_blocks, seconds = await publish_all(registry, channel, chains, options, rng)
         rate = num_blocks / seconds
         print(f"published {num_blocks} blocks of {options.workers} workers: {rate:,.0f} blocks/s")
@@ -163,9 +164,13 @@ async def bench(options: Options) -> None:
             f"{options.tokens} tokens = {options.tokens // BLOCK_TOKENS} blocks, {options.calls} calls each"
         )
         await bench_lookups(registry, channel, chains, options, rng)
-        memory = await registry.link.command("INFO", "memory")
-        keys = await registry.link.command("DBSIZE")
-        print(f"Valkey: {keys} keys, {memory['used_memory'] / 2**20:.0f} MiB")
+        num_keys = int(await registry.link.command("DBSIZE"))
+        grown = await used_bytes(registry) - empty_bytes
+        print(f"Valkey: {num_keys} keys, {grown / num_keys:.0f} bytes each")
+
+
+async def used_bytes(registry: Registry) -> int:
+    return int((await registry.link.command("INFO", "memory"))["used_memory"])
 
 
 async def bench_lookups(
