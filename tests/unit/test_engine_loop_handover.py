@@ -1,0 +1,285 @@
+"""Two engine loops joined by a wire in memory: exact tokens across a hand-over, and clean ends."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phloem.shared.protocol.engine import AbortGateway, EngineAbort
+from phloem.shared.transfer.events import PieceReceived
+from tests.support.engine_world import HANDOVER_TIMEOUT_S, EngineWorld, next_tokens
+from tests.support.handover_wire import D, P, Wire
+from tests.support.streams import Stream
+
+PAGE = 4
+
+
+class Sides(NamedTuple):
+    """What both workers say about one request."""
+
+    prefill: Stream
+    decode: Stream
+
+    @property
+    def handed_over(self) -> bool:
+        return (self.prefill.ended, self.decode.ended) == ("handed_over", "finished")
+
+    @property
+    def codes(self) -> list[str | None]:
+        return [None if stream.error is None else stream.error.code for stream in self]
+
+
+class Pair:
+    """A prefill and a decode engine; both devices run ahead."""
+
+    def __init__(
+        self,
+        wire: Wire | None = None,
+        *,
+        prefill_pages: int = 64,
+        decode_pages: int = 64,
+        decode_slots: int = 8,
+        runs_ahead: bool = True,
+    ) -> None:
+        self.wire = wire or Wire(slot_bytes=2 * 8 * PAGE, num_slots=2)
+        self.prefill = EngineWorld(self.wire.prefill, num_pages=prefill_pages, runs_ahead=runs_ahead)
+        self.decode = EngineWorld(
+            self.wire.decode, num_pages=decode_pages, slots=decode_slots, runs_ahead=runs_ahead
+        )
+        self.wire.deliver_to_prefill = self.prefill.engine.deliver
+        self.wire.deliver_to_decode = self.decode.engine.deliver
+
+    def submit(
+        self, request_id: str, prompt: list[int], max_tokens: int = 8, stop: tuple[int, ...] = ()
+    ) -> Sides:
+        return Sides(
+            self.prefill.submit(request_id, prompt, max_tokens, phase="prefill", peer=D, stop=stop),
+            self.decode.submit(request_id, prompt, max_tokens, phase="decode", peer=P, stop=stop),
+        )
+
+    def step(self) -> None:
+        """A turn of each engine; all messages under way arrive."""
+        self.prefill.turn()
+        self.decode.turn()
+        self.wire.pass_all()
+
+    def run(self) -> None:
+        """Until neither engine has anything to do and no message is under way."""
+        for _ in range(3000):
+            busy = [self.prefill.turn(), self.decode.turn()]
+            if not (any(busy) or self.wire.to_decode or self.wire.to_prefill):
+                return
+            self.wire.pass_all()
+        raise AssertionError("the pair does not come to rest")
+
+    def assert_idle(self) -> None:
+        self.run()
+        self.prefill.assert_idle()
+        self.decode.assert_idle()
+        assert not self.wire.unreleased and self.wire.num_free_slots == self.wire.num_slots
+
+
+def assert_tokens(sides: Sides, prompt: list[int], count: int) -> None:
+    assert sides.handed_over, sides
+    assert sides.prefill.token_ids + sides.decode.token_ids == next_tokens(prompt, count)
+
+
+@pytest.mark.parametrize("runs_ahead", [True, False])
+def test_tokens_are_exact_across_the_hand_over(runs_ahead: bool) -> None:
+    pair = Pair(runs_ahead=runs_ahead)
+    prompts = [[index + 1] * (7 * index + 1) for index in range(6)]
+    all_sides = [pair.submit(f"r{index}", prompt, 12) for index, prompt in enumerate(prompts)]
+    pair.assert_idle()
+    for sides, prompt in zip(all_sides, prompts, strict=True):
+        assert len(sides.prefill.token_ids) == 1
+        assert_tokens(sides, prompt, 12)
+
+
+def test_pages_travel_while_later_chunks_are_computed() -> None:
+    pair = Pair(Wire(slot_bytes=8 * PAGE, num_slots=30))
+    prompt = list(range(1, 100))  # 4 chunks of at most 32 tokens
+    sides = pair.submit("r", prompt)
+    while not sides.prefill.token_ids:
+        pair.step()
+    assert pair.decode.audit().counters["pages_received"] >= 24
+    pair.assert_idle()
+    assert_tokens(sides, prompt, 8)
+
+
+def test_decode_is_sent_only_what_it_lacks() -> None:
+    pair = Pair()
+    first = pair.submit("first", [5] * 18, 6)
+    pair.assert_idle()
+    assert pair.prefill.audit().counters["pages_sent"] == 5
+    prompt = [5] * 18 + first.prefill.token_ids + first.decode.token_ids + [9] * 10
+    second = pair.submit("second", prompt)
+    pair.assert_idle()
+    assert_tokens(second, prompt, 8)
+    # It holds 18 + 5 computed tokens, 5 full pages, of 34 tokens that are 9 pages.
+    assert pair.prefill.audit().counters["pages_sent"] == 5 + 4
+    assert second.prefill.num_cached_tokens == 16
+
+
+def test_request_that_waits_for_room_at_decode_keeps_its_pages_at_prefill() -> None:
+    pair = Pair(decode_slots=1)
+    first, second = pair.submit("first", [1] * 9, 30), pair.submit("second", [2] * 9, 5)
+    while len(first.decode.token_ids) < 10:
+        pair.step()
+    assert second.prefill.token_ids == next_tokens([2] * 9, 1), "token 0 does not wait for decode"
+    assert second.prefill.ended is None
+    assert pair.prefill.audit().num_requests == 1
+    pair.assert_idle()
+    assert_tokens(first, [1] * 9, 30)
+    assert_tokens(second, [2] * 9, 5)
+
+
+def test_request_retracted_at_decode_is_computed_again_there() -> None:
+    pair = Pair(decode_pages=20)
+    jobs = {f"r{index}": [index + 1] * 12 for index in range(3)}
+    all_sides = [pair.submit(request_id, prompt, 40) for request_id, prompt in jobs.items()]
+    pair.assert_idle()
+    assert pair.decode.audit().counters["retractions"] > 0
+    for sides, prompt in zip(all_sides, jobs.values(), strict=True):
+        assert_tokens(sides, prompt, 40)
+
+
+# -- early ends ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("why", ["max_tokens", "stop"])
+def test_request_that_ends_with_token_0_is_not_handed_over(why: str) -> None:
+    pair = Pair()
+    (token,) = next_tokens([3] * 6, 1)
+    sides = pair.submit("r", [3] * 6, 1 if why == "max_tokens" else 9, (token,) if why == "stop" else ())
+    pair.assert_idle()
+    assert sides.prefill.token_ids == [token] and sides.prefill.ended == "finished"
+    assert sides.prefill.finish_reason == ("stop" if why == "stop" else "length")
+    assert sides.decode.ended == "failed" and sides.codes == [None, "handover_cancelled"]
+
+
+def test_abort_of_a_receiving_request_is_told_to_prefill() -> None:
+    pair = Pair()
+    sides = pair.submit("r", [1] * 100)
+    while not pair.decode.audit().counters["pages_received"]:
+        pair.step()
+    pair.decode.turn(EngineAbort("r", 1))
+    pair.assert_idle()
+    assert sides.decode.ended == "aborted"
+    assert sides.prefill.ended == "failed" and sides.codes == ["handover_cancelled", None]
+
+
+def test_abort_of_a_sending_request_is_told_to_decode() -> None:
+    pair = Pair(decode_slots=1)
+    pair.submit("first", [9], 20)
+    sides = pair.submit("r", [1] * 10)
+    while not sides.prefill.token_ids:
+        pair.step()
+    pair.prefill.turn(EngineAbort("r", 1))
+    pair.assert_idle()
+    assert sides.prefill.ended == "aborted"
+    assert sides.decode.ended == "failed" and sides.codes == [None, "handover_cancelled"]
+
+
+def test_client_that_leaves_is_aborted_on_both_sides() -> None:
+    pair = Pair()
+    sides = [pair.submit(f"r{index}", [index] * 40) for index in range(4)]
+    pair.step()
+    pair.prefill.turn(AbortGateway(0))
+    pair.decode.turn(AbortGateway(0))
+    pair.assert_idle()
+    assert {stream.ended for both in sides for stream in both} == {"aborted"}
+
+
+def test_lost_channel_fails_both_sides_and_the_next_request_works() -> None:
+    pair = Pair()
+    sides = pair.submit("r", [1] * 100)
+    while not pair.decode.audit().counters["pages_received"]:
+        pair.step()
+    pair.wire.lose()
+    pair.run()
+    assert sides.codes == ["channel_lost", "channel_lost"]
+    again = pair.submit("again", [1] * 100)
+    pair.run()
+    assert again.decode.ended is None, "it waits for the channel"
+    pair.wire.open()
+    pair.assert_idle()
+    assert_tokens(again, [1] * 100, 8)
+
+
+def test_damaged_kv_is_never_decoded_nor_cached() -> None:
+    pair = Pair()
+    sides = pair.submit("r", [1] * 20)
+    while not pair.wire.to_decode:
+        pair.prefill.turn()
+        pair.decode.turn()
+        while pair.wire.to_prefill:
+            pair.wire.pass_to_prefill()
+    piece = pair.wire.to_decode[0]
+    assert isinstance(piece, PieceReceived)
+    piece.data[0] ^= 1
+    pair.run()
+    assert sides.decode.ended == "failed" and sides.codes[1] == "kv_digest_mismatch"
+    assert sides.decode.token_ids == []
+    assert pair.decode.audit().tree_pages == 0
+    again = pair.submit("again", [1] * 20)
+    pair.assert_idle()
+    assert_tokens(again, [1] * 20, 8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_interleaving_ends_every_request_on_both_sides(data: st.DataObject) -> None:
+    pair = Pair(
+        Wire(slot_bytes=data.draw(st.sampled_from([8 * PAGE, 100])), num_slots=data.draw(st.integers(1, 3))),
+        prefill_pages=data.draw(st.integers(30, 60)),
+        decode_pages=data.draw(st.integers(30, 60)),
+        decode_slots=data.draw(st.integers(1, 4)),
+        runs_ahead=data.draw(st.booleans()),
+    )
+    rng = random.Random(data.draw(st.integers(0, 10_000)))
+    jobs: dict[str, tuple[list[int], Sides]] = {}
+    disturbed = rng.random() < 0.7
+    for index in range(6):
+        prompt = [rng.randint(1, 2)] * rng.randint(1, 60)
+        jobs[f"r{index}"] = prompt, pair.submit(f"r{index}", prompt, 12)
+        for _ in range(rng.randint(0, 30)):
+            _random_move(pair, rng, disturbed, index)
+    if not pair.wire.is_open:
+        pair.wire.open()
+    pair.run()
+    for _ in range(2):
+        for world in (pair.prefill, pair.decode):
+            world.now_s += HANDOVER_TIMEOUT_S + 1
+        pair.run()
+    pair.assert_idle()
+    for prompt, sides in jobs.values():
+        tokens = sides.prefill.token_ids + sides.decode.token_ids
+        assert tokens == next_tokens(prompt, 12)[: len(tokens)]
+        assert sides.handed_over == (len(tokens) == 12)
+        assert sides.handed_over or disturbed
+
+
+def _random_move(pair: Pair, rng: random.Random, disturbed: bool, newest: int) -> None:
+    match rng.randint(0, 5):
+        case 0 | 1:
+            rng.choice([pair.prefill, pair.decode]).audit()
+        case 2 | 3 if pair.wire.to_decode:
+            pair.wire.pass_to_decode()
+        case 4 if pair.wire.to_prefill:
+            pair.wire.pass_to_prefill()
+        case 5 if disturbed and rng.random() < 0.3:
+            _disturb(pair, rng, newest)
+
+
+def _disturb(pair: Pair, rng: random.Random, newest: int) -> None:
+    if rng.random() < 0.5:
+        victim = EngineAbort(f"r{rng.randint(0, newest)}", 1)
+        rng.choice([pair.prefill, pair.decode]).turn(victim)
+    elif pair.wire.is_open:
+        pair.wire.lose()
+    else:
+        pair.wire.open()
