@@ -16,10 +16,13 @@ from prometheus_client import CollectorRegistry
 from phloem.services.gateway.cluster.client import ClusterClient
 from phloem.services.gateway.cluster.options import ClusterOptions
 from phloem.services.gateway.generation import GeneratedTokens, GenerationRequest
+from phloem.shared.discovery.lease import LeaseKeeper, ServiceLease
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.errors import ErrorInfo, PhloemError
-from phloem.shared.protocol.cluster import Role
+from phloem.shared.protocol.cluster import Role, ServiceRecord
+from phloem.shared.protocol.index import INDEX_SERVICE, Holder, Match, Matched, match, matched
 from phloem.shared.protocol.session import SamplingParams
+from phloem.shared.rpc.server import RpcServer
 from tests.support.fake_worker import FIRST_TOKEN, FakeWorker, fake_worker
 from tests.support.valkey import ValkeyServer
 from tests.support.waiting import until
@@ -64,6 +67,28 @@ def request(request_id: str = "r", max_tokens: int = 4, timeout_s: float = 30.0)
         sampling=SamplingParams(max_tokens=max_tokens),
         timeout_s=timeout_s,
     )
+
+
+@asynccontextmanager
+async def index_that_answers(registry: Registry, answer: Matched) -> AsyncIterator[None]:
+    """A registered cache index with one answer to everything."""
+
+    async def on_match(message: Match) -> Matched:
+        return answer
+
+    server = RpcServer(SECRET.encode())
+    server.add_unary(INDEX_SERVICE, "Match", match, matched, on_match)
+    address = f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
+    lease = ServiceLease(
+        registry, ServiceRecord(kind="cache_index", service_id="i", epoch=1, address=address)
+    )
+    keeper = LeaseKeeper(lease, heartbeat_s=0.2)
+    await keeper.acquire()
+    beating = asyncio.create_task(keeper.run())
+    yield
+    await keeper.close()
+    await beating
+    await server.stop(0)
 
 
 class Consumer:
@@ -170,6 +195,37 @@ async def test_request_id_in_use_is_refused(client: ClusterClient, new_worker: N
         assert (await Consumer(client, request()).error()).code == "duplicate_request"
         u.send(u.tokens(to_u, 0, 4, "length"))
         assert await first.result() == expected(4)
+
+
+async def test_prompt_goes_where_the_index_says_its_prefix_is(registry: Registry) -> None:
+    options = ClusterOptions(index_timeout_s=5.0)
+    async with (
+        running_client(registry, options) as client,
+        fake_worker(registry, "p1", "prefill", SECRET.encode()) as p1,
+        fake_worker(registry, "p2", "prefill", SECRET.encode()) as p2,
+        fake_worker(registry, "d", "decode", SECRET.encode()) as d,
+        index_that_answers(registry, Matched([Holder(p1.ref, 1), Holder(p2.ref, 3)])),
+    ):
+        await until(lambda: client.workers() == {p1.ref, p2.ref, d.ref} and client.num_indexes == 1)
+        for number in range(3):
+            consumer = Consumer(client, request(str(number), 1))
+            to_p2 = await p2.next_submit(number + 1)
+            p2.send(p2.tokens(to_p2, 0, finish="length"))
+            assert await consumer.result() == expected(1)
+        decision = client.decision("0")
+        assert decision is not None and decision.terms["prefill"] == pytest.approx(8 / 2000)
+        assert p1.submits == []
+
+
+async def test_burst_of_equal_prompts_lands_together(client: ClusterClient, new_worker: NewWorker) -> None:
+    async with new_worker("u1", "unified") as u1, new_worker("u2", "unified") as u2:
+        for number in range(4):
+            consumer = Consumer(client, request(str(number), 1))
+            await until(lambda: len(u1.submits) + len(u2.submits) == number + 1)  # noqa: B023
+            worker = u1 if u1.submits else u2
+            worker.send(worker.tokens(worker.submits[-1], 0, finish="length"))
+            await consumer.result()
+        assert {len(u1.submits), len(u2.submits)} == {0, 4}
 
 
 # -- losses ----------------------------------------------------------------------------------------------

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from types import TracebackType
 
@@ -16,23 +14,20 @@ from phloem.services.gateway.cluster.live_request import LiveRequest
 from phloem.services.gateway.cluster.membership import Membership
 from phloem.services.gateway.cluster.metrics import ClusterMetrics
 from phloem.services.gateway.cluster.options import ClusterOptions
-from phloem.services.gateway.cluster.recent_placements import RecentPlacements
 from phloem.services.gateway.cluster.request_table import RequestTable
-from phloem.services.gateway.cluster.routing import Candidate, Decision, RoutingRequest, route
+from phloem.services.gateway.cluster.router import Router
+from phloem.services.gateway.cluster.routing import Decision
 from phloem.services.gateway.cluster.worker_calls import audit_workers, flush_workers
 from phloem.services.gateway.cluster.worker_session import WorkerSession
 from phloem.services.gateway.generation import ClusterModelInfo, GeneratedTokens, GenerationRequest
 from phloem.shared.block_hash import BlockHasher
 from phloem.shared.discovery.registry import Registry
-from phloem.shared.errors import PhloemError, unavailable
+from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.cluster import WorkerRecord
 from phloem.shared.protocol.engine import AuditReply
 from phloem.shared.protocol.session import PeerRef, Phase
 
 log = logging.getLogger(__name__)
-
-MAX_KEPT_DECISIONS = 1024
-RETRY_PAUSE_S = 0.1  # before a worker that just failed is asked again, when there is no other
 
 
 class ClusterClient:
@@ -63,12 +58,10 @@ class ClusterClient:
             silence_s=self._options.worker_silence_s,
         )
         self._table = RequestTable(self._membership.session)
-        self._recent = RecentPlacements(time.monotonic)
-        self._decisions: OrderedDict[str, Decision] = OrderedDict()
+        self._router = Router(self._options, self._membership, self._table, self._index)
         self._sequence = 0
         self._tasks = asyncio.TaskGroup()
         self._following: asyncio.Task[None] | None = None
-        self._changed = asyncio.Event()  # replaced by a new one each time it is set
 
     async def __aenter__(self) -> ClusterClient:
         await self._tasks.__aenter__()
@@ -112,6 +105,11 @@ class ClusterClient:
         """Workers that take new requests now."""
         return {session.ref for session in self._membership.routable}
 
+    @property
+    def num_indexes(self) -> int:
+        """Live cache index replicas."""
+        return self._index.num_replicas
+
     def heard(self, worker: PeerRef) -> int:
         """Step messages that came from this worker."""
         session = self._membership.session(worker)
@@ -119,7 +117,7 @@ class ClusterClient:
 
     def decision(self, request_id: str) -> Decision | None:
         """Where a recent request went last, and the terms of its cost."""
-        return self._decisions.get(request_id)
+        return self._router.decision(request_id)
 
     async def flush_cache(self) -> int:
         """Empties the prefix cache of every live worker; returns how many. Raises `PhloemError`."""
@@ -162,73 +160,10 @@ class ClusterClient:
         live.block_hashes = self._hasher.chain(
             state.token_ids, state.request.cache_salt, known=live.block_hashes
         )
-        cached = await self._cached_tokens(live.block_hashes)
-        decision = await self._decide(live, cached)
-        self._keep(state.request.request_id, decision)
+        decision, num_prefill_tokens = await self._router.place(live)
         submits = state.begin(_phases(decision), live.block_hashes, live.elapsed_s)
-        prefiller = decision.prefill or decision.decode
-        self._recent.note(live.block_hashes, prefiller)
-        num_tokens = max(1, len(state.token_ids) - cached.get(prefiller, 0))
-        self._table.submit(live, submits, (prefiller, num_tokens))
+        self._table.submit(live, submits, (decision.prefill or decision.decode, num_prefill_tokens))
         self._metrics.routed.labels("pair" if decision.prefill else "local").inc()
-
-    async def _cached_tokens(self, block_hashes: list[bytes]) -> dict[PeerRef, int]:
-        """What each worker holds of the prompt, as the index says, or will hold soon."""
-        cached = await self._index.cached_tokens(block_hashes)
-        for worker, num_tokens in self._recent.cached_tokens(block_hashes).items():
-            cached[worker] = max(num_tokens, cached.get(worker, 0))
-        return cached
-
-    async def _decide(self, live: LiveRequest, cached: dict[PeerRef, int]) -> Decision:
-        """The cheapest way now; waits for a worker when there is none."""
-        give_up_at = time.monotonic() + self._options.worker_wait_s
-        request = RoutingRequest(
-            request_id=live.state.request.request_id,
-            num_tokens=len(live.state.token_ids),
-            max_new_tokens=max(1, live.state.request.sampling.max_tokens - len(live.state.emitted)),
-            sequence=live.sequence,
-            attempt=live.state.attempt + 1,
-        )
-        while True:
-            candidates = self._candidates(request, cached)
-            decision = route(self._options.routing_policy, request, _without(candidates, live.avoid))
-            if decision is not None:
-                if decision.decode in live.avoid:
-                    await asyncio.sleep(RETRY_PAUSE_S)
-                return decision
-            await self._wait_for_change(give_up_at, live)
-
-    def _candidates(self, request: RoutingRequest, cached: dict[PeerRef, int]) -> list[Candidate]:
-        return [
-            Candidate(
-                record=session.record,
-                own_requests=self._table.num_requests(session.ref),
-                own_prefill_tokens=self._table.prefill_tokens(session.ref),
-                cached_tokens=min(cached.get(session.ref, 0), request.num_tokens),
-            )
-            for session in self._membership.routable
-        ]
-
-    async def _wait_for_change(self, give_up_at: float, live: LiveRequest) -> None:
-        """Returns when the set of workers changed. Raises what the request fails with past `give_up_at`."""
-        try:
-            async with asyncio.timeout(max(0.0, give_up_at - time.monotonic())):
-                await self._changed.wait()
-        except TimeoutError:
-            failure = live.state.failure
-            if failure is not None:
-                raise PhloemError.from_info(failure.error) from None
-            raise self._no_workers() from None
-
-    def _no_workers(self) -> PhloemError:
-        roles = [session.record.role for session in self._membership.live]
-        found = f"{len(roles)} prefill workers but" if roles and set(roles) == {"prefill"} else ""
-        return unavailable(
-            f"the cluster has {found} no decode or unified worker that takes requests: start one with "
-            "`phloem serve decode`",
-            code="no_decode_workers",
-            retry_after_s=2.0,
-        )
 
     def _check_may_retry(self, live: LiveRequest) -> None:
         """Raises the failure when it is final."""
@@ -246,12 +181,6 @@ class ClusterClient:
             extra={"request_id": live.state.request.request_id, "attempt": live.state.attempt + 1},
         )
 
-    def _keep(self, request_id: str, decision: Decision) -> None:
-        self._decisions[request_id] = decision
-        self._decisions.move_to_end(request_id)
-        while len(self._decisions) > MAX_KEPT_DECISIONS:
-            self._decisions.popitem(last=False)
-
     # -- the cluster -----------------------------------------------------------------------------------
 
     async def _follow_cluster(self) -> None:
@@ -260,7 +189,7 @@ class ClusterClient:
             await self._index.set_addresses(
                 [service.address for service in snapshot.services if service.kind == "cache_index"]
             )
-            self._on_change()
+            self._router.on_change()
 
     def _new_session(self, record: WorkerRecord) -> WorkerSession:
         return WorkerSession(
@@ -271,12 +200,8 @@ class ClusterClient:
             self._metrics,
             on_step=self._table.on_step,
             on_lost=self._table.on_lost,
-            on_change=self._on_change,
+            on_change=self._router.on_change,
         )
-
-    def _on_change(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
 
 
 def _phases(decision: Decision) -> dict[PeerRef, Phase]:
@@ -284,12 +209,3 @@ def _phases(decision: Decision) -> dict[PeerRef, Phase]:
     if decision.prefill is None:
         return {decision.decode: "both"}
     return {decision.decode: "decode", decision.prefill: "prefill"}
-
-
-def _without(candidates: list[Candidate], avoid: set[PeerRef]) -> list[Candidate]:
-    """Leaves out prefill workers that failed this request (a decode worker can prefill), and others while
-    there is one that has not."""
-    kept = [worker for worker in candidates if worker.ref not in avoid]
-    if any(worker.record.role != "prefill" for worker in kept):
-        return kept
-    return kept + [w for w in candidates if w.ref in avoid and w.record.role != "prefill"]

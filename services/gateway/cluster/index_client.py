@@ -29,6 +29,10 @@ class IndexClient:
         self._retired: deque[tuple[float, RpcChannel]] = deque()
         self._num_calls = 0
 
+    @property
+    def num_replicas(self) -> int:
+        return len(self._channels)
+
     async def set_addresses(self, addresses: Sequence[str]) -> None:
         """The replicas that live now. Channels to others are closed once no look-up can be on them any more:
         closing a channel cancels whoever waits on it."""

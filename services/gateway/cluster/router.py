@@ -1,0 +1,131 @@
+"""Chooses workers for a request, with what the index, the heartbeats and this gateway itself know."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+
+from phloem.services.gateway.cluster.index_client import IndexClient
+from phloem.services.gateway.cluster.live_request import LiveRequest
+from phloem.services.gateway.cluster.membership import Membership
+from phloem.services.gateway.cluster.options import ClusterOptions
+from phloem.services.gateway.cluster.recent_placements import RecentPlacements
+from phloem.services.gateway.cluster.request_table import RequestTable
+from phloem.services.gateway.cluster.routing import Candidate, Decision, RoutingRequest, route
+from phloem.shared.errors import PhloemError, unavailable
+from phloem.shared.protocol.session import PeerRef
+
+MAX_KEPT_DECISIONS = 1024
+RETRY_PAUSE_S = 0.1  # before a worker that just failed is asked again, when there is no other
+
+
+class Router:
+    """Gathers what a decision needs, waits for a worker when there is none, and keeps the decisions."""
+
+    def __init__(
+        self, options: ClusterOptions, membership: Membership, table: RequestTable, index: IndexClient
+    ) -> None:
+        self._options = options
+        self._membership = membership
+        self._table = table
+        self._index = index
+        self._recent = RecentPlacements(time.monotonic)
+        self._decisions: OrderedDict[str, Decision] = OrderedDict()
+        self._changed = asyncio.Event()  # replaced by a new one each time it is set
+
+    def on_change(self) -> None:
+        """Workers came, went, or changed their state."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def decision(self, request_id: str) -> Decision | None:
+        """Where a recent request went last."""
+        return self._decisions.get(request_id)
+
+    async def place(self, live: LiveRequest) -> tuple[Decision, int]:
+        """Where the next attempt goes, and how many tokens the worker that prefills has to compute.
+
+        Raises `PhloemError` when no worker appears in time: what the attempt before failed with, or
+        `no_decode_workers`.
+        """
+        cached = await self._cached_tokens(live.block_hashes)
+        decision = await self._decide(live, cached)
+        prefiller = decision.prefill or decision.decode
+        self._recent.note(live.block_hashes, prefiller)
+        self._keep(live.state.request.request_id, decision)
+        return decision, max(1, len(live.state.token_ids) - cached.get(prefiller, 0))
+
+    async def _cached_tokens(self, block_hashes: list[bytes]) -> dict[PeerRef, int]:
+        """What each worker holds of the prompt, as the index says, or will hold soon."""
+        cached = await self._index.cached_tokens(block_hashes)
+        for worker, num_tokens in self._recent.cached_tokens(block_hashes).items():
+            cached[worker] = max(num_tokens, cached.get(worker, 0))
+        return cached
+
+    async def _decide(self, live: LiveRequest, cached: dict[PeerRef, int]) -> Decision:
+        """The cheapest way now; waits for a worker when there is none."""
+        wait_s = min(self._options.worker_wait_s, live.state.request.timeout_s - live.elapsed_s)
+        give_up_at = time.monotonic() + wait_s
+        request = RoutingRequest(
+            request_id=live.state.request.request_id,
+            num_tokens=len(live.state.token_ids),
+            max_new_tokens=max(1, live.state.request.sampling.max_tokens - len(live.state.emitted)),
+            sequence=live.sequence,
+            attempt=live.state.attempt + 1,
+        )
+        while True:
+            candidates = self._candidates(request, cached)
+            decision = route(self._options.routing_policy, request, _without(candidates, live.avoid))
+            if decision is not None:
+                if decision.decode in live.avoid:
+                    await asyncio.sleep(RETRY_PAUSE_S)
+                return decision
+            await self._wait_for_change(give_up_at, live)
+
+    def _candidates(self, request: RoutingRequest, cached: dict[PeerRef, int]) -> list[Candidate]:
+        return [
+            Candidate(
+                record=session.record,
+                own_requests=self._table.num_requests(session.ref),
+                own_prefill_tokens=self._table.prefill_tokens(session.ref),
+                cached_tokens=min(cached.get(session.ref, 0), request.num_tokens),
+            )
+            for session in self._membership.routable
+        ]
+
+    async def _wait_for_change(self, give_up_at: float, live: LiveRequest) -> None:
+        """Returns when the set of workers changed. Raises what the request fails with past `give_up_at`."""
+        try:
+            async with asyncio.timeout(max(0.0, give_up_at - time.monotonic())):
+                await self._changed.wait()
+        except TimeoutError:
+            failure = live.state.failure
+            if failure is not None:
+                raise PhloemError.from_info(failure.error) from None
+            raise self._no_workers() from None
+
+    def _no_workers(self) -> PhloemError:
+        roles = [session.record.role for session in self._membership.live]
+        found = f"{len(roles)} prefill worker(s) but " if set(roles) == {"prefill"} else ""
+        return unavailable(
+            f"the cluster has {found}no decode or unified worker that takes requests: start one with "
+            "`phloem serve decode`",
+            code="no_decode_workers",
+            retry_after_s=2.0,
+        )
+
+    def _keep(self, request_id: str, decision: Decision) -> None:
+        self._decisions[request_id] = decision
+        self._decisions.move_to_end(request_id)
+        while len(self._decisions) > MAX_KEPT_DECISIONS:
+            self._decisions.popitem(last=False)
+
+
+def _without(candidates: list[Candidate], avoid: set[PeerRef]) -> list[Candidate]:
+    """Leaves out prefill workers that failed this request (a decode worker can prefill), and others while
+    there is one that has not."""
+    kept = [worker for worker in candidates if worker.ref not in avoid]
+    if any(worker.record.role != "prefill" for worker in kept):
+        return kept
+    return kept + [w for w in candidates if w.ref in avoid and w.record.role != "prefill"]
