@@ -80,7 +80,7 @@ class Request:
         self.peer: PeerRef | None = submit.peer
         self.token_ids = list(submit.token_ids)
         self.num_prompt_tokens = submit.num_prompt_tokens
-        self.num_submitted_tokens = len(submit.token_ids)  # the prompt and what earlier attempts emitted
+        self.num_submitted_tokens = len(submit.token_ids)  # the prompt and what others made of the answer
         self.sampling: SamplingParams = sampling
         self.stop_token_ids = frozenset(sampling.stop_token_ids) | frozenset(
             () if sampling.ignore_eos else eos_token_ids
@@ -103,7 +103,7 @@ class Request:
         self.num_bound_pages = -1  # pages that the runner's table of this slot knows; -1: slot not set up
         self.times_passed = 0
         self.arrived_s = now_s
-        self.admitted_s = 0.0  # got pages and a slot; the loop sets it
+        self.admitted_s = 0.0  # first got pages and a slot; the loop sets it
         self.deadline_s = now_s + submit.timeout_s
 
     @property

@@ -127,6 +127,7 @@ class Scheduler:
         assert request.status is Status.RECEIVING
         request.num_computed_tokens = len(request.token_ids)
         request.token_ids += token_ids
+        request.num_submitted_tokens += len(token_ids)  # made elsewhere
         request.phase = "both"
         request.status = Status.RUNNING
         self._running[request.key] = request
@@ -281,7 +282,7 @@ class Scheduler:
             request.status = Status.RECEIVING
             reserved.append(request)
             return 0
-        if not request.num_made:
+        if not request.admitted_s:  # after a retraction it finds its own pages
             request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         request.status = Status.RUNNING
         self._running[request.key] = request

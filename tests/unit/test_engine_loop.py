@@ -169,6 +169,16 @@ def test_report_says_what_was_cached_and_when_with_the_first_token_only() -> Non
     assert [sorted(output.timeline) for output in second] == [["first_token", "queued"], [], []]
 
 
+def test_pages_that_a_retracted_request_finds_again_are_not_reported_as_cached() -> None:
+    world = EngineWorld(num_pages=20, page_size=1, budget=4)
+    world.submit("first", [1] * 4, 14)
+    stream = world.submit("second", [2] * 9, 3)
+    world.assert_idle()
+    assert world.audit().counters["retractions"] > 0
+    assert stream.token_ids == next_tokens([2] * 9, 3)
+    assert stream.num_cached_tokens == 0
+
+
 def test_outputs_of_all_requests_of_a_step_are_in_one_report_by_gateway() -> None:
     world = EngineWorld(slots=8)
     for index in range(8):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phloem.shared.protocol.engine import AbortGateway, EngineAbort
+from phloem.shared.protocol.session import TokensOut
 from phloem.shared.transfer.events import PieceReceived
 from tests.support.engine_world import HANDOVER_TIMEOUT_S, EngineWorld, next_tokens
 from tests.support.handover_wire import D, P, Wire
@@ -108,6 +109,15 @@ def test_pages_travel_while_later_chunks_are_computed() -> None:
     assert pair.decode.audit().counters["pages_received"] >= 24
     pair.assert_idle()
     assert_tokens(sides, prompt, 8)
+
+
+def test_both_workers_report_their_timeline_with_their_first_token() -> None:
+    pair = Pair()
+    pair.submit("r", [1] * 9)
+    pair.assert_idle()
+    for world, count in ((pair.prefill, 1), (pair.decode, 7)):
+        tokens = [o for r in world.reports for g in r.outputs for o in g.outputs if isinstance(o, TokensOut)]
+        assert [sorted(o.timeline) for o in tokens] == [["first_token", "queued"]] + [[]] * (count - 1)
 
 
 def test_decode_is_sent_only_what_it_lacks() -> None:
