@@ -244,7 +244,7 @@ class Controller:
         options = self._options
         parts = (options.dataset, options.prompt_kind, options.token_ids, options.seed)
         digest = hashlib.blake2b(msgspec.json.encode(parts), digest_size=8)
-        if options.dataset.path is not None:
-            with options.dataset.path.open("rb") as file:
+        if options.dataset.path:
+            with options.dataset.required_path().open("rb") as file:
                 digest.update(hashlib.file_digest(file, "blake2b").digest())
         return digest.hexdigest()

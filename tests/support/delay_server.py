@@ -38,7 +38,7 @@ class Delay(msgspec.Struct, frozen=True):
     in_step: bool = False
     slow_every: int = 0  # every n-th gap is ten times as long
     fail: Literal["", "status", "cut", "error_event", "hang", "empty"] = ""
-    fail_every: int = 1  # of the requests with `fail`, each n-th fails
+    fail_every: int = 0  # each n-th session of the measured blocks fails (not the probe); 0: every request
     counts: bool = True  # continuous usage when asked for
     cached_tokens: int = 0
     token_ids: bool = False
@@ -114,6 +114,8 @@ class Connection(asyncio.Protocol):
         elif url == "/flush_cache":
             self._log["flush"] = Entry(received_s, url, "")
             self._json(200, b"{}")
+        elif not url.endswith(("/completions", "/generate")):
+            self._json(404, b'{"detail":"Not Found"}')
         else:
             self._answer(url, msgspec.json.decode(body, type=_Request), request_id, received_s)
 
@@ -125,7 +127,7 @@ class Connection(asyncio.Protocol):
         prompt = request.prompt or request.input_ids or request.text or str(request.messages)
         entry = self._log[request_id] = Entry(received_s, url, prompt)
         delay = request.delay
-        fails = delay.fail and len(self._log) % delay.fail_every == 0
+        fails = delay.fail and _is_hit(request_id, delay.fail_every)
         if fails and delay.fail == "status":
             self._json(503, b'{"error":{"message":"the pool is full","code":"overloaded"}}')
         elif not (fails and delay.fail == "hang"):
@@ -229,6 +231,14 @@ class _Stream:
     def _num_prompt_tokens(self) -> int:
         prompt = self._entry.prompt
         return len(prompt) if isinstance(prompt, list) else len(prompt.split())
+
+
+def _is_hit(request_id: str, every: int) -> bool:
+    """By the id that the client gives: bench-BLOCK-SESSION-TURN, where block 0 is probe and warm-up."""
+    if not every:
+        return True
+    _, block, session, _ = request_id.split("-")
+    return block != "0" and int(session) % every == 0
 
 
 def _chunk(data: bytes) -> bytes:

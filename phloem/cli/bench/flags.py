@@ -207,7 +207,7 @@ def _dataset(flags: DatasetFlags) -> DatasetOptions:
     output = flags.output_len or default_output
     return DatasetOptions(
         name=flags.dataset,
-        path=flags.dataset_path,
+        path=str(flags.dataset_path or ""),
         input_lengths=parse_lengths(flags.input_len, "--input-len"),
         output_lengths=parse_lengths(output, "--output-len") if output else None,
         prefix_tokens=flags.prefix_len,

@@ -22,7 +22,7 @@ class DatasetOptions(msgspec.Struct, frozen=True, kw_only=True):
     trace's gaps (0.5: twice as fast)."""
 
     name: DatasetName = "random"
-    path: Path | None = None
+    path: str = ""
     input_lengths: LengthRange = LengthRange(512, 512)
     output_lengths: LengthRange | None = None
     prefix_tokens: int = 1024
@@ -44,11 +44,12 @@ class DatasetOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def required_path(self) -> Path:
         """The file. Raises `ConfigError` when none was named or it isn't there."""
-        if self.path is None:
+        if not self.path:
             raise ConfigError(f"--dataset {self.name} needs a file: --dataset-path FILE")
-        if not self.path.is_file():
-            raise ConfigError(f"--dataset-path: there is no file {self.path}")
-        return self.path
+        path = Path(self.path)
+        if not path.is_file():
+            raise ConfigError(f"--dataset-path: there is no file {path}")
+        return path
 
     def fits(self, num_input_tokens: int) -> bool:
         return not self.max_input_tokens or num_input_tokens <= self.max_input_tokens

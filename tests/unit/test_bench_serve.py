@@ -1,0 +1,379 @@
+"""Whole runs against a server with known delays: are the figures true, and is the report honest?"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import openai
+import pytest
+
+from phloem.shared.bench.client.connection import Inbox
+from phloem.shared.bench.client.lag import LagMeter
+from phloem.shared.bench.client.requester import Ask, Requester
+from phloem.shared.bench.controller import Controller
+from phloem.shared.bench.datasets.options import DatasetOptions
+from phloem.shared.bench.lengths import LengthRange
+from phloem.shared.bench.options import LoadOptions, SearchOptions
+from phloem.shared.bench.protocol import ApiName
+from phloem.shared.bench.result import RunResult, TargetResult, read_result, write_result
+from phloem.shared.bench.slo import parse_slo
+from phloem.shared.bench.statistics import summarize
+from phloem.shared.errors import ConfigError, PhloemError
+from tests.support.bench import SilentWatcher, bench_options, delay_target, run_bench, server_log
+from tests.support.delay_server import running_delay_server
+
+HEAVY_TAIL = {"ttft_ms": 30, "itl_ms": 4, "tail": 1.3}
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_delay_server() as base:
+        yield base
+
+
+def true_latencies(target: TargetResult, log: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    """The figures' values in ms by the server's own clock."""
+    entries = [log[record.id] for record in target.records]
+    values: dict[str, list[float]] = {"ttft": [], "itl": [], "tpot": [], "e2e_latency": []}
+    for entry in entries:
+        start, writes = entry["received_s"], entry["writes_s"]
+        values["ttft"].append((writes[0] - start) * 1e3)
+        values["itl"] += [(later - earlier) * 1e3 for earlier, later in itertools.pairwise(writes)]
+        values["tpot"].append((writes[-1] - writes[0]) / (len(writes) - 1) * 1e3)
+        values["e2e_latency"].append((writes[-1] - start) * 1e3)
+    return values
+
+
+def tolerance_ms(value: float, result: RunResult) -> float:
+    """2% or 1 ms, whichever is more; on a busy machine also what the client itself measured to be late."""
+    lag = result.lag
+    late = max(summary.max for summary in (lag.loop, lag.spans) if summary is not None)
+    return max(0.02 * value, 1.0) + (late if late > 1.0 else 0.0)
+
+
+@pytest.mark.parametrize("delay", [{"ttft_ms": 50, "itl_ms": 10}, HEAVY_TAIL])
+async def test_every_figure_is_what_the_server_did(url: str, delay: dict[str, float]) -> None:
+    options = bench_options(
+        delay_target(url, **delay),
+        dataset=DatasetOptions(input_lengths=LengthRange(4, 4), output_lengths=LengthRange(20, 20)),
+        load=LoadOptions(concurrency=4, num_prompts=24),
+    )
+    result = await run_bench(options)
+    target = result.targets[0]
+    assert target.figures["completed"] == 24
+    assert target.figures["total_output_tokens"] == 480
+    assert target.figures["total_input_tokens"] == 96
+    for metric, values in true_latencies(target, server_log(url)).items():
+        expected = summarize(values)
+        assert expected is not None
+        for stat in ("mean", "median", "p90", "p95", "p99"):
+            got, true = target.figures[f"{stat}_{metric}_ms"], getattr(expected, stat)
+            assert isinstance(got, float)
+            assert abs(got - true) <= tolerance_ms(true, result), f"{stat} {metric}: {got} for {true}"
+    duration = target.figures["duration"]
+    assert isinstance(duration, float)
+    assert target.figures["output_throughput"] == pytest.approx(480 / duration)
+    e2e = [record.e2e_ms / 1e3 for record in target.records]
+    assert target.figures["concurrency"] == pytest.approx(sum(e2e) / duration, rel=1e-3)
+
+
+async def test_medians_are_the_nominal_delays(url: str) -> None:
+    result = await run_bench(bench_options(delay_target(url, ttft_ms=50, itl_ms=10)))
+    figures = result.targets[0].figures
+    assert figures["median_ttft_ms"] == pytest.approx(50, abs=1 + tolerance_ms(50, result))
+    assert figures["median_itl_ms"] == pytest.approx(10, abs=tolerance_ms(10, result))
+    assert figures["mean_itl_ms"] == pytest.approx(10, abs=tolerance_ms(10, result))
+
+
+@pytest.mark.parametrize("api", ["completions", "chat", "generate"])
+async def test_every_api_counts_tokens_and_cache_hits(url: str, api: ApiName) -> None:
+    target = delay_target(url, api=api, ttft_ms=5, itl_ms=2, tokens_per_chunk=3, cached_tokens=4)
+    result = await run_bench(bench_options(target))
+    figures = result.targets[0].figures
+    assert figures["completed"] == 10
+    assert figures["total_output_tokens"] == 80
+    assert figures["total_cached_tokens"] == 40
+    assert [list(record.chunk_tokens) for record in result.targets[0].records] == [[3, 3, 2]] * 10
+    assert figures["mean_chunk_itl_ms"] == pytest.approx(2, abs=tolerance_ms(2, result))
+    gaps = [record.chunk_ms[2] - record.chunk_ms[0] for record in result.targets[0].records]
+    assert figures["mean_itl_ms"] == pytest.approx(statistics.mean(gaps) / 5, abs=1e-2)
+
+
+@pytest.mark.parametrize("api", ["completions", "chat"])
+async def test_the_openai_client_sees_the_same_request(url: str, api: ApiName) -> None:
+    spec = delay_target(url, api=api, ttft_ms=50, itl_ms=10)
+    requester = Requester(0, spec, Inbox(LagMeter()), timeout_s=20, keep_pieces=True)
+    kind, piece = ("messages", b'{"role":"user","content":"a b"}') if api == "chat" else ("tokens", b"1,2")
+    record = (await requester.ask(Ask(kind, [piece], 12, 0.0, block=900))).record  # type: ignore[arg-type]
+    requester.close()
+    texts, stamps, usage = await openai_view(url, api)
+    assert texts == record.pieces
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (
+        record.prompt_tokens if api == "completions" else usage.prompt_tokens,
+        record.output_tokens,
+    )
+    ours = [offset - record.offsets()[0] for offset in record.offsets()]
+    theirs = [stamp - stamps[0] for stamp in stamps]
+    # Both have the server's 110 ms between first and last token; what is over is the machine's noise.
+    assert ours[-1] == pytest.approx(0.110, abs=0.1)
+    assert theirs[-1] == pytest.approx(ours[-1], abs=0.1)
+
+
+async def openai_view(url: str, api: ApiName) -> tuple[list[str], list[float], Any]:
+    """Texts, arrival times and usage of one streamed request by the official client."""
+    texts: list[str] = []
+    stamps: list[float] = []
+    usage = None
+    extra = {"delay": {"ttft_ms": 50, "itl_ms": 10}}
+    async with openai.AsyncOpenAI(
+        base_url=f"{url}/v1", api_key="none", http_client=httpx.AsyncClient()
+    ) as client:
+        options: dict[str, Any] = {
+            "model": "delay-model",
+            "max_tokens": 12,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "extra_body": extra,
+        }
+        if api == "chat":
+            stream: Any = await client.chat.completions.create(
+                messages=[{"role": "user", "content": "a b"}], **options
+            )
+        else:
+            stream = await client.completions.create(prompt=[1, 2], **options)
+        async for chunk in stream:
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                text = choice.delta.content if api == "chat" else choice.text
+                if text:
+                    texts.append(text)
+                    stamps.append(time.monotonic())
+    return texts, stamps, usage
+
+
+async def test_usage_at_the_end_only_leaves_chunk_sizes_unknown(url: str) -> None:
+    target = delay_target(url, ttft_ms=5, itl_ms=2, tokens_per_chunk=2, counts=False)
+    result = await run_bench(bench_options(target))
+    figures = result.targets[0].figures
+    assert figures["total_output_tokens"] == 80
+    assert "mean_itl_ms" not in figures
+    assert isinstance(figures["mean_chunk_itl_ms"], float)
+    assert any("no ITL per token" in remark for remark in result.remarks)
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        ("status", "HTTP 503: the pool is full"),
+        ("cut", "connection: "),
+        ("error_event", "out of pages"),
+        ("empty", "no tokens came"),
+        ("hang", "no complete answer within 2 s"),
+    ],
+)
+async def test_failures_are_counted_and_latencies_refused(url: str, fail: str, message: str) -> None:
+    options = bench_options(delay_target(url, ttft_ms=5, itl_ms=2, fail=fail, fail_every=5), timeout_s=2.0)
+    result = await run_bench(options)
+    figures, records = result.targets[0].figures, result.targets[0].records
+    errors = [record.error for record in records if record.error]
+    assert len(records) == 10
+    assert len(errors) == 2
+    assert all(message in error for error in errors)
+    assert figures["failed"] == len(errors)
+    assert not result.is_valid
+    assert "flatter" in result.problems[0]
+    assert not any(key.endswith("_ms") and "stalls" not in key for key in figures)
+
+
+async def test_a_target_that_is_down_is_an_error_before_the_run() -> None:
+    with pytest.raises(PhloemError, match="no answer from"):
+        await run_bench(bench_options(delay_target("http://127.0.0.1:9")))
+
+
+async def test_a_target_that_refuses_says_why(url: str) -> None:
+    with pytest.raises(PhloemError, match="HTTP 503: the pool is full"):
+        await run_bench(bench_options(delay_target(url, fail="status")))
+
+
+async def test_turns_repeat_the_answers_before_them(url: str) -> None:
+    options = bench_options(
+        delay_target(url, api="chat", ttft_ms=2, itl_ms=1),
+        dataset=DatasetOptions(
+            name="multi-turn", num_turns=3, input_lengths=LengthRange(3, 3), output_lengths=LengthRange(2, 2)
+        ),
+        load=LoadOptions(concurrency=2, num_prompts=6, warmup_requests=0),
+    )
+    result = await run_bench(options)
+    records = sorted(result.targets[0].records, key=lambda record: (record.session, record.turn))
+    assert [(record.session, record.turn) for record in records] == [
+        (s, t) for s in (0, 1) for t in (0, 1, 2)
+    ]
+    log = server_log(url)
+    prompts = [log[record.id]["prompt"] for record in records[:3]]
+    assert [prompt.count("'assistant'") for prompt in prompts] == [0, 1, 2]
+    assert "' w w'" in prompts[1]
+    assert prompts[2].startswith(prompts[1].removesuffix("]"))
+
+
+@pytest.mark.parametrize("token_ids", [True, False])
+async def test_token_prompts_grow_by_the_answers_tokens(url: str, token_ids: bool) -> None:
+    options = bench_options(
+        delay_target(url, ttft_ms=2, itl_ms=1, token_ids=token_ids),
+        dataset=DatasetOptions(
+            name="multi-turn", num_turns=2, input_lengths=LengthRange(5, 5), output_lengths=LengthRange(3, 3)
+        ),
+        load=LoadOptions(concurrency=1, num_prompts=2, warmup_requests=0),
+    )
+    result = await run_bench(options)
+    first, second = (server_log(url)[record.id]["prompt"] for record in result.targets[0].records)
+    assert len(first) == 5
+    assert second[:5] == first
+    assert len(second) == 5 + 3 + 5
+    assert (second[5:8] == [7, 7, 7]) == token_ids
+    assert result.remarks == []
+
+
+async def test_open_loop_keeps_its_schedule(url: str) -> None:
+    options = bench_options(
+        delay_target(url, ttft_ms=100, itl_ms=2),
+        load=LoadOptions(first_rate=50, last_rate=50, arrival="constant", num_prompts=20),
+    )
+    result = await run_bench(options)
+    records = sorted(result.targets[0].records, key=lambda record: record.session)
+    assert [record.scheduled_s for record in records] == pytest.approx([i / 50 for i in range(20)], abs=1e-4)
+    assert all(record.sent_s >= record.scheduled_s - 1e-3 for record in records)
+    assert result.lag.dispatch is not None
+    assert result.lag.dispatch.count == 20
+    assert result.targets[0].figures["peak_concurrency"] in range(4, 21)
+
+
+async def test_concurrency_caps_an_open_loop(url: str) -> None:
+    load = LoadOptions(concurrency=2, first_rate=float("inf"), last_rate=float("inf"), num_prompts=8)
+    result = await run_bench(bench_options(delay_target(url, ttft_ms=5, itl_ms=1), load=load))
+    assert result.targets[0].figures["peak_concurrency"] == 2
+
+
+async def test_duration_ends_a_closed_loop(url: str) -> None:
+    load = LoadOptions(concurrency=3, duration_s=0.6)
+    result = await run_bench(bench_options(delay_target(url, ttft_ms=20, itl_ms=2), load=load))
+    records = result.targets[0].records
+    assert len(records) >= 3
+    assert all(record.sent_s < 0.6 for record in records)
+    assert result.targets[0].figures["failed"] == 0
+
+
+async def test_several_clients_share_the_load(url: str) -> None:
+    options = bench_options(
+        delay_target(url, ttft_ms=10, itl_ms=1),
+        load=LoadOptions(concurrency=4, num_prompts=40),
+        num_clients=2,
+    )
+    result = await run_bench(options)
+    assert sorted(record.session for record in result.targets[0].records) == list(range(40))
+    assert result.targets[0].figures["peak_concurrency"] == 4
+
+
+async def test_targets_take_turns_with_the_same_prompts(url: str) -> None:
+    watcher = SilentWatcher()
+    slow, fast = delay_target(url, name="slow", ttft_ms=30), delay_target(url, name="fast", ttft_ms=10)
+    result = await run_bench(bench_options(slow, fast, num_rounds=4), watcher)
+    order = [phase.split(":")[0] for phase in watcher.phases if "round" in phase]
+    assert order == ["slow", "fast", "fast", "slow", "slow", "fast", "fast", "slow"]
+    prompts = []
+    log = server_log(url)
+    for target in result.targets:
+        records = sorted(target.records, key=lambda record: record.session)
+        prompts.append([log[record.id]["prompt"] for record in records])
+    assert prompts[0] == prompts[1]
+    blocks = sorted(
+        (block.started_s, block.duration_s) for target in result.targets for block in target.blocks
+    )
+    assert all(start + length <= after[0] for (start, length), after in itertools.pairwise(blocks))
+
+
+async def test_targets_can_be_loaded_together(url: str) -> None:
+    names = ("a", "b")
+    targets = [delay_target(url, name=name, ttft_ms=40) for name in names]
+    result = await run_bench(bench_options(*targets, order="together"))
+    (first,), (second,) = (target.blocks for target in result.targets)
+    assert first.started_s < second.started_s + second.duration_s
+    assert second.started_s < first.started_s + first.duration_s
+
+
+async def test_flush_cache_is_called_on_the_server(url: str) -> None:
+    before = server_log(url).get("flush")
+    await run_bench(bench_options(delay_target(url, ttft_ms=2, itl_ms=1), flush_cache=True))
+    assert server_log(url)["flush"] != before
+
+
+async def test_find_rate_reports_trials_and_the_rate(url: str) -> None:
+    options = bench_options(
+        delay_target(url, ttft_ms=2, itl_ms=1),
+        load=LoadOptions(first_rate=20, last_rate=20, num_prompts=4),
+        objectives=parse_slo("ttft:60s"),
+        search=SearchOptions(max_trials=3),
+    )
+    result = await run_bench(options)
+    assert [trial.rate for trial in result.targets[0].trials] == [20, 40, 80]
+    assert all(trial.holds for trial in result.targets[0].trials)
+
+
+async def test_lag_over_the_limit_makes_a_run_invalid(url: str) -> None:
+    result = await run_bench(bench_options(delay_target(url, ttft_ms=2, itl_ms=1), max_lag_ms=1e-9))
+    assert not result.is_valid
+    assert "the client itself was late" in result.problems[-1]
+
+
+async def test_interrupted_run_keeps_what_it_has(url: str) -> None:
+    options = bench_options(delay_target(url, ttft_ms=20), load=LoadOptions(concurrency=1, duration_s=60.0))
+
+    class Stopper(SilentWatcher):
+        def tick(self, tick: Any) -> None:
+            if tick.succeeded >= 3:
+                controller.stop()
+
+    controller = Controller(options, Stopper(), [])
+    result = await controller.run()
+    assert result.is_interrupted
+    completed = result.targets[0].figures["completed"]
+    assert isinstance(completed, int)
+    assert completed >= 3
+
+
+async def test_result_survives_its_file_and_hides_keys(url: str, tmp_path: Path) -> None:
+    spec = delay_target(url, ttft_ms=5, itl_ms=1)
+    spec = msgspec.structs.replace(spec, headers=(("authorization", "Bearer sk-secret"),))
+    result = await run_bench(bench_options(spec, save_text=True))
+    for name in ("run.json", "run.json.gz"):
+        write_result(result, tmp_path / name)
+        assert read_result(tmp_path / name) == result
+    assert "sk-secret" not in (tmp_path / "run.json").read_text()
+    assert result.targets[0].records[0].text == " w" * 8
+    assert result.environment.num_cores >= 1
+    assert result.command == ["phloem", "bench", "serve"]
+    assert result.targets[0].model == "delay-model"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"load": LoadOptions(concurrency=1)}, "--num-prompts or --duration"),
+        ({"load": LoadOptions(concurrency=2, num_prompts=4), "num_clients": 3}, "--clients"),
+        ({"search": SearchOptions()}, "--slo"),
+        ({"num_rounds": 11}, "--rounds"),
+        ({"allowed_failures": 1.0}, "--allow-failures"),
+        ({"tokenizer": "/nowhere"}, "--tokenizer"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(changes: dict[str, Any], message: str) -> None:
+    options = bench_options(delay_target("http://127.0.0.1:9"), **changes)
+    with pytest.raises(ConfigError, match=message):
+        Controller(options, SilentWatcher(), [])
