@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TypeAlias
 
@@ -59,14 +61,23 @@ def _run_converter(gguf: Path, target: Path, progress: Progress) -> None:
     decoder = msgspec.json.Decoder(ConversionEvent)
     command = [sys.executable, "-m", CONVERTER, str(gguf), str(target)]
     failure: ErrorInfo | None = None
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+    # Its progress is ours to show; bars of the libraries below would only be in the way.
+    environment = os.environ | {"TQDM_DISABLE": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            match decoder.decode(line):
-                case ConversionProgress(stage, done, total):
-                    progress(stage, done, total)
-                case ConversionFailed(error):
-                    failure = error
+        deadline = threading.Timer(CONVERSION_TIMEOUT_S, process.kill)
+        deadline.start()
+        try:
+            for line in process.stdout:
+                match decoder.decode(line):
+                    case ConversionProgress(stage, done, total):
+                        progress(stage, done, total)
+                    case ConversionFailed(error):
+                        failure = error
+        finally:
+            deadline.cancel()
     if failure is not None:
         raise PhloemError.from_info(failure)
     if process.returncode != 0 or not target.is_dir():

@@ -6,8 +6,10 @@ Standard output carries one `ConversionEvent` as JSON per line. DST appears only
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from phloem.shared.errors import PhloemError
+from phloem.shared.lifecycle.exec_child import die_with_parent
 from phloem.shared.model_store.conversion import ConversionEvent, ConversionFailed, ConversionProgress
 from phloem.shared.model_store.files import is_gguf
 
@@ -26,8 +29,11 @@ _FILE_MODE = 0o644
 def main(arguments: list[str]) -> int:
     """Converts; the exit status is 0 or 1, and 1 comes with a `ConversionFailed` line."""
     source, target = (Path(argument) for argument in arguments)
+    die_with_parent(os.getppid(), signal.SIGKILL)
     try:
-        convert(source, target)
+        # Standard output is ours alone: what a library prints goes to standard error.
+        with contextlib.redirect_stdout(sys.stderr):
+            convert(source, target)
     except PhloemError as error:
         _emit(ConversionFailed(error.info))
         return 1
@@ -93,8 +99,8 @@ def _stage(name: str, done: int) -> None:
 
 
 def _emit(event: ConversionEvent) -> None:
-    sys.stdout.write(msgspec.json.encode(event).decode() + "\n")
-    sys.stdout.flush()
+    assert sys.__stdout__ is not None
+    print(msgspec.json.encode(event).decode(), file=sys.__stdout__, flush=True)
 
 
 if __name__ == "__main__":
