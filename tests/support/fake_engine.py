@@ -2,7 +2,8 @@
 
 Run as a program with `--fd N`, as the real one is. Each step makes one token for every running request.
 "Prefill" makes the next token and hands over; "decode" goes on with the one after it; both "both".
-A prompt that begins with `DIE_TOKEN` kills the process; `FAIL_TOKEN` makes it report a failure.
+A prompt that begins with `DIE_TOKEN` kills the process; `FAIL_TOKEN` makes it report a failure; one
+that begins with `HANG_TOKEN` is never heard of again.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from phloem.shared.protocol.session import Ended, Output, Submit, TokensOut
 FIRST_TOKEN = 1000
 DIE_TOKEN = 666
 FAIL_TOKEN = 667
+HANG_TOKEN = 668
 
 
 class Running:
@@ -167,6 +169,8 @@ class FakeEngine:
             os._exit(3)
         if submit.token_ids[0] == FAIL_TOKEN:
             self._send(EngineFailed(ErrorInfo("out_of_memory", "the device is out of memory")))
+            return
+        if submit.token_ids[0] == HANG_TOKEN:
             return
         self._running[(submit.request_id, submit.attempt)] = Running(gateway, submit)
         new = [block for block in submit.block_hashes if block not in self._tree]

@@ -25,7 +25,7 @@ from phloem.shared.protocol.session import (
     Welcome,
 )
 from phloem.shared.rpc.client import RpcStream
-from tests.support.fake_engine import DIE_TOKEN, FAIL_TOKEN, FIRST_TOKEN
+from tests.support.fake_engine import DIE_TOKEN, FAIL_TOKEN, FIRST_TOKEN, HANG_TOKEN
 from tests.support.valkey import ValkeyServer
 from tests.support.waiting import until, until_async
 from tests.support.worker_front import Front, raises_code, replaced, running_front
@@ -283,6 +283,17 @@ async def test_suspended_engine_is_given_up(front: Front) -> None:
     error = await gateway.error()
     assert (error.code, error.retryable) == ("engine_hung", True)
     await until(front.task.done)
+
+
+async def test_engine_that_says_nothing_while_busy_is_given_up(valkey: ValkeyServer, tmp_path: Path) -> None:
+    change = replaced(engine_hang_timeout_s=0.3)
+    async with running_front(valkey.url, tmp_path, change=change) as front:
+        gateway = Gateway(front)
+        await gateway.hello()
+        await gateway.submit("r", 4, first=HANG_TOKEN)
+        error = await gateway.error()
+        assert (error.code, error.retryable) == ("engine_hung", True)
+        await until(front.task.done)
 
 
 async def test_flush_and_audit_answer_for_the_right_epoch_only(front: Front) -> None:
