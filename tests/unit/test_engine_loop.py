@@ -170,12 +170,14 @@ def test_report_says_what_was_cached_and_when_with_the_first_token_only() -> Non
 
 
 def test_pages_that_a_retracted_request_finds_again_are_not_reported_as_cached() -> None:
-    world = EngineWorld(num_pages=20, page_size=1, budget=4)
-    world.submit("first", [1] * 4, 14)
-    stream = world.submit("second", [2] * 9, 3)
+    """It was retracted in the middle of its prompt, and 6 of its pages stayed in the tree."""
+    world = EngineWorld(num_pages=22, page_size=1, budget=2)
+    world.submit("first", [1] * 4, 10)
+    stream = world.submit("second", [2] * 12, 3)
     world.assert_idle()
-    assert world.audit().counters["retractions"] > 0
-    assert stream.token_ids == next_tokens([2] * 9, 3)
+    assert world.audit().counters["retractions"] == 1
+    assert stream.token_ids == next_tokens([2] * 12, 3)
+    assert sum(row.num_tokens for plan in world.device.plans for row in plan.rows) == 13 + 14
     assert stream.num_cached_tokens == 0
 
 
