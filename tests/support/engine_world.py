@@ -137,6 +137,7 @@ class EngineWorld:
         runs_ahead: bool = True,
         overlap: bool = True,
         dials_peers: bool = True,
+        reuse: bool = True,
     ) -> None:
         self.now_s = 1000.0
         self.device = FakeDevice(num_pages, page_size, slots, runs_ahead=runs_ahead)
@@ -147,7 +148,7 @@ class EngineWorld:
         self.engine = Engine(
             EngineParts(
                 limits=Limits(budget, slots, max_queued),
-                account=PageAccount(KVPool(num_pages), tree, BlockHasher(b"test")),
+                account=PageAccount(KVPool(num_pages), tree, BlockHasher(b"test"), reuse=reuse),
                 runner=self.device,
                 channels=channels or Wire(is_open=False).prefill,
                 store=self.device,

@@ -181,6 +181,16 @@ def test_pages_that_a_retracted_request_finds_again_are_not_reported_as_cached()
     assert stream.num_cached_tokens == 0
 
 
+def test_without_the_radix_cache_nothing_is_kept() -> None:
+    world = EngineWorld(num_pages=20, reuse=False)
+    streams = [world.submit(f"r{index}", [7] * 17, 20) for index in range(4)]
+    world.assert_idle()
+    assert world.audit().tree_pages == 0
+    for stream in streams:
+        assert stream.token_ids == next_tokens([7] * 17, 20)
+        assert stream.num_cached_tokens == 0
+
+
 def test_outputs_of_all_requests_of_a_step_are_in_one_report_by_gateway() -> None:
     world = EngineWorld(slots=8)
     for index in range(8):
