@@ -29,10 +29,6 @@ class BatchQueue(Generic[T]):
     def __len__(self) -> int:
         return len(self._items)
 
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
     def offer(self, item: T) -> bool:
         """Puts `item` in; False when the queue is full or closed."""
         if self._closed or len(self._items) >= self._max_items:

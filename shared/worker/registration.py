@@ -9,7 +9,6 @@ import msgspec
 from phloem.shared.discovery.lease import LeaseKeeper, WorkerLease
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.protocol.cluster import WorkerLoad, WorkerRecord
-from phloem.shared.protocol.session import PeerRef
 
 
 class Registration:
@@ -26,14 +25,6 @@ class Registration:
     @property
     def record(self) -> WorkerRecord:
         return self._record
-
-    @property
-    def ref(self) -> PeerRef:
-        return PeerRef(self._record.worker_id, self._record.epoch)
-
-    @property
-    def held(self) -> bool:
-        return self._keeper.held
 
     def set_load(self, load: WorkerLoad) -> None:
         """Carried by the next heartbeat."""
