@@ -50,7 +50,7 @@ def _attention_kernel(
 
     last_query = tl.minimum(((tl.program_id(1) + 1) * block_m + group - 1) // group, query_len)
     end = kv_len - query_len + last_query
-    begin = 0
+    begin = kv_len - kv_len
     if window > 0:
         first_position = kv_len - query_len + tl.program_id(1) * block_m // group
         begin = tl.maximum(0, first_position - window + 1) // block_n * block_n

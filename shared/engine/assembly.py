@@ -31,8 +31,12 @@ from phloem.shared.transfer.endpoint import TransferEndpoint
 Send = Callable[[EngineUp], None]
 
 
-def build_engine(config: EngineConfig, send: Send) -> tuple[Engine, EngineReady, TransferEndpoint]:
+def build_engine(
+    config: EngineConfig, send: Send, observe: Callable[[StepRunner, torch.device], StepRunner] | None = None
+) -> tuple[Engine, EngineReady, TransferEndpoint]:
     """An engine ready to run, what its front is told, and the endpoint to close after it.
+
+    `observe` may put a runner of its own around the device's, as benchmarks do.
 
     Raises `PhloemError` with a remedy: an unusable device, model or size.
     """
@@ -51,6 +55,8 @@ def build_engine(config: EngineConfig, send: Send) -> tuple[Engine, EngineReady,
         reuse=not options.disable_radix_cache,
     )
     runner = build_runner(options, model, send)
+    if observe is not None:
+        runner = observe(runner, device)
     layout = kv_layout(Path(options.model_path), options, model.dtype)
     engine, endpoint = _wire(config, model, account, runner, layout, send)
     ready = EngineReady(

@@ -1,0 +1,1 @@
+"""`phloem bench offline`: the engine without a server, each figure beside its floor."""

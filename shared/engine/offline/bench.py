@@ -1,0 +1,168 @@
+"""The measurements of `phloem bench offline`, as values."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from phloem.shared.engine.assembly import build_engine
+from phloem.shared.engine.config import EngineConfig, EngineOptions
+from phloem.shared.engine.offline.ceilings import Ceilings, measure_ceilings
+from phloem.shared.engine.offline.driver import Driver
+from phloem.shared.engine.offline.floors import ModelCost, decode_floor_s, model_cost, prefill_floor_s
+from phloem.shared.engine.offline.timing import TimedRunner
+from phloem.shared.engine.runners import find_device
+from phloem.shared.engine.step_runner import StepRunner
+from phloem.shared.engine.weights.loader import resolve_dtype
+from phloem.shared.errors import PhloemError
+from phloem.shared.model_store.model_config import load_model_config
+
+
+class Measurement(msgspec.Struct, frozen=True):
+    """One figure beside its floor, in milliseconds."""
+
+    kind: str  # "prefill" or "decode"
+    batch: int
+    tokens: int  # prompt length, or context at the first measured step
+    measured_ms: float
+    floor_ms: float
+    p99_ms: float = 0.0
+    host_ms: float = 0.0  # the host's own work per decode step: schedule, plan, launch, results
+    idle_percent: float | None = None  # of the device between decode steps
+
+    @property
+    def ratio(self) -> float:
+        return self.measured_ms / self.floor_ms
+
+
+class OfflineReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a run found; `start_s` is from nothing to ready."""
+
+    model: str
+    device: str
+    dtype: str
+    torch_version: str
+    read_gb_per_s: float
+    matmul_tflops: float
+    start_s: float
+    measurements: list[Measurement]
+
+
+def run_offline(
+    options: EngineOptions,
+    *,
+    prefill_lengths: list[int],
+    decode_shapes: list[tuple[int, int]],
+    decode_steps: int = 48,
+    temperature: float = 0.0,
+    progress: Callable[[str], None],
+) -> OfflineReport:
+    """Measures ceilings, then prefill by length and decode by (batch, context)."""
+    device = find_device(options.device)
+    model_dir = Path(options.model_path)
+    config = load_model_config(model_dir)
+    dtype = resolve_dtype(options.dtype, model_dir, device)
+    progress("ceilings")
+    ceilings = measure_ceilings(device, dtype)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    progress("engine")
+    began_s = time.perf_counter()
+    driver = Driver(config.vocab_size)
+    timers: list[TimedRunner] = []
+
+    def observe(runner: StepRunner, at: torch.device) -> StepRunner:
+        timers.append(TimedRunner(runner, at))
+        return timers[0]
+
+    engine, _, endpoint = build_engine(
+        EngineConfig(
+            worker_id="offline",
+            epoch=1,
+            role="unified",
+            host="127.0.0.1",
+            cluster_secret=b"",
+            options=options,
+        ),
+        driver.receive,
+        observe,
+    )
+    start_s = time.perf_counter() - began_s
+    driver.attach(engine)
+    cost = model_cost(config, dtype.itemsize)
+    measurements = []
+    try:
+        for length in prefill_lengths:
+            progress(f"prefill {length}")
+            measurements.append(_prefill(driver, cost, ceilings, length))
+        for shape in decode_shapes:
+            progress(f"decode {shape[0]} x {shape[1]}")
+            measurements.append(_decode(driver, timers[0], cost, ceilings, shape, decode_steps, temperature))
+    finally:
+        endpoint.close()
+    return OfflineReport(
+        model=options.model_path,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        dtype=str(dtype),
+        torch_version=torch.__version__,
+        read_gb_per_s=ceilings.read_bytes_per_s / 1e9,
+        matmul_tflops=ceilings.flops_per_s / 1e12,
+        start_s=start_s,
+        measurements=measurements,
+    )
+
+
+def _prefill(driver: Driver, cost: ModelCost, ceilings: Ceilings, length: int) -> Measurement:
+    """From submission to the first token, one prompt at a time; the median of a few."""
+    driver.run_batch(1, length, 1)
+    times = [driver.timed(lambda: driver.run_batch(1, length, 1)) for _ in range(5)]
+    floor_s = prefill_floor_s(cost, ceilings, length)
+    return Measurement("prefill", 1, length, 1e3 * statistics.median(times), 1e3 * floor_s, 1e3 * max(times))
+
+
+def _decode(
+    driver: Driver,
+    timer: TimedRunner,
+    cost: ModelCost,
+    ceilings: Ceilings,
+    shape: tuple[int, int],
+    num_steps: int,
+    temperature: float,
+) -> Measurement:
+    """The median time between reports of full decode steps; the first few after prefill are left out.
+
+    The host's work per step is the wall time of half of the steps less what was spent waiting.
+    """
+    batch, context = shape
+    # Early prompts decode while later ones prefill: leave room for that before the batch is complete.
+    lead = 8 + (batch * context) // 4096
+    prompt = max(1, context - lead - num_steps // 2)
+    driver.start_batch(batch, prompt, num_steps + lead, temperature=temperature)
+    driver.run_until(lambda: driver.full_steps(batch) >= 4)
+    timer.reset()
+    began_s, before = time.perf_counter(), driver.full_steps(batch)
+    driver.run_until(lambda: driver.full_steps(batch) >= before + num_steps // 2)
+    wall_s = time.perf_counter() - began_s
+    driver.run_until(lambda: False)
+    gaps = driver.full_step_gaps(batch)[4:]
+    if len(gaps) < num_steps // 4:
+        raise PhloemError(
+            "batch_did_not_fit",
+            f"a batch of {batch} with {context} tokens each never ran whole: the KV pool holds too few; "
+            "leave this shape out, or raise --mem-fraction-static",
+        )
+    return Measurement(
+        "decode",
+        batch,
+        context,
+        measured_ms=1e3 * statistics.median(gaps),
+        floor_ms=1e3 * decode_floor_s(cost, ceilings, batch, context),
+        p99_ms=1e3 * sorted(gaps)[min(len(gaps) - 1, int(0.99 * len(gaps)))],
+        host_ms=1e3 * (wall_s - timer.waited_s) / max(1, len(timer.launches)),
+        idle_percent=timer.idle_percent(batch),
+    )

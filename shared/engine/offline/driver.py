@@ -1,0 +1,111 @@
+"""Drives a real engine turn by turn in this process, and notes when each step was collected."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from phloem.shared.engine.engine_loop import Engine
+from phloem.shared.errors import PhloemError
+from phloem.shared.protocol.engine import EngineSubmit, EngineUp, FlushCache, StepReport
+from phloem.shared.protocol.session import Ended, SamplingParams, Submit, TokensOut
+
+
+class StepTime(NamedTuple):
+    """A report of the engine: when, and how many tokens it held."""
+
+    at_s: float
+    num_tokens: int
+
+
+class Driver:
+    """Submits batches of random prompts and runs the engine until they end. `receive` is the engine's
+    `send`: give it to the engine that is then given to `attach`."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._rng = random.Random(0)
+        self._vocab_size = vocab_size
+        self._engine: Engine | None = None
+        self._open: set[str] = set()
+        self._count = 0
+        self.steps: list[StepTime] = []
+
+    def attach(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def receive(self, message: EngineUp) -> None:
+        if not isinstance(message, StepReport):
+            return
+        num_tokens = 0
+        for group in message.outputs:
+            for output in group.outputs:
+                match output:
+                    case TokensOut():
+                        num_tokens += len(output.token_ids)
+                    case Ended(request_id, _, reason, error):
+                        self._open.discard(request_id)
+                        if reason == "failed":
+                            raise PhloemError("bench_failed", error.message if error else "a request failed")
+        if num_tokens:
+            self.steps.append(StepTime(time.perf_counter(), num_tokens))
+
+    def run_batch(self, batch: int, prompt_tokens: int, new_tokens: int) -> None:
+        """Runs `batch` equal greedy requests to their end, from an empty cache."""
+        self.start_batch(batch, prompt_tokens, new_tokens)
+        self.run_until(lambda: False)
+
+    def start_batch(
+        self, batch: int, prompt_tokens: int, new_tokens: int, *, temperature: float = 0.0
+    ) -> None:
+        """Submits `batch` equal requests to an empty cache; `run_until` runs them."""
+        engine = self._attached()
+        engine.deliver(FlushCache(0))
+        self.steps = []
+        for _ in range(batch):
+            engine.deliver(EngineSubmit(0, self._submit(prompt_tokens, new_tokens, temperature)))
+
+    def run_until(self, enough: Callable[[], bool]) -> None:
+        """Turns the engine until `enough`, or until all requests have ended."""
+        engine = self._attached()
+        while self._open and not enough():
+            engine.turn()
+
+    def full_steps(self, batch: int) -> int:
+        return sum(step.num_tokens == batch for step in self.steps)
+
+    def full_step_gaps(self, batch: int) -> list[float]:
+        """Seconds between reports of steps in which every request made a token."""
+        return [
+            later.at_s - earlier.at_s
+            for earlier, later in itertools.pairwise(self.steps)
+            if earlier.num_tokens == later.num_tokens == batch
+        ]
+
+    def _attached(self) -> Engine:
+        assert self._engine is not None, "attach an engine first"
+        return self._engine
+
+    def timed(self, work: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    def _submit(self, prompt_tokens: int, new_tokens: int, temperature: float) -> Submit:
+        self._count += 1
+        request_id = f"offline-{self._count}"
+        self._open.add(request_id)
+        top = min(self._vocab_size, 40_000)
+        return Submit(
+            request_id=request_id,
+            attempt=1,
+            epoch=1,
+            phase="both",
+            token_ids=[self._rng.randrange(100, top) for _ in range(prompt_tokens)],
+            num_prompt_tokens=prompt_tokens,
+            sampling=SamplingParams(
+                max_tokens=new_tokens, temperature=temperature, ignore_eos=True, seed=self._count
+            ),
+        )

@@ -1,0 +1,76 @@
+"""Looks at a runner from outside: how long the host works per step, how long the device idles between."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from phloem.shared.engine.requests import StepPlan
+from phloem.shared.engine.step_runner import LaunchedStep, StepRunner
+
+
+class Launch(NamedTuple):
+    """One launched step; the events lie before and after its work on the device."""
+
+    num_rows: int
+    begin: torch.cuda.Event | None
+    end: torch.cuda.Event | None
+
+
+class TimedStep:
+    """Counts the time spent waiting for the device."""
+
+    def __init__(self, step: LaunchedStep, timer: TimedRunner) -> None:
+        self._step = step
+        self._timer = timer
+
+    def ready(self) -> bool:
+        return self._step.ready()
+
+    def token_ids(self) -> list[int]:
+        start = time.perf_counter()
+        tokens = self._step.token_ids()
+        self._timer.waited_s += time.perf_counter() - start
+        return tokens
+
+
+class TimedRunner:
+    """A runner around a runner. `reset` before a measurement, `idle_percent` after it."""
+
+    def __init__(self, runner: StepRunner, device: torch.device) -> None:
+        self._runner = runner
+        self._cuda = device.type == "cuda"
+        self.waited_s = 0.0
+        self.launches: list[Launch] = []
+
+    def reset(self) -> None:
+        self.waited_s = 0.0
+        self.launches = []
+
+    def launch(self, plan: StepPlan) -> TimedStep:
+        begin = self._mark()
+        step = self._runner.launch(plan)
+        self.launches.append(Launch(len(plan.rows), begin, self._mark()))
+        return TimedStep(step, self)
+
+    def idle_percent(self, num_rows: int) -> float | None:
+        """Share of the device's time between the starts of full steps in which it had nothing to do; None
+        where launches are synchronous."""
+        idle_ms = total_ms = 0.0
+        for earlier, later in zip(self.launches, self.launches[1:], strict=False):
+            if earlier.num_rows != num_rows or later.num_rows != num_rows:
+                continue
+            if earlier.begin is None or earlier.end is None or later.begin is None:
+                return None
+            idle_ms += max(0.0, earlier.end.elapsed_time(later.begin))
+            total_ms += earlier.begin.elapsed_time(later.begin)
+        return 100.0 * idle_ms / total_ms if total_ms else None
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if not self._cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's stubs
+        event.record()
+        return event
