@@ -211,6 +211,10 @@ class Engine:
             return
         self._next_tick_s = now_s + _TICK_S
         self._fail_all(list(self._receiver.expired()))
+        in_the_way = self._sender.in_the_way()
+        if in_the_way is not None:
+            error = ErrorInfo("handover_no_room", "the decode worker has no room for it yet", True, 503)
+            self._drop(in_the_way, "failed", error)
         for request in self._scheduler.live_requests():
             if request.deadline_s < now_s:
                 error = ErrorInfo("deadline_exceeded", "the request's time is up", False, 504)

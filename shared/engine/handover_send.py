@@ -15,12 +15,13 @@ from collections.abc import Callable
 
 from phloem.shared.engine.handover import Channels, Ended, PageStore, RecentKeys, next_span, span_bytes
 from phloem.shared.engine.kv_pool import OwnerKey
-from phloem.shared.engine.requests import Request
+from phloem.shared.engine.requests import Request, Status
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Cancel, Last, Piece, Ready
 
 _MAX_EARLY = 4096
+_STARVED_S = 1.0  # a request that decode has room for waits at most this long for pages held in vain
 
 
 class _SendPlan:
@@ -28,6 +29,7 @@ class _SendPlan:
         self.request = request
         self.peer = peer
         self.is_ready = False
+        self.ready_at_s = 0.0
         self.page = 0  # next page to send
         self.layer = 0  # next layer of that page
         self.num_pieces = 0
@@ -133,10 +135,23 @@ class HandoverSender:
             self._recent.add(ended.key)
         return done + self._expired()
 
+    def in_the_way(self) -> Request | None:
+        """A request that must give its pages up: it waits for room at its decode worker, and nothing moves
+        because others, for which decode holds room, wait here for pages. Without this the two workers could
+        wait for each other until a time-out; the youngest such request is the one."""
+        ready = [plan for plan in self._plans.values() if plan.is_ready]
+        before_s = self._clock() - _STARVED_S
+        starved = any(plan.ready_at_s < before_s for plan in ready)
+        if not starved or any(plan.request.status is not Status.WAITING for plan in ready):
+            return None
+        held = [plan.request for plan in self._plans.values() if plan.made is not None and not plan.is_ready]
+        return held[-1] if held else None
+
     # -- inside ----------------------------------------------------------------------------------------
 
     def _start(self, plan: _SendPlan, ready: Ready) -> None:
         plan.is_ready = True
+        plan.ready_at_s = self._clock()
         plan.page = ready.num_held_pages
 
     def _send_computed(self, plan: _SendPlan) -> bool:
