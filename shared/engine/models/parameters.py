@@ -41,13 +41,10 @@ def prepare_parameters(plain: DecoderParameters) -> DecoderParameters:
     layers = []
     while plain.layers:
         layers.append(_prepare_layer(plain.layers.pop(0)))
-    lm_head = ops.prepare_linear(plain.lm_head)
-    if plain.lm_head.weight is not plain.embedding:
-        return plain._replace(layers=layers, lm_head=lm_head)
-    if lm_head.packed:
-        # Tokens are looked up in the same weights, which needs them plain: better slower than twice.
-        return plain._replace(layers=layers)
-    return plain._replace(layers=layers, lm_head=lm_head, embedding=lm_head.weight)
+    is_tied = plain.lm_head.weight is plain.embedding
+    lm_head = ops.prepare_linear(plain.lm_head, shared=is_tied)
+    embedding = lm_head.weight if is_tied else plain.embedding
+    return plain._replace(layers=layers, lm_head=lm_head, embedding=embedding)
 
 
 def _prepare_layer(plain: LayerParameters) -> LayerParameters:

@@ -109,7 +109,7 @@ def run_offline(
         model=options.model_path,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         dtype=str(dtype),
-        torch_version=torch.__version__,
+        torch_version=str(torch.__version__),
         read_gb_per_s=ceilings.read_bytes_per_s / 1e9,
         matmul_tflops=ceilings.flops_per_s / 1e12,
         start_s=start_s,
@@ -147,7 +147,8 @@ def _decode(
     timer.reset()
     began_s, before = time.perf_counter(), driver.full_steps(batch)
     driver.run_until(lambda: driver.full_steps(batch) >= before + num_steps // 2)
-    wall_s = time.perf_counter() - began_s
+    host_s = time.perf_counter() - began_s - timer.waited_s
+    num_launches, idle_percent = len(timer.launches), timer.idle_percent(batch)
     driver.run_until(lambda: False)
     gaps = driver.full_step_gaps(batch)[4:]
     if len(gaps) < num_steps // 4:
@@ -163,6 +164,6 @@ def _decode(
         measured_ms=1e3 * statistics.median(gaps),
         floor_ms=1e3 * decode_floor_s(cost, ceilings, batch, context),
         p99_ms=1e3 * sorted(gaps)[min(len(gaps) - 1, int(0.99 * len(gaps)))],
-        host_ms=1e3 * (wall_s - timer.waited_s) / max(1, len(timer.launches)),
-        idle_percent=timer.idle_percent(batch),
+        host_ms=1e3 * host_s / max(1, num_launches),
+        idle_percent=idle_percent,
     )
