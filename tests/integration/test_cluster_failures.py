@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,11 +62,11 @@ class Stream:
 
 
 @pytest.fixture
-def fresh_square(smollm2_dir: Path, tmp_path: Path) -> Cluster:
+def fresh_square(smollm2_dir: Path, tmp_path: Path) -> Iterator[Cluster]:
     with running_cluster(
         smollm2_dir, tmp_path, prefill=2, decode=2, worker_flags=("--dtype", "float32")
     ) as c:
-        yield c  # type: ignore[misc]
+        yield c
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
