@@ -38,9 +38,9 @@ from phloem.shared.errors import PhloemError
 from phloem.shared.lifecycle.child_process import ChildProcess, spawn_child
 
 # How far ahead of the load sessions are sent to a client: enough never to run dry, little enough to hold.
-_BATCH_SESSIONS = 32
+_BATCH_SESSIONS = 64
 _BATCH_BYTES = 1 << 20
-_BATCHES_AHEAD = 4
+_BATCHES_AHEAD = 16
 # Between the order to begin and the beginning: the first batches are there by then.
 _LEAD_S = 0.3
 _STOP_GRACE_S = 5.0

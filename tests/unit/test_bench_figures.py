@@ -28,7 +28,8 @@ def record(
     error: str = "",
     finish_reason: str = "length",
     max_tokens: int = 3,
-    **counts: int,
+    prompt_tokens: int = -1,
+    cached_tokens: int = -1,
 ) -> RequestRecord:
     last = offsets_ms[-1] if end_ms is None and offsets_ms else end_ms or 0.0
     return RequestRecord(
@@ -45,7 +46,8 @@ def record(
         chunk_tokens=array("I", tokens).tobytes(),
         finish_reason=finish_reason,
         error=error,
-        **counts,
+        prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
     )
 
 

@@ -60,7 +60,7 @@ class _Rates:
         rate = (tick.tokens - self._last.tokens) / max(now - self._last_s, 1e-3)
         self._last, self._last_s = tick, now
         failed = tick.failed - self._base.failed
-        parts = [f"{tick.in_flight} in flight", f"{rate:.0f} tok/s done"]
+        parts = [f"{tick.in_flight} in flight", f"{rate:.0f} tok/s"]
         parts += [f"{failed} failed"] if failed else []
         parts += [f"own lag {tick.lag_ms:.0f} ms"] if tick.lag_ms >= 1 else []
         return ", ".join(parts)

@@ -17,13 +17,12 @@ class Counters:
     """What the progress line shows."""
 
     def __init__(self) -> None:
-        self.sent = self.succeeded = self.failed = self.in_flight = self.tokens = 0
+        self.sent = self.succeeded = self.failed = self.in_flight = 0
 
     def ended(self, record: RequestRecord) -> None:
         self.in_flight -= 1
         if record.succeeded:
             self.succeeded += 1
-            self.tokens += max(record.output_tokens, 0)
         else:
             self.failed += 1
 

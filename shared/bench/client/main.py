@@ -131,7 +131,7 @@ class ClientProcess:
                     succeeded=counters.succeeded,
                     failed=counters.failed,
                     in_flight=counters.in_flight,
-                    tokens=counters.tokens,
+                    tokens=sum(requester.tally.tokens for requester in self._requesters),
                     lag_ms=self._lag.take_worst() * 1e3,
                 )
             )

@@ -13,6 +13,13 @@ from phloem.shared.bench.protocol import ApiName
 _DONE = b"[DONE]"
 
 
+class TokenTally:
+    """Tokens as they come, over all requests: for the progress line."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+
 class StreamObserver:
     """The sink of one response's body: stamps chunks, counts tokens, keeps what the next turn needs.
 
@@ -22,11 +29,11 @@ class StreamObserver:
     """
 
     __slots__ = (
-        "_api",
         "_are_tokens_known",
         "_decoder",
         "_keep_pieces",
         "_splitter",
+        "_tally",
         "cached_tokens",
         "error",
         "finish_reason",
@@ -40,8 +47,8 @@ class StreamObserver:
         "token_ids",
     )
 
-    def __init__(self, api: ApiName, *, keep_pieces: bool) -> None:
-        self._api = api
+    def __init__(self, api: ApiName, tally: TokenTally, *, keep_pieces: bool) -> None:
+        self._tally = tally
         self._keep_pieces = keep_pieces
         self._splitter = EventSplitter()
         self._decoder = reader_for(api)
@@ -113,5 +120,6 @@ class StreamObserver:
     def _chunk(self, num_tokens: int, at_s: float, text: str) -> None:
         self.stamps.append(at_s)
         self.token_counts.append(num_tokens)
+        self._tally.tokens += num_tokens or 1
         if self._keep_pieces:
             self.pieces.append(text)

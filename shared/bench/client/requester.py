@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from phloem.shared.bench.client.connection import Connection, ConnectionBroken, Inbox
 from phloem.shared.bench.client.dialect import RequestWriter, error_text
-from phloem.shared.bench.client.observer import StreamObserver
+from phloem.shared.bench.client.observer import StreamObserver, TokenTally
 from phloem.shared.bench.client.pool import ConnectionPool, Endpoint
 from phloem.shared.bench.protocol import TargetSpec
 from phloem.shared.bench.record import RequestRecord
@@ -69,11 +69,12 @@ class Requester:
         self._writer = RequestWriter(spec, endpoint.authority, endpoint.path)
         self._timeout_s = timeout_s
         self._keep_pieces = keep_pieces
+        self.tally = TokenTally()
 
     async def ask(self, ask: Ask, *, keep_answer: bool = False) -> Answer:
         """Never raises for what the server does: that is in the record. `keep_answer` keeps the text for a
         later turn."""
-        observer = StreamObserver(self._spec.api, keep_pieces=self._keep_pieces or keep_answer)
+        observer = StreamObserver(self._spec.api, self.tally, keep_pieces=self._keep_pieces or keep_answer)
         payload = self._writer.request(ask.request_id, ask.kind, ask.pieces, ask.max_tokens)
         attempt = _Attempt(observer, time.monotonic())
         try:
