@@ -11,7 +11,7 @@ from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import bytes_per_page
 from phloem.shared.protocol.session import SamplingParams
 from tests.support.engine_cluster import EngineCluster, running_cluster
-from tests.support.engines import EngineSpec, engine_threads
+from tests.support.engines import EngineSpec, engine_threads, one_thread
 from tests.support.tiny_model import random_prompt, tiny_decoder
 
 PAGE = 16
@@ -23,6 +23,12 @@ class Moved(NamedTuple):
 
     num_pages: int
     num_bytes: int
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

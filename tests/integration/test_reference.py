@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.protocol.session import SamplingParams
 from tests.support.engine_cluster import running_cluster
-from tests.support.engines import EngineSpec, LocalEngine, engine_threads, load_float32
+from tests.support.engines import EngineSpec, LocalEngine, engine_threads, load_float32, one_thread
 from tests.support.reference import MAX_TOKENS, Expected, Reference, assert_equal, encode_prompts
 
 CLEAR_GAP = 1e-3
@@ -38,11 +37,8 @@ class Oracle(NamedTuple):
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Engines of a test compute at the same time, and each in a thread of its own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.protocol.session import SamplingParams
 from tests.support.engine_cluster import running_cluster
-from tests.support.engines import EngineSpec, LocalEngine, engine_threads
+from tests.support.engines import EngineSpec, LocalEngine, engine_threads, one_thread
 from tests.support.tiny_model import random_prompt, tiny_decoder
 
 MAX_TOKENS = 48
@@ -35,6 +35,12 @@ def _sampling(index: int) -> SamplingParams:
 
 
 CASES = [Case(random_prompt(5 + 11 * index, index), _sampling(index)) for index in range(16)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,18 @@ def load_float32(model_dir: Path) -> Decoder:
     return load_decoder(
         model_dir, load_format="auto", dtype=torch.float32, device=CPU, progress=lambda done, total: None
     )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes in the caller's thread only: the engines of a test run at the same time, each in its
+    own, and would fight over the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, kw_only=True)
