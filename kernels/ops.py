@@ -54,13 +54,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     return _norm.add_rms_norm(x, residual, weight, eps)
 
 
-def prepare_linear(plain: LinearWeight) -> LinearWeight:
+def prepare_linear(plain: LinearWeight, *, shared: bool = False) -> LinearWeight:
     """The same weight, laid out as this device multiplies fastest: a copy, or `plain` itself.
 
-    An unpacked result still is an ordinary `[out, in]` tensor (maybe with other strides); a packed one can
-    only be passed to `linear`. Call it once per weight, at load, and drop the original.
+    A packed result can only be passed to `linear`. With `shared`, others read the weight too (tied
+    embeddings): the result stays an ordinary `[out, in]` tensor, maybe with other strides. Call it once per
+    weight, at load, and drop the original.
     """
-    return _linear.prepare_linear(plain)
+    return _linear.prepare_linear(plain, shared=shared)
 
 
 def linear(x: Tensor, w: LinearWeight) -> Tensor:

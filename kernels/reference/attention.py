@@ -41,7 +41,7 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Attention
     num_kv_heads = k_pages.shape[2]
     # The heads that share a KV head are neighbours: one sequence's query is [H_kv, group, D] per token.
     grouped = q.view(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    copied = [pages.new_empty(plan.max_copied_pages, *pages.shape[1:]) for pages in (k_pages, v_pages)]
+    copied = _scratch(k_pages, v_pages, plan.max_copied_pages)
     attended = []
     for span in plan.spans:
         keys, values = _heads_of(k_pages, span, copied[0]), _heads_of(v_pages, span, copied[1])
@@ -53,6 +53,14 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Attention
             attended.append(_attend_causally(queries, keys, values, plan.window, scale))
     together = attended[0] if len(attended) == 1 else torch.cat(attended)
     return together.view(num_tokens, num_heads, head_dim)
+
+
+def _scratch(k_pages: Tensor, v_pages: Tensor, num_pages: int) -> tuple[Tensor, Tensor]:
+    """Room for one sequence's K and V, used by one sequence after the other."""
+    if num_pages == 0:
+        return k_pages, v_pages  # nothing is copied
+    shape = (num_pages, *k_pages.shape[1:])
+    return k_pages.new_empty(shape), v_pages.new_empty(shape)
 
 
 def _heads_of(pages: Tensor, span: SequenceSpan, scratch: Tensor) -> Tensor:

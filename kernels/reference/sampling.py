@@ -48,30 +48,36 @@ def sample(
 
 
 def splitmix64(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64 that stand for uint64."""
+    """The finaliser of splitmix64 on int64 that stand for uint64; in place on two buffers, for speed."""
     z = x + GOLDEN
-    z = (z ^ _shift_right(z, 30)) * MIX_1
-    z = (z ^ _shift_right(z, 27)) * MIX_2
-    return z ^ _shift_right(z, 31)
+    shifted = torch.empty_like(z)
+    z ^= _shift_right(z, 30, shifted)
+    z *= MIX_1
+    z ^= _shift_right(z, 27, shifted)
+    z *= MIX_2
+    z ^= _shift_right(z, 31, shifted)
+    return z
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
+def _shift_right(x: Tensor, bits: int, out: Tensor) -> Tensor:
     """Logical shift: torch's own keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    torch.bitwise_right_shift(x, bits, out=out)
+    out &= (1 << (64 - bits)) - 1
+    return out
 
 
 def gumbel_noise(key: Tensor, vocab_ids: Tensor) -> Tensor:
     """Standard Gumbel noise, float64, finite: 52 random bits put u strictly between 0 and 1."""
-    bits = _shift_right(splitmix64(key + vocab_ids * GOLDEN), 12)
-    uniform = bits.to(torch.float64).add_(0.5).mul_(2.0**-52)
+    random_bits = splitmix64((vocab_ids * GOLDEN).add_(key))
+    uniform = _shift_right(random_bits, 12, random_bits).to(torch.float64).add_(0.5).mul_(2.0**-52)
     return uniform.log_().neg_().log_().neg_()
 
 
 def _gumbel_argmax(scores: Tensor, candidates: Tensor | None, key: Tensor) -> Tensor:
     if candidates is None:
         vocab_ids = torch.arange(scores.numel(), device=scores.device)
-        return (scores + gumbel_noise(key, vocab_ids)).argmax()
-    return candidates[(scores[candidates] + gumbel_noise(key, candidates)).argmax()]
+        return gumbel_noise(key, vocab_ids).add_(scores).argmax()
+    return candidates[gumbel_noise(key, candidates).add_(scores[candidates]).argmax()]
 
 
 def _candidates(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor | None:
