@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from rich.console import Console
 
 from phloem.cli.up.child_log import ChildLog, Stage, stage_in
@@ -87,13 +89,13 @@ def test_shared_redis_gets_names_of_this_run() -> None:
 @pytest.mark.parametrize(
     ("device", "num_workers", "num_gpus", "places"),
     [
-        ("auto", 2, 0, [("auto", 0.425), ("auto", 0.425)]),
+        ("auto", 2, 0, [("auto", 0.85), ("auto", 0.85)]),
+        ("auto", 2, 2, [("auto", 0.85), ("auto", 0.85)]),
         ("auto", 3, 2, [("cuda:0", 0.425), ("cuda:1", 0.425), ("cuda:0", 0.425)]),
-        ("cuda", 2, 2, [("cuda:0", 0.85), ("cuda:1", 0.85)]),
-        ("cpu", 2, 8, [("cpu", 0.425), ("cpu", 0.425)]),
+        ("cpu", 2, 1, [("cpu", 0.85), ("cpu", 0.85)]),
     ],
 )
-def test_workers_share_devices_and_memory(
+def test_workers_that_share_a_gpu_share_its_memory(
     device: str, num_workers: int, num_gpus: int, places: list[tuple[str, float]]
 ) -> None:
     options = EngineOptions(device=device)
@@ -103,7 +105,7 @@ def test_workers_share_devices_and_memory(
 
 def test_memory_that_the_user_set_stays() -> None:
     options = EngineOptions(mem_fraction_static=0.5)
-    assert placed_options(options, 0, 4, 0).mem_fraction_static == 0.5
+    assert placed_options(options, 0, 4, 1).mem_fraction_static == 0.5
 
 
 def test_served_name_is_what_the_user_calls_the_model(tmp_path: Path) -> None:
@@ -285,7 +287,9 @@ async def test_valkey_listens_on_loopback_with_a_password_and_dies_with_its_pare
         process = psutil.Process(child.pid)
         listening = {c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
         assert listening == {"127.0.0.1"}
-        stranger = redis.asyncio.Redis(host="127.0.0.1", port=valkey.spec.port or 0)
+        stranger = redis.asyncio.Redis(
+            host="127.0.0.1", port=valkey.spec.port or 0, retry=Retry(NoBackoff(), 0)
+        )
         with pytest.raises(redis.exceptions.AuthenticationError):
             await stranger.ping()
         await stranger.aclose()

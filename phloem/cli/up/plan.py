@@ -103,15 +103,15 @@ def served_model_name(model_path: str) -> str:
 
 
 def placed_options(options: EngineOptions, rank: int, num_workers: int, num_gpus: int) -> EngineOptions:
-    """The options of worker `rank`: GPUs are handed out in turn, and workers that share a device, or the
-    RAM, share its memory. What the user has set stays."""
-    if options.device in ("auto", "cuda") and num_gpus:
-        options = msgspec.structs.replace(options, device=f"cuda:{rank % num_gpus}")
-    sharing = -(-num_workers // num_gpus) if options.device.startswith("cuda:") and num_gpus else num_workers
-    if options.mem_fraction_static == EngineOptions().mem_fraction_static:
-        share = options.mem_fraction_static / sharing
-        options = msgspec.structs.replace(options, mem_fraction_static=round(share, 4))
-    return options
+    """The options of worker `rank`. Where there is a GPU for each worker, each claims its own; where there
+    are fewer, they are handed out in turn, and those that share one share its memory. What the user has set
+    stays."""
+    if num_gpus == 0 or num_workers <= num_gpus or options.device not in ("auto", "cuda"):
+        return options
+    share = options.mem_fraction_static
+    if share == EngineOptions().mem_fraction_static:
+        share = round(share / -(-num_workers // num_gpus), 4)
+    return msgspec.structs.replace(options, device=f"cuda:{rank % num_gpus}", mem_fraction_static=share)
 
 
 def engine_flags(options: EngineOptions, model_dir: str) -> list[str]:
