@@ -156,7 +156,15 @@ def _wire(
             context_length=model.context_length,
             handover_timeout_s=options.handover_timeout_s,
             overlap=not options.disable_overlap_schedule,
+            transfer_bytes_per_s=lambda: _send_rate(endpoint),
         )
     )
     engines.append(engine)
     return engine, endpoint
+
+
+def _send_rate(endpoint: TransferEndpoint) -> float:
+    """Bytes per second of all that was sent, over the time in which something was under way."""
+    stats = endpoint.stats().values()
+    seconds = sum(peer.send_s for peer in stats)
+    return sum(peer.bytes_sent for peer in stats) / seconds if seconds > 0 else 0.0

@@ -84,6 +84,7 @@ class EngineParts(NamedTuple):
     context_length: int
     handover_timeout_s: float
     overlap: bool = True
+    transfer_bytes_per_s: Callable[[], float] = lambda: 0.0  # measured; zero: not yet
     clock: Callable[[], float] = time.monotonic
 
 
@@ -119,6 +120,7 @@ class Engine:
         self._num_turns = 0
         self._num_steps = 0
         self._next_tick_s = 0.0
+        self._transfer_bytes_per_s = 0.0
         self._collected_at_s = 0.0  # of the step before: a device that runs ahead begins the next one then
         self._stopped = False
 
@@ -210,6 +212,7 @@ class Engine:
         if now_s < self._next_tick_s:
             return
         self._next_tick_s = now_s + _TICK_S
+        self._transfer_bytes_per_s = self._parts.transfer_bytes_per_s()
         self._fail_all(list(self._receiver.expired()))
         in_the_way = self._sender.in_the_way()
         if in_the_way is not None:
@@ -380,6 +383,7 @@ class Engine:
             total_pages=self._account.pool.num_pages,
             prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
             decode_step_s=self._rates.decode_step_s,
+            transfer_bytes_per_s=self._transfer_bytes_per_s,
         )
 
     def _audit(self, tag: int) -> AuditReply:

@@ -25,6 +25,7 @@ from phloem.shared.protocol.session import PeerRef
 PRIOR_PREFILL_TOKENS_PER_S = 2_000.0
 PRIOR_DECODE_STEP_S = 0.03
 PRIOR_TRANSFER_BYTES_PER_S = 1e9
+PRIOR_CUDA_TRANSFER_BYTES_PER_S = 50e9
 HANDOVER_S = 0.005
 EXPECTED_OUTPUT_TOKENS = 64  # a request's output is unknown; it is at most this for the cost
 STEP_GROWTH = 0.05  # share by which one more request makes a decode step longer
@@ -74,7 +75,7 @@ class Norms(msgspec.Struct, frozen=True):
 
     prefill_tokens_per_s: float = PRIOR_PREFILL_TOKENS_PER_S
     decode_step_s: float = PRIOR_DECODE_STEP_S
-    transfer_bytes_per_s: float = PRIOR_TRANSFER_BYTES_PER_S
+    transfer_bytes_per_s: float = 0.0  # 0: none has, and it depends on the device
 
     @classmethod
     def of(cls, candidates: Sequence[Candidate]) -> Norms:
@@ -83,16 +84,18 @@ class Norms(msgspec.Struct, frozen=True):
         return cls(
             _mean([load.prefill_tokens_per_s for load in loads], PRIOR_PREFILL_TOKENS_PER_S),
             _mean([load.decode_step_s for load in loads], PRIOR_DECODE_STEP_S),
-            _mean([load.transfer_bytes_per_s for load in loads], PRIOR_TRANSFER_BYTES_PER_S),
+            _mean([load.transfer_bytes_per_s for load in loads], 0.0),
         )
 
     def prefill_rate(self, load: WorkerLoad) -> float:
         """Prompt tokens per second, at least one."""
         return max(1.0, load.prefill_tokens_per_s or self.prefill_tokens_per_s)
 
-    def bandwidth(self, load: WorkerLoad) -> float:
+    def bandwidth(self, record: WorkerRecord) -> float:
         """Bytes per second of KV transfer, at least a kilobyte."""
-        return max(1000.0, load.transfer_bytes_per_s or self.transfer_bytes_per_s)
+        cuda = record.device.startswith("cuda")
+        prior = PRIOR_CUDA_TRANSFER_BYTES_PER_S if cuda else PRIOR_TRANSFER_BYTES_PER_S
+        return max(1000.0, record.load.transfer_bytes_per_s or self.transfer_bytes_per_s or prior)
 
 
 class Option(msgspec.Struct, frozen=True):
@@ -181,7 +184,7 @@ def cost_terms(request: RoutingRequest, option: Option, norms: Norms) -> dict[st
         if _is_local(option):  # what it runs, and will run, waits meanwhile
             terms["interference"] = compute_s * (1 + _num_requests(decode))
         return terms
-    rate, bandwidth = norms.prefill_rate(prefill.record.load), norms.bandwidth(prefill.record.load)
+    rate, bandwidth = norms.prefill_rate(prefill.record.load), norms.bandwidth(prefill.record)
     terms["prefill_queue"] = _queued_tokens(prefill) / rate
     terms["prefill"] = max(1, request.num_tokens - prefill.cached_tokens) / rate
     terms["handover"] = HANDOVER_S
