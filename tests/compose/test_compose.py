@@ -54,7 +54,7 @@ def cluster() -> Iterator[ChatClient]:
         wait_until_healthy({"gateway": 1, "cache-index": 1, "prefill": 2, "decode": 2}, 300.0)
         yield ChatClient(URL, timeout_s=ANSWER_S)
     finally:
-        print(compose("logs", "--no-color", "--tail", "200"))
+        print("\n".join(line for line in compose("logs", "--no-color").splitlines() if "stage=" not in line))
         compose("down", "--volumes", "--timeout", "20")
 
 
