@@ -59,6 +59,7 @@ class AttentionPlan(NamedTuple):
     spans: list[SequenceSpan]
     window: int
     max_copied_pages: int  # of one span whose pages are not neighbours
+    masks: dict[int, Tensor]  # by row of the span: made by the step's first layer, used by all
 
 
 class DevicePlan(Protocol):

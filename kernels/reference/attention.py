@@ -28,7 +28,7 @@ def plan_attention(
         skip = kv_start % page_size
         spans.append(SequenceSpan(row, query_len, kv_len - kv_start, skip, first_page, page_ids))
         row += query_len
-    return AttentionPlan(spans, window, max_copied_pages)
+    return AttentionPlan(spans, window, max_copied_pages, masks={})
 
 
 def _are_neighbours(pages: list[int]) -> bool:
@@ -50,7 +50,7 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Attention
             # One query sees every key: its heads are the rows of one small matrix per KV head.
             attended.append(scaled_dot_product_attention(queries, keys, values, scale=scale))
         else:
-            attended.append(_attend_causally(queries, keys, values, plan.window, scale))
+            attended.append(_attend_causally(queries, keys, values, span, plan, scale))
     together = attended[0] if len(attended) == 1 else torch.cat(attended)
     return together.view(num_tokens, num_heads, head_dim)
 
@@ -76,16 +76,17 @@ def _heads_of(pages: Tensor, span: SequenceSpan, scratch: Tensor) -> Tensor:
     return source.as_strided(size, (span.num_keys * token, head_dim, token, 1), offset)
 
 
-def _attend_causally(queries: Tensor, keys: Tensor, values: Tensor, window: int, scale: float) -> Tensor:
+def _attend_causally(
+    queries: Tensor, keys: Tensor, values: Tensor, span: SequenceSpan, plan: AttentionPlan, scale: float
+) -> Tensor:
     """Attention of `[query_len, H_kv, group, D]` queries that stand at the last keys; the same shape."""
-    query_len, num_keys = queries.shape[0], keys.shape[2]
-    plain_causal = query_len == num_keys and not (window and num_keys > window)
-    mask = None if plain_causal else _mask(query_len, num_keys, window, queries.device)
+    starts_at_first_key = span.query_len == span.num_keys
+    plain_causal = starts_at_first_key and not (plan.window and span.num_keys > plan.window)
     attended = scaled_dot_product_attention(
         queries.flatten(1, 2).transpose(0, 1).unsqueeze(0),
         keys,
         values,
-        attn_mask=mask,
+        attn_mask=None if plain_causal else _mask(span, plan, queries),
         is_causal=plain_causal,
         scale=scale,
         enable_gqa=True,
@@ -93,10 +94,15 @@ def _attend_causally(queries: Tensor, keys: Tensor, values: Tensor, window: int,
     return attended.squeeze(0).transpose(0, 1).reshape(queries.shape)
 
 
-def _mask(query_len: int, num_keys: int, window: int, device: torch.device) -> Tensor:
-    """Which keys each query sees: bool `[query_len, num_keys]`; the last query stands at the last key."""
-    distance = torch.arange(num_keys - query_len, num_keys, device=device).unsqueeze(1) - torch.arange(
-        num_keys, device=device
-    )
-    visible = distance >= 0
-    return visible & (distance < window) if window else visible
+def _mask(span: SequenceSpan, plan: AttentionPlan, queries: Tensor) -> Tensor:
+    """0 where a query sees a key, else -inf: `[query_len, num_keys]`, of the queries' dtype."""
+    mask = plan.masks.get(span.row)
+    if mask is None:
+        key_at = torch.arange(span.num_keys, device=queries.device)
+        query_at = key_at[span.num_keys - span.query_len :].unsqueeze(1)
+        hidden = key_at > query_at
+        if plan.window:
+            hidden |= key_at <= query_at - plan.window
+        mask = torch.zeros(hidden.shape, dtype=queries.dtype, device=queries.device)
+        plan.masks[span.row] = mask.masked_fill_(hidden, float("-inf"))
+    return mask

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from phloem.kernels import ops
+from phloem.kernels.types import LinearWeight
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE)
@@ -92,3 +93,24 @@ def test_rope_write_kv_rotates_and_writes_only_its_slots(
     others = torch.ones(num_slots, dtype=torch.bool).index_fill_(0, write_index, False)
     assert bool((k_pages.flatten(0, 1)[others] == 7.0).all())
     assert bool((v_pages.flatten(0, 1)[others] == 7.0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 8, 17, 100])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("num_in", "num_out"), [(48, 80), (512, 3072)])
+def test_linear_agrees_with_float64_in_every_layout(
+    num_in: int, num_out: int, shared: bool, has_bias: bool, num_tokens: int, dtype: torch.dtype
+) -> None:
+    weight = randn(num_out, num_in, dtype=dtype) / num_in**0.5
+    bias = randn(num_out, dtype=dtype, seed=1) if has_bias else None
+    x = randn(num_tokens, num_in, dtype=dtype, seed=2)
+    expected = x.double() @ weight.double().T
+    if bias is not None:
+        expected += bias.double()
+    prepared = ops.prepare_linear(LinearWeight(weight, bias), shared=shared)
+    assert_agrees(ops.linear(x, prepared), expected, dtype)
+    assert_agrees(ops.linear(x, LinearWeight(weight, bias)), expected, dtype)
+    if shared:
+        assert torch.equal(prepared.weight, weight)
