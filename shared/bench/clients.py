@@ -42,7 +42,7 @@ _BATCH_SESSIONS = 64
 _BATCH_BYTES = 1 << 20
 _BATCHES_AHEAD = 16
 # Between the order to begin and the beginning: the first batches are there by then.
-_LEAD_S = 0.3
+_LEAD_S = 0.1
 _STOP_GRACE_S = 5.0
 
 OnTick = Callable[[Tick], None]

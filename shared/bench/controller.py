@@ -34,6 +34,8 @@ from phloem.shared.bench.ticks import TickSum
 from phloem.shared.bench.token_counter import TokenCounter
 from phloem.shared.errors import ConfigError
 
+_PROBE_SEED = -1
+
 
 class Watcher(Protocol):
     """Is told how the run goes. Called from the event loop: must return at once."""
@@ -57,9 +59,12 @@ class Controller:
         self._counter = TokenCounter(Path(options.tokenizer)) if options.tokenizer else None
         ids = range(*options.token_ids) if options.token_ids else None
         self._source = make_source(options.prompt_kind, self._counter, ids)
-        self._example = next(self._supply().take(1), None)
-        if self._example is None:
+        first = next(self._supply().take(1), None)
+        if first is None:
             raise ConfigError("the dataset has no request within the limits")
+        # Of the dataset's kind but none of it: what a probe leaves in a prefix cache must not be hit.
+        probe_source = make_source(first.kind, self._counter, ids)
+        self._example = next(warmup_sessions(iter([first]), probe_source, 1, seed=_PROBE_SEED))
         self._targets: list[TargetRun] = []
         self._groups: list[ClientGroup] = []
         self._lag: list[LagSamples] = []
@@ -73,7 +78,6 @@ class Controller:
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
         for spec in self._options.targets:
             self._watcher.phase(f"probing {spec.name}", 0)
-            assert self._example is not None
             self._targets.append(TargetRun(await probe(spec, self._example), self._supply()))
         async with self._clients():
             await self._warm_up()

@@ -19,7 +19,8 @@ class LagReport(msgspec.Struct, frozen=True, kw_only=True):
     """The client's lateness in milliseconds over a run, and the verdict.
 
     `loop`: of timers; `spans`: of the last of the reads that came together; `dispatch`: of requests behind
-    the open loop's schedule. `cpu_share` is the busiest client process's share of one core. `is_spoiled`
+    the open loop's schedule. `cpu_share` is the busiest client process's share of one core,
+    `priority` how it was scheduled. `is_spoiled`
     when the 99th percentile of one of them is over `limit_ms`.
     """
 
@@ -28,6 +29,7 @@ class LagReport(msgspec.Struct, frozen=True, kw_only=True):
     spans: Summary | None
     dispatch: Summary | None
     cpu_share: float
+    priority: str
     is_spoiled: bool
     reason: str = ""
 
@@ -62,6 +64,7 @@ def judge_lag(
         spans=kinds["reading"],
         dispatch=kinds["sending"],
         cpu_share=max((sample.cpu_s / sample.wall_s for sample in samples if sample.wall_s > 0), default=0.0),
+        priority=next((sample.priority for sample in samples), ""),
         is_spoiled=bool(late),
         reason=reason if late else "",
     )

@@ -111,13 +111,15 @@ class Records(msgspec.Struct, frozen=True, tag="records"):
 class LagSamples(msgspec.Struct, frozen=True, kw_only=True):
     """How late the client was, in seconds, as float64: `loop` a timer's callback, `spans` how long it was
     busy with reads that came together (the last of them was stamped at most so late), `dispatch` a request
-    of the open loop against its schedule. `cpu_s` of `wall_s` it computed."""
+    of the open loop against its schedule. `cpu_s` of `wall_s` it computed, at
+    `priority`."""
 
     loop: bytes = b""
     spans: bytes = b""
     dispatch: bytes = b""
     cpu_s: float = 0.0
     wall_s: float = 0.0
+    priority: str = ""
 
 
 class BlockDone(msgspec.Struct, frozen=True, tag="done"):

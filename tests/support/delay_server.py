@@ -24,6 +24,8 @@ import httptools
 import msgspec
 import uvloop
 
+from phloem.shared.bench.client.lag import ask_for_priority
+
 
 class Delay(msgspec.Struct, frozen=True):
     """`ttft_ms` to the first token, then `itl_ms` between chunks; with `tail` > 0 gaps are `itl_ms` times a
@@ -275,6 +277,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--many", action="store_true", help="libuv: many sockets, timers to the millisecond")
     args = parser.parse_args()
+    ask_for_priority()  # so that what it logs is what it did, and not how it waited for a core
     factory = uvloop.new_event_loop if args.many else _loop_with_fine_timers
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(serve(args.port))

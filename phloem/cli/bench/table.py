@@ -105,7 +105,8 @@ def _cell(value: float | int | str | None, digits: int) -> str:
 def _lines(result: RunResult) -> Iterator[str]:
     lag = result.lag
     late = lag.loop.p99 if lag.loop is not None else 0.0
-    yield f"client: p99 lag {late:.1f} ms (limit {lag.limit_ms:.1f}), {lag.cpu_share:.0%} of a core"
+    limit = f"limit {lag.limit_ms:.1f}"
+    yield f"client: p99 lag {late:.1f} ms ({limit}), {lag.cpu_share:.0%} of a core, {lag.priority}"
     for target in result.targets:
         for trial in target.trials:
             verdict = "holds" if trial.holds else "fails"

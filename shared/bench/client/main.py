@@ -16,7 +16,7 @@ import uvloop
 
 from phloem.shared.bench.client.block import BlockRunner, Counters
 from phloem.shared.bench.client.connection import Inbox
-from phloem.shared.bench.client.lag import LagMeter, forbid_gc_pauses
+from phloem.shared.bench.client.lag import LagMeter, ask_for_priority, forbid_gc_pauses
 from phloem.shared.bench.client.requester import Requester
 from phloem.shared.bench.protocol import (
     Begin,
@@ -165,6 +165,7 @@ async def _main() -> None:
 
 def main() -> None:
     """Returns when the controller has closed its end."""
+    ask_for_priority()
     forbid_gc_pauses()
     with contextlib.suppress(ConnectionError), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_main())
