@@ -147,7 +147,7 @@ def test_a_killed_decode_container_costs_no_hang_and_no_later_answer(cluster: Ch
     def stream() -> None:
         messages = [{"role": "user", "content": "Tell me a very long story about a tree."}]
         try:
-            for piece in cluster.stream(MODEL, messages, temperature=0, max_tokens=1500, ignore_eos=True):
+            for piece in cluster.stream(MODEL, messages, temperature=0, max_tokens=400, ignore_eos=True):
                 pieces.append(piece)
                 if len(pieces) == 5:
                     streaming.set()
