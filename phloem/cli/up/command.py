@@ -125,7 +125,7 @@ class UpRun:
             progress=lambda stage, done, total: display.stage("model", Stage(stage, done, total)),
             need_weights=options.load_format != "dummy",
         )
-        display.ready("model", str(path))
+        display.ready("model", path.name)
         return path
 
     def _plan(self, redis_url: str, model_dir: Path) -> list[ChildSpec]:

@@ -8,10 +8,12 @@ from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from phloem.cli.up.child_log import Stage
 
 READY = "ready"
+_ROW_WIDTH = 12
 
 
 class Display(Protocol):
@@ -42,9 +44,9 @@ class BarDisplay:
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
             SpinnerColumn(finished_text="[green]✓[/]"),
-            TextColumn("{task.fields[row]}"),
+            TextColumn("{task.fields[row]}", table_column=Column(no_wrap=True, min_width=_ROW_WIDTH)),
             BarColumn(bar_width=24),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             TimeElapsedColumn(),
             console=console,
         )
