@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,3 +186,36 @@ def test_a_named_dtype_is_taken_as_it_is(model_dir: Path) -> None:
     assert resolve_dtype("bfloat16", model_dir, CPU) == torch.bfloat16
     with pytest.raises(ConfigError, match="float32, bfloat16, float16"):
         resolve_dtype("int3", model_dir, CPU)
+
+
+# Loads a model and prints how far its private memory grew at most, in bytes.
+MEASURE = """
+import sys, threading
+from pathlib import Path
+import torch
+from phloem.shared.engine.weights.loader import load_decoder
+
+def private_bytes():
+    line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+def watch():
+    while not done.wait(0.001):
+        seen.append(private_bytes())
+
+before, seen, done = private_bytes(), [], threading.Event()
+thread = threading.Thread(target=watch)
+thread.start()
+load_decoder(Path(sys.argv[1]), load_format="auto", dtype=torch.bfloat16, device=torch.device("cpu"),
+             progress=lambda done, total: None)
+done.set()
+thread.join()
+print(max(seen) - before)
+"""
+
+
+def test_weights_are_never_in_memory_twice(smollm2_dir: Path) -> None:
+    command = [sys.executable, "-c", MEASURE, str(smollm2_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120.0)
+    stored = (smollm2_dir / "model.safetensors").stat().st_size
+    assert stored * 0.9 < int(done.stdout) < stored * 1.25
