@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-from phloem.shared.bench.bootstrap import ClusteredValues, ratio_intervals
+from phloem.shared.bench.bootstrap import ClusteredValues, RatesOfRounds, ratio_intervals
 from phloem.shared.bench.figures import latency_values
 from phloem.shared.bench.record import RequestRecord
 from phloem.shared.bench.result import RunResult, TargetResult
@@ -145,27 +145,25 @@ def _throughputs(a: TargetResult, b: TargetResult, clusters: _Clusters, seed: in
             continue
         interval = None
         if clusters.are_rounds:
-            # A round's throughput counts as one value: rounds have equal numbers of requests or seconds.
-            rates = [ClusteredValues([[rate] for rate in _rates(target, name)]) for target in (a, b)]
             interval = ratio_intervals(
-                rates[0],
-                rates[1],
+                RatesOfRounds(list(_rounds(a, name))),
+                RatesOfRounds(list(_rounds(b, name))),
                 (len(a.blocks), len(b.blocks)),
-                ("mean",),
+                ("rate",),
                 is_paired=clusters.is_paired,
                 num_resamples=_MAX_RESAMPLES,
                 seed=seed,
-            )["mean"]
+            )["rate"]
         yield _ratio(label, whole_a, whole_b, interval, lower_is_better=False)
 
 
-def _rates(target: TargetResult, name: str) -> Iterator[float]:
-    """The throughput of each round."""
+def _rounds(target: TargetResult, name: str) -> Iterator[tuple[float, float]]:
+    """What each round got done, and in how long."""
     numbers = sorted({record.block for record in target.records})
     for number, block in zip(numbers, target.blocks, strict=False):
         done = [record for record in target.records if record.block == number and not record.error]
         count = len(done) if name == "request_throughput" else sum(r.output_tokens or 0 for r in done)
-        yield count / block.duration_s
+        yield float(count), block.duration_s
 
 
 def _ratio(

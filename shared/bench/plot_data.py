@@ -13,6 +13,9 @@ from phloem.shared.bench.timing import chunk_token_counts, timing_of
 _CDF_POINTS = 400
 _MAX_DOTS = 5000
 _NUM_BINS = 120
+# Chunks that came in one read have no gap: they are drawn at the edge of a logarithmic axis.
+_LEAST_MS = 0.01
+_LOG_FROM = 10
 _CDFS = (
     ("ttft", "Time to first token"),
     ("itl", "Inter-token latency"),
@@ -57,8 +60,10 @@ def _cdf(metric: str, title: str, good: dict[str, list[RequestRecord]]) -> Chart
     for name, records in good.items():
         values = latency_values([timing_of(record) for record in records])
         xs, ys = cdf_points(values.get(metric) or (values.get("chunk_itl", []) if metric == "itl" else []))
-        curves.append(Curve(name, xs, ys))
-    return Chart(title, "ms", "share of values below", True, curves)
+        curves.append(Curve(name, [max(x, _LEAST_MS) for x in xs], ys))
+    points = [x for curve in curves for x in curve.xs]
+    is_wide = bool(points) and max(points) > _LOG_FROM * min(points)
+    return Chart(title, "ms", "share of values below", is_wide, curves)
 
 
 def cdf_points(values: Sequence[float], num_points: int = _CDF_POINTS) -> tuple[list[float], list[float]]:

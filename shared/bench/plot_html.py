@@ -110,10 +110,9 @@ def _svg(chart: Chart) -> str:
 def _axes(chart: Chart) -> tuple[_Axis, _Axis]:
     xs = [x for curve in chart.curves for x in curve.xs]
     ys = [y for curve in chart.curves for y in curve.ys]
-    is_log = chart.is_x_log and min(xs) > 0 and max(xs) > 3 * min(xs)
-    x_low = min(xs) if chart.is_x_log else 0.0
+    x_low = min(xs) if chart.x_label == "ms" else 0.0
     return (
-        _Axis(x_low, max(max(xs), x_low + 1e-6), _LEFT, _WIDTH - _RIGHT, is_log),
+        _Axis(x_low, max(max(xs), x_low + 1e-6), _LEFT, _WIDTH - _RIGHT, chart.is_x_log),
         _Axis(0.0, max(max(ys) * 1.05, 1e-6), _HEIGHT - _BOTTOM, _TOP, False),
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from phloem.shared.bench.plot_data import Chart, charts_of
 from phloem.shared.bench.result import RunResult
@@ -29,8 +30,10 @@ def _draw(axes: Axes, chart: Chart) -> None:
     for curve in chart.curves:
         style = {"linestyle": "none", "marker": ".", "markersize": 3} if curve.dots else {"linewidth": 1.5}
         axes.plot(curve.xs, curve.ys, label=curve.name, **style)
-    if chart.is_x_log and all(x > 0 for curve in chart.curves for x in curve.xs):
+    if chart.is_x_log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

@@ -222,6 +222,7 @@ def test_compare_tells_faster_from_alike(slow_and_fast: Path, capsys: pytest.Cap
     assert run(["bench", "compare", f"{slow_and_fast}#slow", f"{slow_and_fast}#fast"]) == 0
     shown = capsys.readouterr().out
     assert "fast / slow" in shown
+    assert "separate runs" not in shown
     assert "better" in shown
 
 

@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from phloem.shared.bench.arrivals import Arrival, Rate, arrival_times, parse_ramp
-from phloem.shared.bench.bootstrap import ClusteredValues, interval, ratio_intervals
+from phloem.shared.bench.bootstrap import (
+    ClusteredValues,
+    RatesOfRounds,
+    interval,
+    ratio_intervals,
+    student_quantile,
+)
 from phloem.shared.bench.lag_report import judge_lag
 from phloem.shared.bench.options import SearchOptions
 from phloem.shared.bench.protocol import LagSamples
@@ -146,7 +153,27 @@ def test_pairing_takes_out_a_common_drift() -> None:
 
 
 def test_an_interval_of_what_is_no_number_is_none() -> None:
-    assert interval([1.0, float("nan")]) is None
+    assert interval([1.0, float("nan")], 10) is None
+    assert interval([1.0, 1.1], 1) is None
+
+
+@pytest.mark.parametrize("degrees", [4, 9, 30, 1000])
+def test_student_quantile_is_scipys(degrees: int) -> None:
+    assert student_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=0.01)
+
+
+def test_few_rounds_make_a_wider_interval() -> None:
+    values = [index / 1000 for index in range(1001)]
+    many, few = interval(values, 1000), interval(values, 5)
+    assert many is not None and few is not None
+    assert many == pytest.approx((0.025, 0.975), abs=1e-3)
+    assert few[0] < 0.002 and few[1] > 0.998
+
+
+def test_rate_of_rounds_weighs_them_by_their_time() -> None:
+    rates = RatesOfRounds([(10, 1.0), (10, 4.0)])
+    assert rates.stat("rate") == pytest.approx(4.0)
+    assert rates.stat("rate", [2, 0]) == pytest.approx(10.0)
 
 
 def lag_of(milliseconds: list[float]) -> LagSamples:

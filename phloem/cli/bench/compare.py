@@ -22,19 +22,23 @@ def compare(
     seed: Annotated[int, Parameter(help="of the resampling")] = 0,
 ) -> int:
     """Ratios of two results, with 95% bootstrap intervals."""
-    first, first_target = _pick(a)
-    second, second_target = _pick(b)
+    results: dict[Path, RunResult] = {}  # two targets of one file are of one run
+    first, first_target = _pick(a, results)
+    second, second_target = _pick(b, results)
     comparison = compare_targets(first, first_target, second, second_target, seed=seed)
     print_comparison(comparison, Console(highlight=False))
     return 0
 
 
-def _pick(text: str) -> tuple[RunResult, TargetResult]:
+def _pick(text: str, results: dict[Path, RunResult]) -> tuple[RunResult, TargetResult]:
     """The result and the target that FILE#TARGET names. Raises `ConfigError`."""
-    path, _, name = text.partition("#")
-    result = read_result(Path(path))
+    file, _, name = text.partition("#")
+    path = Path(file).resolve()
+    if path not in results:
+        results[path] = read_result(path)
+    result = results[path]
     targets = [target for target in result.targets if not name or target.name == name]
     if len(targets) != 1:
         names = ", ".join(target.name for target in result.targets)
-        raise ConfigError(f"{path} has the targets {names}: name one as {path}#NAME")
+        raise ConfigError(f"{file} has the targets {names}: name one as {file}#NAME")
     return result, targets[0]
