@@ -23,6 +23,7 @@ from phloem.shared.engine.handover_send import HandoverSender
 from phloem.shared.engine.outbox import Outbox
 from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.rates import Rates
+from phloem.shared.engine.request_ends import RequestEnds
 from phloem.shared.engine.requests import Request, Status, StepPlan
 from phloem.shared.engine.scheduler import Limits, Scheduler
 from phloem.shared.engine.step_runner import LaunchedStep, StepRunner
@@ -44,7 +45,7 @@ from phloem.shared.protocol.engine import (
     Stop,
     TreeDump,
 )
-from phloem.shared.protocol.session import EndReason, PeerRef
+from phloem.shared.protocol.session import PeerRef
 from phloem.shared.transfer.events import (
     CancelReceived,
     ChannelLost,
@@ -116,6 +117,7 @@ class Engine:
         self._receiver = HandoverReceiver(
             parts.channels, parts.store, timeout_s=parts.handover_timeout_s, clock=parts.clock
         )
+        self._ends = RequestEnds(self._scheduler, self._sender, self._receiver, self._outbox)
         self._order = 0
         self._num_turns = 0
         self._num_steps = 0
@@ -155,7 +157,7 @@ class Engine:
             self._collect()
         self._tick()
         self._flush()
-        self._settle_sent(self._sender.pump())
+        self._ends.handovers(self._sender.pump())
         launched = self._launch()
         overdue = len(self._in_flight) > (1 if launched else 0)
         if overdue:
@@ -166,10 +168,10 @@ class Engine:
         scheduled = self._scheduler.schedule()
         now_s = self._clock()
         for refusal in scheduled.refused:
-            self._drop(refusal.request, "failed", refusal.error)
+            self._ends.drop(refusal.request, "failed", refusal.error)
         for request in scheduled.reserved:
             request.admitted_s = now_s
-            self._fail_all([self._receiver.reserved(request)])
+            self._ends.handovers([self._receiver.reserved(request)])
         plan = scheduled.plan
         if not plan.rows:
             return False
@@ -190,18 +192,9 @@ class Engine:
         for made in self._scheduler.collect(plan, token_ids):
             self._outbox.token(made.request, made.token_id, made.finish_reason, now_s)
             if made.finish_reason is not None:
-                self._sender.drop(made.request.key, "finished")
-                self._outbox.ended(made.request, "finished")
+                self._ends.drop(made.request, "finished")
             elif made.request.status is Status.SENDING:
                 self._sender.tokens_made(made.request, [made.token_id])
-
-    def _settle_sent(self, ended: list[Ended]) -> None:
-        """Hand-overs that came to an end on the prefill side."""
-        for key, error in ended:
-            request = self._scheduler.get(key)
-            if request is not None:
-                self._scheduler.end(request)
-                self._outbox.ended(request, "failed" if error else "handed_over", error)
 
     def _flush(self) -> None:
         self._outbox.flush(self._num_turns, self._account.tree.take_events(), self._load())
@@ -213,15 +206,12 @@ class Engine:
             return
         self._next_tick_s = now_s + _TICK_S
         self._transfer_bytes_per_s = self._parts.transfer_bytes_per_s()
-        self._fail_all(list(self._receiver.expired()))
+        self._ends.handovers(self._receiver.expired())
         in_the_way = self._sender.in_the_way()
         if in_the_way is not None:
             error = ErrorInfo("handover_no_room", "the decode worker has no room for it yet", True, 503)
-            self._drop(in_the_way, "failed", error)
-        for request in self._scheduler.live_requests():
-            if request.deadline_s < now_s:
-                error = ErrorInfo("deadline_exceeded", "the request's time is up", False, 504)
-                self._drop(request, "failed", error)
+            self._ends.drop(in_the_way, "failed", error)
+        self._ends.fail_overdue(now_s)
 
     # -- inbox -----------------------------------------------------------------------------------------
 
@@ -240,17 +230,15 @@ class Engine:
             case EngineSubmit():
                 self._submit(item)
             case EngineAbort(request_id, attempt):
-                self._abort(self._scheduler.get((request_id, attempt)))
+                self._ends.abort(self._scheduler.get((request_id, attempt)))
             case AbortGateway(gateway):
-                for request in self._scheduler.live_requests():
-                    if request.gateway == gateway:
-                        self._abort(request)
+                self._ends.abort_gateway(gateway)
             case PeerUp(peer, address):
                 if self._parts.dials_peers:
                     self._parts.channels.peer_up(peer, address)
             case PeerDown(peer):
                 self._parts.channels.peer_down(peer)
-                self._peer_lost(peer, ErrorInfo("peer_gone", "the worker is gone", True, 503))
+                self._ends.fail_peers_requests(peer, ErrorInfo("peer_gone", "the worker is gone", True, 503))
             case FlushCache(tag):
                 self._account.flush()
                 self._parts.send(Reply(tag))
@@ -279,15 +267,15 @@ class Engine:
             case SlotAvailable():
                 pass  # the turn that follows pumps
             case PieceReceived():
-                self._fail_all([self._receiver.on_piece(event)])
+                self._ends.handovers([self._receiver.on_piece(event)])
             case LastReceived(peer, last):
                 self._received(*self._receiver.on_last(peer, last), token_ids=last.token_ids)
             case CancelReceived(peer, side, cancel):
                 if side == "decode":
-                    self._fail_all([self._receiver.on_cancel(peer, cancel)])
+                    self._ends.handovers([self._receiver.on_cancel(peer, cancel)])
                 else:
                     ended = self._sender.on_cancel(peer, (cancel.request_id, cancel.attempt))
-                    self._fail_all([ended])
+                    self._ends.handovers([ended])
 
     def _submit(self, message: EngineSubmit) -> None:
         submit = message.submit
@@ -321,52 +309,18 @@ class Engine:
                 param="prompt",
             )
 
-    # -- ends ------------------------------------------------------------------------------------------
-
-    def _abort(self, request: Request | None) -> None:
-        if request is not None:
-            self._drop(request, "aborted", None)
-
-    def _drop(self, request: Request, reason: EndReason, error: ErrorInfo | None) -> None:
-        """Ends a request from our side; the peer of its hand-over is told."""
-        code = error.code if error else "aborted"
-        if request.phase == "prefill":
-            self._sender.drop(request.key, code)
-        elif request.phase == "decode":
-            self._receiver.drop(request.key, code)
-        self._finish(request, reason, error)
-
-    def _finish(self, request: Request, reason: EndReason, error: ErrorInfo | None) -> None:
-        self._scheduler.end(request)
-        self._outbox.ended(request, reason, error)
-
-    def _fail_all(self, ended: list[Ended | None]) -> None:
-        for item in ended:
-            request = None if item is None else self._scheduler.get(item.key)
-            if item is not None and request is not None:
-                self._finish(request, "failed", item.error)
-
     def _received(self, request: Request | None, ended: Ended | None, *, token_ids: list[int]) -> None:
-        self._fail_all([ended])
+        self._ends.handovers([ended])
         if request is not None:
             self._scheduler.received(request, token_ids)
 
     def _channel_lost(self, peer: PeerRef, side: str, error: ErrorInfo) -> None:
         log.warning("KV channel with %s (as %s) is lost: %s", peer.worker_id, side, error.message)
-        if side == "decode":
-            self._fail_all(list(self._receiver.on_lost(peer, error)))
-        else:
-            self._fail_all(list(self._sender.on_lost(peer, error)))
-
-    def _peer_lost(self, peer: PeerRef, error: ErrorInfo) -> None:
-        """Also those that no channel knows of yet: they would wait for a peer that never comes."""
-        for request in self._scheduler.live_requests():
-            if request.phase != "both" and request.peer == peer:
-                self._drop(request, "failed", error)
+        end = self._receiver if side == "decode" else self._sender
+        self._ends.handovers(end.on_lost(peer, error))
 
     def _stop(self) -> None:
-        for request in self._scheduler.live_requests():
-            self._drop(request, "aborted", None)
+        self._ends.abort_all()
         while self._in_flight:
             self._collect()
         self._flush()
