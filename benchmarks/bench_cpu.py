@@ -230,12 +230,20 @@ def bars_of(results: Results) -> list[Bar]:
     ]
 
 
+def sleep_between_work() -> None:
+    """Restarts this process so that OpenMP's idle threads sleep, as those of the workers do: otherwise the
+    reference and the clusters would take the cores from each other."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--check", action="store_true", help="exit with 1 when a bar is missed")
     options = parser.parse_args()
+    sleep_between_work()
     model_dir = resolve_model(
         MODEL, cache_dir=Path(os.environ.get("PHLOEM_CACHE", "~/.cache/phloem/models")).expanduser()
     )
