@@ -24,6 +24,7 @@ from phloem.cli.up.command import UpRun
 from phloem.cli.up.config import UpConfig
 from phloem.cli.up.devices import count_gpus
 from phloem.cli.up.display import LineDisplay
+from phloem.cli.up.model import prepare_model
 from phloem.cli.up.plan import ChildSpec, Kind, Surroundings, placed_options, plan_services, served_model_name
 from phloem.cli.up.ports import bound_socket, free_port, require_free_port
 from phloem.cli.up.restart_policy import next_restart
@@ -189,6 +190,15 @@ async def test_up_with_a_model_that_is_none_stops_what_it_started(tmp_path: Path
     assert [child.name() for child in psutil.Process().children()] == []
 
 
+async def test_model_is_prepared_by_a_child_that_says_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    stages: list[Stage] = []
+    path = await prepare_model(str(tmp_path), need_weights=False, on_stage=stages.append)
+    assert path == tmp_path
+    with pytest.raises(PhloemError, match="no safetensors"):
+        await prepare_model(str(tmp_path), need_weights=True, on_stage=stages.append)
+
+
 def test_curl_line_survives_a_shell() -> None:
     line = curl_line("http://127.0.0.1:30000", "it's", needs_key=True)
     assert line.startswith('curl http://127.0.0.1:30000/v1/chat/completions -H "Authorization')
@@ -301,6 +311,7 @@ def test_killed_supervisor_leaves_no_child(tmp_path: Path) -> None:
     program = f"""
 import asyncio, os, sys
 from pathlib import Path
+from phloem.cli.up.model import prepare_model
 from phloem.cli.up.plan import ChildSpec
 from phloem.cli.up.supervisor import Supervisor
 

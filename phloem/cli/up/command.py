@@ -26,6 +26,7 @@ from phloem.cli.up.config import UpConfig
 from phloem.cli.up.devices import count_gpus
 from phloem.cli.up.display import Display, display_for
 from phloem.cli.up.first_answer import first_answer
+from phloem.cli.up.model import prepare_model
 from phloem.cli.up.plan import ChildSpec, Surroundings, plan_services, served_model_name
 from phloem.cli.up.ports import free_port, require_free_port
 from phloem.cli.up.readiness import gateway_url, wait_until_ready
@@ -37,7 +38,6 @@ from phloem.shared.discovery.registry import Registry
 from phloem.shared.discovery.snapshot import ClusterSnapshot
 from phloem.shared.errors import ConfigError, PhloemError
 from phloem.shared.lifecycle.service import run_service, stop_event
-from phloem.shared.model_store.resolve import default_cache_dir, resolve_model
 from phloem.shared.telemetry.logs import LogOptions
 
 _ANSWER_TIMEOUT_S = 120.0
@@ -118,12 +118,10 @@ class UpRun:
     async def _model(self, display: Display) -> Path:
         options = self._config.engine
         display.stage("model", Stage(f"looking for {options.model_path}", 0, 0))
-        path = await asyncio.to_thread(
-            resolve_model,
+        path = await prepare_model(
             options.model_path,
-            cache_dir=default_cache_dir(),
-            progress=lambda stage, done, total: display.stage("model", Stage(stage, done, total)),
             need_weights=options.load_format != "dummy",
+            on_stage=lambda stage: display.stage("model", stage),
         )
         display.ready("model", path.name)
         return path
