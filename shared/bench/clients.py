@@ -85,11 +85,14 @@ class ClientGroup:
         for client in self._clients:
             await client.prepare(_share(start, client.index, self._num_clients), feed)
         start_at = time.monotonic() + _LEAD_S
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(client.run_block(Begin(start.block, start_at), feed))
-                for client in self._clients
-            ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(client.run_block(Begin(start.block, start_at), feed))
+                    for client in self._clients
+                ]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
         records = [record for task in tasks for record in task.result()[0]]
         ended_s = max((record.ended_s for record in records), default=start_at)
         lag = [task.result()[1] for task in tasks]

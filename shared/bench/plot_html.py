@@ -103,7 +103,7 @@ def _svg(chart: Chart) -> str:
         parts.append(
             _dots(curve, x_axis, y_axis, color) if curve.dots else _line(curve, x_axis, y_axis, color)
         )
-        parts.append(_legend(curve.name, color, index))
+        parts.append(_legend(curve.name, color, len(chart.curves) - index))
     return f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
@@ -145,11 +145,12 @@ def _dots(curve: Curve, x_axis: _Axis, y_axis: _Axis, color: str) -> str:
     return f'<g fill="{color}" fill-opacity="0.55">{circles}</g>'
 
 
-def _legend(name: str, color: str, index: int) -> str:
-    y = _TOP + 12 + 14 * index
+def _legend(name: str, color: str, place: int) -> str:
+    """In the title's row, the `place`-th from the right."""
+    x = _WIDTH - _RIGHT - 110 * place
     return (
-        f'<rect x="{_WIDTH - 150}" y="{y - 8}" width="9" height="9" fill="{color}"/>'
-        f'<text x="{_WIDTH - 136}" y="{y}">{escape(name[:24])}</text>'
+        f'<rect x="{x}" y="9" width="9" height="9" fill="{color}"/>'
+        f'<text x="{x + 14}" y="18">{escape(name[:14])}</text>'
     )
 
 
@@ -162,6 +163,8 @@ def _linear_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10, ... over few decades, else 1, 10, 100, ..."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
+    factors = (1, 2, 5) if len(decades) <= 4 else (1,)
+    ticks = [factor * 10.0**decade for decade in decades for factor in factors]
     return [tick for tick in ticks if low <= tick <= high]

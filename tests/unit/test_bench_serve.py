@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import statistics
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import msgspec
 import openai
+import psutil
 import pytest
 
 from phloem.shared.bench.client.connection import Inbox
@@ -20,7 +22,7 @@ from phloem.shared.bench.controller import Controller
 from phloem.shared.bench.datasets.options import DatasetOptions
 from phloem.shared.bench.lengths import LengthRange
 from phloem.shared.bench.options import LoadOptions, SearchOptions
-from phloem.shared.bench.protocol import ApiName
+from phloem.shared.bench.protocol import ApiName, Tick
 from phloem.shared.bench.result import RunResult, TargetResult, read_result, write_result
 from phloem.shared.bench.slo import parse_slo
 from phloem.shared.bench.statistics import summarize
@@ -353,7 +355,7 @@ async def test_interrupted_run_keeps_what_it_has(url: str) -> None:
     options = bench_options(delay_target(url, ttft_ms=20), load=LoadOptions(concurrency=1, duration_s=60.0))
 
     class Stopper(SilentWatcher):
-        def tick(self, tick: Any) -> None:
+        def tick(self, tick: Tick) -> None:
             if tick.succeeded >= 3:
                 controller.stop()
 
@@ -363,6 +365,35 @@ async def test_interrupted_run_keeps_what_it_has(url: str) -> None:
     completed = result.targets[0].figures["completed"]
     assert isinstance(completed, int)
     assert completed >= 3
+
+
+async def test_a_second_stop_gives_up_what_is_in_flight(url: str) -> None:
+    options = bench_options(delay_target(url, fail="hang", fail_every=1), timeout_s=600.0)
+
+    class Stopper(SilentWatcher):
+        def tick(self, tick: Tick) -> None:
+            if tick.in_flight and any("round" in phase for phase in self.phases):
+                controller.stop()
+
+    controller = Controller(options, Stopper(), [])
+    async with asyncio.timeout(60):
+        result = await controller.run()
+    assert result.is_interrupted
+    assert result.problems == ["t: no request succeeded"]
+
+
+async def test_a_client_that_dies_is_an_error_and_no_hang(url: str) -> None:
+    options = bench_options(delay_target(url, fail="hang", fail_every=1), timeout_s=600.0)
+
+    class Killer(SilentWatcher):
+        def tick(self, tick: Tick) -> None:
+            for child in psutil.Process().children():
+                if "phloem.shared.bench.client.main" in child.cmdline():
+                    child.kill()
+
+    async with asyncio.timeout(60):
+        with pytest.raises(PhloemError, match="client process 0 ended early"):
+            await run_bench(options, Killer())
 
 
 async def test_result_survives_its_file_and_hides_keys(url: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from phloem.shared.bench.comparison import Comparison, Ratio
@@ -13,9 +14,9 @@ _STYLES = {"better": "green", "worse": "red", "same": "", "unknown": "yellow"}
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """One row per figure: both values, their ratio, its interval, and what that says."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(f"{comparison.b} / {comparison.a}")
+    table.add_column(escape(f"{comparison.b} / {comparison.a}"))
     for title in (comparison.a, comparison.b, "ratio", "95% interval", ""):
-        table.add_column(title, justify="right")
+        table.add_column(escape(title), justify="right")
     for ratio in comparison.ratios:
         table.add_row(*_cells(ratio))
     console.print(table)

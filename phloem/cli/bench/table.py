@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from phloem.shared.bench.result import RunResult, TargetResult
@@ -69,25 +70,30 @@ def _counts_table(targets: Sequence[TargetResult]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("Serving benchmark")
     for target in targets:
-        table.add_column(target.name, justify="right")
+        table.add_column(escape(target.name), justify="right")
     for label, cells in _rows(targets, (*_COUNTS, *_STALLS, *_GOODPUT)):
         table.add_row(label, *cells)
     return table
 
 
 def _latency_table(targets: Sequence[TargetResult]) -> Table:
-    """A row for each latency and target, a column for each statistic."""
+    """A row for each latency (and target, where there are several), a column for each statistic."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("Latency (ms)")
     for stat in _STATS:
         table.add_column(stat.capitalize(), justify="right")
     for metric, title in _LATENCIES:
-        for target in targets:
-            cells = [_cell(target.figures.get(f"{stat}_{metric}_ms"), 2) for stat in _STATS]
-            label = title if len(targets) == 1 else f"{title}, {target.name}"
-            if cells[0] != _MISSING:
-                table.add_row(label, *cells)
+        rows = [(target.name, _stat_cells(target, metric)) for target in targets]
+        kept = [(name, cells) for name, cells in rows if cells[0] != _MISSING]
+        if kept and len(targets) > 1:
+            table.add_row(f"[bold]{title}[/]")
+        for name, cells in kept:
+            table.add_row(title if len(targets) == 1 else f"  {escape(name)}", *cells)
     return table
+
+
+def _stat_cells(target: TargetResult, metric: str) -> list[str]:
+    return [_cell(target.figures.get(f"{stat}_{metric}_ms"), 2) for stat in _STATS]
 
 
 def _rows(targets: Sequence[TargetResult], rows: Sequence[_Row]) -> list[tuple[str, list[str]]]:
