@@ -26,7 +26,7 @@ from phloem.shared.bench.plan import (
 )
 from phloem.shared.bench.probe import flush_cache, probe
 from phloem.shared.bench.prompt_source import make_source
-from phloem.shared.bench.protocol import LagSamples, Setup, Tick
+from phloem.shared.bench.protocol import Setup, Tick
 from phloem.shared.bench.rate_search import RateSearch
 from phloem.shared.bench.result import RunResult
 from phloem.shared.bench.summing_up import TargetRun, sum_up
@@ -67,7 +67,6 @@ class Controller:
         self._example = next(warmup_sessions(iter([first]), probe_source, 1, seed=_PROBE_SEED))
         self._targets: list[TargetRun] = []
         self._groups: list[ClientGroup] = []
-        self._lag: list[LagSamples] = []
         self._next_block = 0
         self._num_stops = 0
 
@@ -186,7 +185,7 @@ class Controller:
             seed=self._options.seed + len(search.trials),
         )
         target = self._targets[index]
-        trial = search.observe(target.good_share(result, self._options.objectives))
+        trial = target.judge_trial(search, result, self._options)
         if trial.holds or not target.results:
             target.results = [result]
 
@@ -211,9 +210,7 @@ class Controller:
             seed=seed,
         )
         block = start_block(options.load, block=self._take_block(), target=index, duration_s=duration_s)
-        result = await self._group(index).run_block(block, sessions)
-        self._lag.extend(result.lag)
-        return result
+        return await self._group(index).run_block(block, sessions)
 
     # parts
 
@@ -221,7 +218,6 @@ class Controller:
         return sum_up(
             self._options,
             self._targets,
-            self._lag,
             self._counter,
             environment=environment,
             started_at=started_at,

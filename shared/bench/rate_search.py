@@ -13,11 +13,13 @@ _LOWEST_RATE = 1e-3
 
 
 class Trial(msgspec.Struct, frozen=True):
-    """A rate (sessions per second), the share of good requests at it, and whether that held."""
+    """A rate (sessions per second), the share of good requests at it, and whether that held. It doesn't when
+    the client itself was too late to tell (`is_spoiled`)."""
 
     rate: float
     good_share: float
     holds: bool
+    is_spoiled: bool = False
 
 
 class RateSearch:
@@ -41,10 +43,11 @@ class RateSearch:
         """The rate to try; None when the search is over."""
         return self._rate
 
-    def observe(self, good_share: float) -> Trial:
+    def observe(self, good_share: float, *, is_spoiled: bool = False) -> Trial:
         """Takes the outcome of the trial at `next_rate`."""
         assert self._rate is not None
-        trial = Trial(self._rate, good_share, good_share >= self._options.share)
+        holds = good_share >= self._options.share and not is_spoiled
+        trial = Trial(self._rate, good_share, holds, is_spoiled)
         self.trials.append(trial)
         if self._is_confirming and trial.holds:
             self.found, self._rate = trial.rate, None

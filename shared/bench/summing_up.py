@@ -11,11 +11,9 @@ from phloem.shared.bench.lag_report import judge_lag
 from phloem.shared.bench.options import RunOptions
 from phloem.shared.bench.plan import SessionSupply
 from phloem.shared.bench.probe import Probed
-from phloem.shared.bench.protocol import LagSamples
-from phloem.shared.bench.rate_search import Trial
+from phloem.shared.bench.rate_search import RateSearch, Trial
 from phloem.shared.bench.record import RequestRecord
 from phloem.shared.bench.result import Block, RunResult, TargetResult, save_record
-from phloem.shared.bench.slo import Objective
 from phloem.shared.bench.token_check import CheckedRecords, check_tokens
 from phloem.shared.bench.token_counter import TokenCounter
 
@@ -37,12 +35,14 @@ class TargetRun:
     def add(self, result: BlockResult) -> None:
         self.results.append(result)
 
-    def good_share(self, result: BlockResult, objectives: Sequence[Objective]) -> float:
-        """The share of the block's requests that kept the objectives; failed ones did not."""
-        if not result.records:
-            return 0.0
-        figures = compute_figures(result.records, result.duration_s, objectives=objectives)
-        return figures.goodput.share if figures.goodput is not None else 0.0
+    def judge_trial(self, search: RateSearch, result: BlockResult, options: RunOptions) -> Trial:
+        """Tells the search what share of the trial's requests kept the objectives (failed ones did not), and
+        whether the client was fast enough to say so."""
+        figures = compute_figures(result.records, result.duration_s, objectives=options.objectives)
+        gap = _median_gap([figures])
+        lag = judge_lag(result.lag, limit_ms=options.max_lag_ms, median_chunk_itl_ms=gap)
+        share = figures.goodput.share if figures.goodput is not None else 0.0
+        return search.observe(share, is_spoiled=lag.is_spoiled)
 
     @property
     def records(self) -> list[RequestRecord]:
@@ -56,7 +56,6 @@ class TargetRun:
 def sum_up(
     options: RunOptions,
     targets: Sequence[TargetRun],
-    lag: Sequence[LagSamples],
     counter: TokenCounter | None,
     *,
     environment: Environment,
@@ -78,6 +77,7 @@ def sum_up(
         )
         for target, found in zip(targets, checked, strict=True)
     ]
+    lag = [sample for target in targets for result in target.results for sample in result.lag]
     report = judge_lag(lag, limit_ms=options.max_lag_ms, median_chunk_itl_ms=_median_gap(figures))
     names = [target.name for target in targets]
     problems = [
@@ -149,6 +149,10 @@ def _remarks(
         if figure.short_outputs:
             remarks.append(
                 f"{name}: {figure.short_outputs} answers are shorter than asked for: lengths differ"
+            )
+        if any(trial.is_spoiled for trial in target.trials):
+            remarks.append(
+                f"{name}: the search met the limit of the client, perhaps before that of the server"
             )
         if figure.resent:
             remarks.append(

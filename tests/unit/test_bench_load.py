@@ -95,6 +95,15 @@ def test_search_confirms_and_goes_lower_after_a_lucky_trial() -> None:
     assert 4.4 <= search.found <= 5.0
 
 
+def test_search_does_not_believe_a_late_client() -> None:
+    search = RateSearch(4.0, SearchOptions(precision=0.1))
+    while (rate := search.next_rate) is not None:
+        search.observe(1.0, is_spoiled=rate > 6.0)
+    assert search.found is not None
+    assert 5.4 <= search.found <= 6.0
+    assert any(trial.is_spoiled and not trial.holds for trial in search.trials)
+
+
 def test_search_gives_up_when_no_rate_holds() -> None:
     search = RateSearch(1.0, SearchOptions())
     while search.next_rate is not None:

@@ -115,7 +115,7 @@ def _lines(result: RunResult) -> Iterator[str]:
     yield f"client: p99 lag {late:.1f} ms ({limit}), {lag.cpu_share:.0%} of a core, {lag.priority}"
     for target in result.targets:
         for trial in target.trials:
-            verdict = "holds" if trial.holds else "fails"
+            verdict = "holds" if trial.holds else "client too late" if trial.is_spoiled else "fails"
             yield f"{target.name}: {trial.rate:.3g}/s: {trial.good_share:.1%} good, {verdict}"
         if target.trials:
             found = f"{target.found_rate:.3g} sessions/s" if target.found_rate else "none found"
