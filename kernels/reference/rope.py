@@ -7,10 +7,11 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    num_tokens, num_heads, head_dim = x.shape
-    halves = x.view(num_tokens, num_heads, 2, head_dim // 2)
-    swapped = halves.flip(2).view(num_tokens, num_heads, head_dim)
-    return torch.addcmul(x * cos, swapped, sin)
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half])
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
 
 
 def rope_write_kv(
