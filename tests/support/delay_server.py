@@ -44,6 +44,8 @@ class Delay(msgspec.Struct, frozen=True):
     counts: bool = True  # continuous usage when asked for
     cached_tokens: int = 0
     token_ids: bool = False
+    refuses: tuple[str, ...] = ()  # members whose name in the body makes it a bad request
+    usage: bool = True
 
 
 class _StreamOptions(msgspec.Struct, frozen=True):
@@ -119,16 +121,21 @@ class Connection(asyncio.Protocol):
         elif not url.endswith(("/completions", "/generate")):
             self._json(404, b'{"detail":"Not Found"}')
         else:
-            self._answer(url, msgspec.json.decode(body, type=_Request), request_id, received_s)
+            self._answer(url, body, request_id, received_s)
 
     def _json(self, status: int, body: bytes) -> None:
         head = f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         self._transport.write(head.encode() + body)
 
-    def _answer(self, url: str, request: _Request, request_id: str, received_s: float) -> None:
+    def _answer(self, url: str, body: bytes, request_id: str, received_s: float) -> None:
+        request = msgspec.json.decode(body, type=_Request)
         prompt = request.prompt or request.input_ids or request.text or str(request.messages)
         entry = self._log[request_id] = Entry(received_s, url, prompt)
         delay = request.delay
+        refused = [name for name in delay.refuses if name.encode() in body.replace(_delay_json(body), b"")]
+        if refused:
+            self._json(422, b'{"detail":"Unexpected fields: %b"}' % ", ".join(refused).encode())
+            return
         fails = delay.fail and _is_hit(request_id, delay.fail_every)
         if fails and delay.fail == "status":
             self._json(503, b'{"error":{"message":"the pool is full","code":"overloaded"}}')
@@ -204,7 +211,7 @@ class _Stream:
 
     def _end(self, events: bytes) -> None:
         usage = b""
-        if self._request.stream_options.include_usage and not self._fail:
+        if self._request.stream_options.include_usage and self._delay.usage and not self._fail:
             usage = b'data: {"choices":[],"usage":%b}\n\n' % self._usage()
         self._transport.write(_chunk(events + usage + b"data: [DONE]\n\n") + b"0\r\n\r\n")
 
@@ -233,6 +240,11 @@ class _Stream:
     def _num_prompt_tokens(self) -> int:
         prompt = self._entry.prompt
         return len(prompt) if isinstance(prompt, list) else len(prompt.split())
+
+
+def _delay_json(body: bytes) -> bytes:
+    """The member `delay`, which names what it refuses."""
+    return bytes(msgspec.json.decode(body, type=dict[str, msgspec.Raw]).get("delay", b"{}"))
 
 
 def _is_hit(request_id: str, every: int) -> bool:

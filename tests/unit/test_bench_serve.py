@@ -222,6 +222,32 @@ async def test_a_target_that_refuses_says_why(url: str) -> None:
         await run_bench(bench_options(delay_target(url, fail="status")))
 
 
+async def test_a_strict_target_is_asked_without_what_it_refuses(url: str) -> None:
+    refuses = ["continuous_usage_stats", "ignore_eos"]
+    result = await run_bench(bench_options(delay_target(url, ttft_ms=5, itl_ms=1, refuses=refuses)))
+    target = result.targets[0]
+    assert target.refused == ("continuous_usage_stats", "ignore_eos")
+    assert target.figures["completed"] == 10
+    assert target.figures["total_output_tokens"] == 80
+    assert "t: refused continuous_usage_stats, ignore_eos, so it was asked without" in result.remarks
+
+
+async def test_a_target_that_refuses_prompts_is_told_apart(url: str) -> None:
+    with pytest.raises(PhloemError, match=r"Unexpected fields: prompt.*--prompt-as text"):
+        await run_bench(bench_options(delay_target(url, refuses=["prompt"])))
+
+
+async def test_without_usage_counts_are_unknown_but_latencies_are_not(url: str) -> None:
+    target = delay_target(url, ttft_ms=5, itl_ms=1, usage=False, counts=False)
+    result = await run_bench(bench_options(target))
+    figures = result.targets[0].figures
+    assert figures["total_output_tokens"] is None
+    assert figures["output_throughput"] is None
+    assert "mean_tpot_ms" not in figures
+    assert isinstance(figures["mean_ttft_ms"], float)
+    assert "t: the server sends no usage: without --tokenizer token counts are unknown" in result.remarks
+
+
 async def test_turns_repeat_the_answers_before_them(url: str) -> None:
     options = bench_options(
         delay_target(url, api="chat", ttft_ms=2, itl_ms=1),
