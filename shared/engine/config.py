@@ -27,7 +27,7 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     ] = "auto"
     dtype: Annotated[
         DtypeName,
-        Meta(description="of weights and activations; auto: the model's own where the device is good at it"),
+        Meta(description="of weights and activations; auto: the model's own on a GPU, float32 on a CPU"),
     ] = "auto"
     load_format: Annotated[LoadFormat, Meta(description="dummy: random seeded weights")] = "auto"
     context_length: Annotated[

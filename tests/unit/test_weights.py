@@ -170,11 +170,12 @@ def test_an_unknown_load_format_is_refused(model_dir: Path) -> None:
     [
         ("float32", "cpu", torch.float32),
         ("float16", "cpu", torch.float32),
+        ("bfloat16", "cpu", torch.float32),
         ("float16", "cuda", torch.float16),
         ("bfloat16", "cuda", torch.bfloat16),
     ],
 )
-def test_auto_dtype_is_the_models_own_where_the_device_is_good_at_it(
+def test_auto_dtype_is_the_models_own_on_a_gpu_and_float32_on_a_cpu(
     stored: str, device: str, expected: torch.dtype, model_dir: Path
 ) -> None:
     path = model_dir / "config.json"
