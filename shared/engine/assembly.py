@@ -85,6 +85,8 @@ def _load(options: EngineOptions, device: torch.device, send: Send) -> LoadedMod
     )
     length = context_length(options, decoder.config)
     num_pages = pool_pages(options, bytes_per_page(decoder.config, options.page_size, dtype), device, length)
+    # What doesn't fit into the pool alone is refused at the door, not when it has been half answered.
+    length = min(length, num_pages * options.page_size)
     send(Progress("kv_pool", 0, 1))
     # One page more than the pool knows: padding rows of a CUDA graph write there.
     kv = KVCache.allocate(decoder.config, num_pages + 1, options.page_size, dtype, device)

@@ -87,7 +87,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     worker_id: str
     epoch: int
     role: Role
-    host: str  # address that the transfer endpoint and its store bind to
+    host: str  # address that the transfer endpoint binds to
     cluster_secret: bytes
     options: EngineOptions
 

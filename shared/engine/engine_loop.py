@@ -207,7 +207,7 @@ class Engine:
         self._next_tick_s = now_s + _TICK_S
         self._transfer_bytes_per_s = self._parts.transfer_bytes_per_s()
         self._ends.handovers(self._receiver.expired())
-        in_the_way = self._sender.in_the_way()
+        in_the_way = self._sender.in_the_way() if self._scheduler.short_of_pages else None
         if in_the_way is not None:
             error = ErrorInfo("handover_no_room", "the decode worker has no room for it yet", True, 503)
             self._ends.drop(in_the_way, "failed", error)

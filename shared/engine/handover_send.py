@@ -138,7 +138,8 @@ class HandoverSender:
     def in_the_way(self) -> Request | None:
         """A request that must give its pages up: it waits for room at its decode worker, and nothing moves
         because others, for which decode holds room, wait here for pages. Without this the two workers could
-        wait for each other until a time-out; the youngest such request is the one."""
+        wait for each other until a time-out; the youngest such request is the one. Ask only when requests
+        wait here for pages, not for their turn."""
         ready = [plan for plan in self._plans.values() if plan.is_ready]
         before_s = self._clock() - _STARVED_S
         starved = any(plan.ready_at_s < before_s for plan in ready)

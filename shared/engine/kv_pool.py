@@ -92,9 +92,6 @@ class KVPool:
         ]
         return problems
 
-    def num_pages_of_tree(self) -> int:
-        return sum(owner == _TREE for owner in self._owner)
-
 
 def _name(owner: OwnerKey) -> str:
     if owner == _FREE:

@@ -104,7 +104,8 @@ class RadixTree:
         if max_pages is not None:
             limit = min(limit, max_pages)
         self._clock += 1
-        node = self._root(salt)
+        # A look-up alone registers no root: salts come and go, and each would leave one behind.
+        node = self._roots.get(salt) or Node(None, [], [], 0)
         page_ids: list[int] = []
         while len(page_ids) < limit:
             child = node.children.get(self._page_key(token_ids, len(page_ids)))
@@ -152,6 +153,8 @@ class RadixTree:
         existing = len(found.page_ids)
         node = found.node
         if existing < len(page_ids):
+            if node.parent is None:
+                node = self._roots.setdefault(salt, node)
             node = self._append(node, token_ids, list(page_ids[existing:]), existing, block_hashes)
         return Inserted(node, existing)
 
@@ -199,6 +202,11 @@ class RadixTree:
         """All pages held now, for the audit."""
         return [page for node in self._nodes() for page in node.page_ids]
 
+    @property
+    def num_salts(self) -> int:
+        """Salts under which something is stored."""
+        return len(self._roots)
+
     def num_locked_nodes(self) -> int:
         return sum(node.lock_count > 0 for node in self._nodes())
 
@@ -220,12 +228,6 @@ class RadixTree:
         return problems
 
     # -- inside ----------------------------------------------------------------------------------------
-
-    def _root(self, salt: str) -> Node:
-        root = self._roots.get(salt)
-        if root is None:
-            root = self._roots[salt] = Node(None, [], [], 0)
-        return root
 
     def _nodes(self) -> Iterator[Node]:
         stack = list(self._roots.values())
@@ -340,6 +342,8 @@ class RadixTree:
         else:
             del parent.children[key]
             leaf.parent = None
+            if parent.parent is None and not parent.children:
+                self._roots = {salt: root for salt, root in self._roots.items() if root is not parent}
             self._offer(parent)
         return freed
 

@@ -68,6 +68,7 @@ class Scheduler:
         self._requests: dict[OwnerKey, Request] = {}  # all that are not ended, and ended ones in flight
         self._free_slots = list(range(limits.max_slots - 1, -1, -1))
         self.num_retractions = 0
+        self.short_of_pages = False  # the last plan left a request waiting for pages
 
     # -- what there is ---------------------------------------------------------------------------------
 
@@ -247,6 +248,7 @@ class Scheduler:
                     passed.times_passed += 1
         for refusal in refused:
             self.end(refusal.request)
+        self.short_of_pages = bool(blocked)
         return reserved, refused
 
     def _admission_order(self) -> list[Request]:

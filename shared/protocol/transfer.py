@@ -13,7 +13,7 @@ from typing import TypeAlias
 import msgspec
 
 from phloem.shared.protocol.codec import Codec
-from phloem.shared.protocol.session import FinishReason, PeerRef
+from phloem.shared.protocol.session import PeerRef
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
@@ -68,14 +68,13 @@ class Piece(msgspec.Struct, frozen=True, tag="piece"):
 
 
 class Last(msgspec.Struct, frozen=True, tag="last"):
-    """All pieces of the request were sent. `token_ids` is token 0; with `finish_reason` there is no decode.
-    `num_pieces` lets decode prove that none is missing."""
+    """All pieces of the request were sent. `token_ids` is token 0; `num_pieces` lets decode prove that none is
+    missing. A request that ends with token 0 gets a `Cancel` instead."""
 
     request_id: str
     attempt: int
     num_pieces: int
     token_ids: list[int]
-    finish_reason: FinishReason | None = None
 
 
 class Credit(msgspec.Struct, frozen=True, tag="credit"):

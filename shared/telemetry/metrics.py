@@ -89,11 +89,6 @@ class MetricsServer:
         return _response("404 Not Found", _PLAIN_TEXT, b"try /metrics or /health\n")
 
 
-async def start_metrics_server(registry: CollectorRegistry, host: str, port: int) -> int:
-    """Serves `registry` until the process ends and returns the port; `MetricsServer` is the one to close."""
-    return (await MetricsServer.start(registry, host, port)).port
-
-
 def _response(status: str, content_type: str, body: bytes) -> bytes:
     head = (
         f"HTTP/1.1 {status}\r\ncontent-type: {content_type}\r\ncontent-length: {len(body)}\r\n"

@@ -92,6 +92,7 @@ class TreeMachine(RuleBasedStateMachine):
     def counts_agree(self) -> None:
         assert self.tree.audit() == []
         assert sorted(self.tree.page_ids()) == sorted(self.model.values())
+        assert self.tree.num_salts == len({salt for salt, _ in self.model})
 
     def model_match(self, tokens: list[int], salt: str) -> list[int]:
         pages: list[int] = []

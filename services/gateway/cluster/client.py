@@ -29,6 +29,9 @@ from phloem.shared.protocol.session import PeerRef, Phase
 
 log = logging.getLogger(__name__)
 
+# The workers live and had no room: such an attempt doesn't count; the request's own deadline bounds it.
+_NOBODY_DIED = frozenset({"handover_no_room", "handover_timeout"})
+
 
 class ClusterClient:
     """Implements `Generator`. Use as an async context manager; it serves between enter and exit.
@@ -170,7 +173,8 @@ class ClusterClient:
         failure = live.state.failure
         assert failure is not None
         error = PhloemError.from_info(failure.error)
-        if not error.retryable or live.state.attempt >= self._options.max_attempts:
+        live.num_losses += error.code not in _NOBODY_DIED
+        if not error.retryable or live.num_losses >= self._options.max_attempts:
             raise error
         if failure.avoid is not None:
             live.avoid.add(failure.avoid)

@@ -19,6 +19,7 @@ class LiveRequest:
         self.state = RequestState(request)
         self.sequence = sequence
         self.avoid: set[PeerRef] = set()
+        self.num_losses = 0  # attempts that failed because a worker did
         self.block_hashes: list[bytes] = []
         self.prefilling: tuple[PeerRef, int] | None = None  # who computes the prompt, and how many tokens
         self._started_at = time.monotonic()
