@@ -8,6 +8,7 @@ import os
 import secrets
 import time
 from contextlib import AsyncExitStack
+from ipaddress import ip_address
 
 from phloem.services.gateway.app import create_app
 from phloem.services.gateway.cluster.client import ClusterClient
@@ -36,6 +37,7 @@ async def run(config: GatewayConfig) -> None:
     async with AsyncExitStack() as stack:
         listener = bind(config.host, config.port)
         stack.callback(listener.close)
+        warn_if_open(listener.getsockname()[0], config)
         model, encoder = await asyncio.to_thread(load_model, config)
         stack.callback(encoder.close)
 
@@ -58,6 +60,12 @@ async def run(config: GatewayConfig) -> None:
             heartbeat = tasks.create_task(keeper.run(), name="registration")
             await serve_http(app, listener, stop, drain_timeout_s=config.drain_timeout_s)
             heartbeat.cancel()
+
+
+def warn_if_open(address: str, config: GatewayConfig) -> None:
+    """Says so when others than this machine can use the gateway without a key."""
+    if not config.api_key and not ip_address(address.partition("%")[0]).is_loopback:
+        log.warning("no --api-key: everybody who reaches %s can use the models and flush the cache", address)
 
 
 async def _register(config: GatewayConfig, registry: Registry, gateway_id: str, port: int) -> LeaseKeeper:

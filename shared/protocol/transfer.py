@@ -68,8 +68,8 @@ class Piece(msgspec.Struct, frozen=True, tag="piece"):
 
 
 class Last(msgspec.Struct, frozen=True, tag="last"):
-    """All pieces of the request were sent. `token_ids` is token 0; `num_pieces` lets decode prove that none is
-    missing. A request that ends with token 0 gets a `Cancel` instead."""
+    """All pieces of the request were sent. `token_ids` is token 0; `num_pieces` lets decode prove that none
+    is missing. A request that ends with token 0 gets a `Cancel` instead."""
 
     request_id: str
     attempt: int

@@ -41,6 +41,7 @@ class Stream:
         self._cluster = cluster
         self._max_tokens = max_tokens
         self._prompt = prompt
+        self.longest_pause_s = 0.0  # between two chunks, as the client sees it
         self._pool = ThreadPoolExecutor(1)
         self.text: Future[str] = self._pool.submit(self._run)
 
@@ -54,8 +55,11 @@ class Stream:
             extra_body={"ignore_eos": True},
         )
         pieces = []
+        before = time.monotonic()
         for chunk in stream:
             pieces.append(chunk.choices[0].text)
+            now = time.monotonic()
+            self.longest_pause_s, before = max(self.longest_pause_s, now - before), now
             if len(pieces) == 4:
                 self.started.set()
         return "".join(pieces)
@@ -78,15 +82,14 @@ def test_worker_that_dies_or_hangs_mid_stream_costs_a_pause_and_no_token(
     streams = [Stream(fresh_square, 120) for _ in range(4)]
     assert streams[0].started.wait(30)
     victim = busiest(fresh_square, role)
-    began = time.monotonic()
     if how == signal.SIGKILL:
         fresh_square.kill_worker(victim)
     else:
         for pid in (fresh_square.engine_pid(victim), fresh_square.processes[victim].pid):
             os.kill(pid, how)
     assert [stream.text.result(timeout=60) for stream in streams] == [expected] * 4
-    assert generate(fresh_square, 8) == expected[: len(generate(fresh_square, 8))]
-    assert time.monotonic() - began < 60
+    assert max(stream.longest_pause_s for stream in streams) < 10
+    assert expected.startswith(generate(fresh_square, 8))
     if how == signal.SIGSTOP:
         stopped = fresh_square.processes.pop(victim)
         stopped.kill()
