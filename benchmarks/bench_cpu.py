@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from phloem.shared.model_store.resolve import resolve_model
+from phloem.shared.model_store.resolve import default_cache_dir, resolve_model
 
 MODEL = "smollm2-135m-instruct"
 PROMPT_TOKENS = 64
@@ -244,9 +244,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 when a bar is missed")
     options = parser.parse_args()
     sleep_between_work()
-    model_dir = resolve_model(
-        MODEL, cache_dir=Path(os.environ.get("PHLOEM_CACHE", "~/.cache/phloem/models")).expanduser()
-    )
+    model_dir = resolve_model(MODEL, cache_dir=default_cache_dir())
     flags = ["--dtype", options.dtype, "--model-path", MODEL]
     reference = Reference(model_dir, options.dtype)
     rng = random.Random(0)

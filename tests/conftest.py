@@ -17,5 +17,4 @@ if not Path("/dev/nvidiactl").exists():
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The demo model as a Hugging Face directory, fetched and converted on the first use of the cache."""
-    cache_dir = Path(os.environ.get("PHLOEM_CACHE", default_cache_dir()))
-    return resolve_model("smollm2-135m-instruct", cache_dir=cache_dir)
+    return resolve_model("smollm2-135m-instruct", cache_dir=default_cache_dir())
