@@ -112,7 +112,8 @@ def test_header_without_its_bytes_ends_the_channel_within_the_deadline(decode: R
         rogue.frames.write(b"")
         lost = decode.next(ChannelLost)
         assert time.monotonic() - started < TIMEOUT_S + 1.0
-        assert lost.error.code == "transfer_timeout"
+        # The receive's own deadline ends it, or the reader that sees the group close first: both are typed.
+        assert lost.error.code in {"transfer_timeout", "channel_lost"} and lost.error.retryable
 
 
 def test_fewer_and_more_bytes_than_announced_do_not_kill_the_process(decode: Recorded) -> None:
