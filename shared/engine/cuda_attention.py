@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 DeviceBackend: TypeAlias = Literal["flashinfer", "triton"]
 
-FLASHINFER_HEAD_DIMS = (64, 128, 256)
-
 
 class Part(Protocol):
     """A planned share of a step's rows."""
