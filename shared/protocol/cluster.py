@@ -23,6 +23,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     prefill_tokens_per_s: float = 0.0
     decode_step_s: float = 0.0  # at the present batch
     transfer_bytes_per_s: float = 0.0
+    exposed_transfer_s: float = 0.0  # prefill side: from token 0 to word that decode has admitted the request
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -148,6 +148,9 @@ class AuditReply(msgspec.Struct, frozen=True, tag="audit_reply"):
     num_requests: int
     locked_nodes: int
     counters: dict[str, int] = {}  # cumulative: bytes_sent, pages_sent, steps, retractions, ...
+    # Prefill side, the latest hand-overs, oldest first: seconds from when token 0 was known here until word
+    # came that the decode side has admitted the request.
+    exposed_transfer_s: list[float] = []
 
 
 class TreeDump(msgspec.Struct, frozen=True, tag="tree_dump"):

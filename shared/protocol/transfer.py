@@ -77,6 +77,14 @@ class Last(msgspec.Struct, frozen=True, tag="last"):
     token_ids: list[int]
 
 
+class Admitted(msgspec.Struct, frozen=True, tag="admitted"):
+    """Decode has the whole KV of the request, and it generates from now on. Nothing waits for this: it tells
+    the prefill side how much of the transfer was not hidden."""
+
+    request_id: str
+    attempt: int
+
+
 class Credit(msgspec.Struct, frozen=True, tag="credit"):
     num_slots: int
 
@@ -88,6 +96,8 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     message: str = ""
 
 
-TransferMessage: TypeAlias = Open | Opened | Refused | Rendezvous | Ready | Piece | Last | Credit | Cancel
+TransferMessage: TypeAlias = (
+    Open | Opened | Refused | Rendezvous | Ready | Piece | Last | Admitted | Credit | Cancel
+)
 
 transfer_message: Codec[TransferMessage] = Codec(TransferMessage, max_bytes=1024 * 1024)
