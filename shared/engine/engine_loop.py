@@ -2,9 +2,10 @@
 
     turn:  take the inbox -> collect a finished step -> report -> send computed KV -> plan and launch a step
 
-With a device that runs ahead (CUDA), a turn launches step N + 1 while step N runs, and collects N after;
-with a synchronous one (CPU) a launched step is ready at once and is collected by the next turn before it
-plans. Only this thread touches requests, pages and the radix tree.
+With a device that runs ahead (CUDA), a turn launches step N + 1 while step N runs, and collects N after,
+unless a message comes first: then the next turn sees to that and goes on waiting. With a synchronous one
+(CPU) a launched step is ready at once and is collected by the next turn before it plans. Only this thread
+touches requests, pages and the radix tree.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ log = logging.getLogger(__name__)
 InboxItem: TypeAlias = EngineMessage | TransferEvent | FrontGone
 
 _TICK_S = 0.25  # how often deadlines are looked at while nothing else happens
+_POLL_S = 0.000_05  # how often the device is looked at while no message comes
+_MAX_IN_FLIGHT = 2  # steps launched and not collected: one runs, the next waits behind it on the device
 
 
 class Peers(Channels, Protocol):
@@ -158,11 +161,22 @@ class Engine:
         self._tick()
         self._flush()
         self._ends.handovers(self._sender.pump())
-        launched = self._launch()
+        launched = len(self._in_flight) < _MAX_IN_FLIGHT and self._launch()
         overdue = len(self._in_flight) > (1 if launched else 0)
-        if overdue:
+        if overdue and self._await_device(self._in_flight[0].step):
             self._collect()
         return launched or overdue
+
+    def _await_device(self, step: LaunchedStep) -> bool:
+        """Whether the step is ready now. A message that comes before it is handled and ends the wait: what
+        it wants (KV to send, a request to launch behind the running step) must not wait for a whole step."""
+        while not step.ready():
+            try:
+                self._handle(self._inbox.get(timeout=_POLL_S))
+            except queue.Empty:
+                continue
+            return False
+        return True
 
     def _launch(self) -> bool:
         scheduled = self._scheduler.schedule()
@@ -338,6 +352,7 @@ class Engine:
             prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
             decode_step_s=self._rates.decode_step_s,
             transfer_bytes_per_s=self._transfer_bytes_per_s,
+            tree_pages=self._account.tree.num_pages,
         )
 
     def _audit(self, tag: int) -> AuditReply:

@@ -24,6 +24,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     decode_step_s: float = 0.0  # at the present batch
     transfer_bytes_per_s: float = 0.0
     exposed_transfer_s: float = 0.0  # prefill side: from token 0 to word that decode has admitted the request
+    tree_pages: int = 0  # owned by the radix tree
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):

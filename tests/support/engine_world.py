@@ -58,10 +58,14 @@ class FakeStep:
         self._device = device
         self._token_ids = token_ids
         self._number = device.num_launched
+        self._asked = False
 
     def ready(self) -> bool:
-        """A device that runs ahead is done with a step only when the next one has been launched."""
-        return not self._device.runs_ahead or self._device.num_launched > self._number
+        """A device that runs ahead is done with a step when the next one has been launched, or when it is
+        asked for the second time: then there is nothing else to launch."""
+        done = not self._device.runs_ahead or self._device.num_launched > self._number or self._asked
+        self._asked = True
+        return done
 
     def token_ids(self) -> list[int]:
         self._device.num_collected += 1
