@@ -10,8 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phloem.services.gateway.cluster.options import RoutingPolicy
-from phloem.services.gateway.cluster.routing import Candidate, Decision, RoutingRequest, route
+from phloem.services.gateway.cluster.routing import (
+    Candidate,
+    Decision,
+    RoutingPolicy,
+    RoutingRequest,
+    route,
+)
 from phloem.shared.protocol.cluster import Role, WorkerLoad, WorkerRecord
 
 POLICIES = get_args(RoutingPolicy)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated
 
 from msgspec import Meta, Struct
 
-RoutingPolicy: TypeAlias = Literal["cost", "least_loaded", "round_robin", "random"]
+from phloem.services.gateway.policies.snapshot import RoutingPolicy
 
 
 class ClusterOptions(Struct, frozen=True, kw_only=True):
     """How requests are routed, retried and bounded."""
 
     routing_policy: Annotated[
-        RoutingPolicy, Meta(description="cost: the pair that is cheapest in seconds")
+        RoutingPolicy,
+        Meta(description="cost: the pair that is cheapest in seconds; the others are there to compare with"),
     ] = "cost"
+    cache_threshold: Annotated[
+        float, Meta(ge=0.0, le=1.0, description="cache_aware: share of a prompt from which a match decides")
+    ] = 0.3
+    balance_abs_threshold: Annotated[
+        int, Meta(ge=0, description="cache_aware: difference in requests from which load may decide")
+    ] = 64
+    balance_rel_threshold: Annotated[
+        float, Meta(ge=1.0, description="cache_aware: and the ratio that it also takes")
+    ] = 1.5
     index_timeout_s: Annotated[
         float, Meta(gt=0.0, le=10.0, description="deadline of a look-up in the cache index; then load only")
     ] = 0.005

@@ -13,6 +13,7 @@ from phloem.services.gateway.cluster.options import ClusterOptions
 from phloem.services.gateway.cluster.recent_placements import RecentPlacements
 from phloem.services.gateway.cluster.request_table import RequestTable
 from phloem.services.gateway.cluster.routing import Candidate, Decision, RoutingRequest, route
+from phloem.services.gateway.policies.snapshot import CacheAwareThresholds
 from phloem.shared.errors import PhloemError, unavailable
 from phloem.shared.protocol.session import PeerRef
 
@@ -73,6 +74,11 @@ class Router:
             max_new_tokens=max(1, live.state.request.sampling.max_tokens - len(live.state.emitted)),
             sequence=live.sequence,
             attempt=live.state.attempt + 1,
+            thresholds=CacheAwareThresholds(
+                self._options.cache_threshold,
+                self._options.balance_abs_threshold,
+                self._options.balance_rel_threshold,
+            ),
         )
         while True:
             candidates = self._candidates(request, cached)

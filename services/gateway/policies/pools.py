@@ -1,0 +1,63 @@
+"""Which workers can serve a request together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from phloem.services.gateway.policies.snapshot import Candidate
+
+
+class Pool(NamedTuple):
+    """Every worker of `prefill` can hand over to every one of `decode`. No prefill workers: each of `decode`
+    does both phases alone."""
+
+    prefill: list[Candidate]
+    decode: list[Candidate]
+
+
+def hand_over_pools(candidates: Sequence[Candidate]) -> list[Pool]:
+    """All pairs that can exchange KV, as products: KV moves between equal layouts, to a worker that listens.
+    Two unified workers never pair: each does both phases, and they open no channel."""
+    pools = []
+    for members in _by_layout(candidates).values():
+        prefill = [worker for worker in members if worker.record.role == "prefill"]
+        unified = [worker for worker in members if worker.record.role == "unified"]
+        listening = [w for w in members if w.record.role != "prefill" and w.record.transfer_address]
+        decode = [worker for worker in listening if worker.record.role == "decode"]
+        pools += [Pool(prefill, listening), Pool(unified, decode)]
+    return [pool for pool in pools if pool.prefill and pool.decode]
+
+
+def simple_pools(candidates: Sequence[Candidate]) -> list[Pool]:
+    """For policies that know no cost: a prompt is prefilled by a prefill worker, or by a unified one where
+    there is none; where it is decoded only when nobody else could. Each worker is in one pool at most."""
+    pools: list[Pool] = []
+    alone: list[Candidate] = []
+    for members in _by_layout(candidates).values():
+        prefill = [worker for worker in members if worker.record.role == "prefill"]
+        decode = [w for w in members if w.record.role == "decode" and w.record.transfer_address]
+        unified = [worker for worker in members if worker.record.role == "unified"]
+        if prefill and (decode or unified):
+            pools.append(Pool(prefill, decode or [w for w in unified if w.record.transfer_address]))
+            alone += unified if decode else []
+        elif unified and decode:
+            pools.append(Pool(unified, decode))
+        else:
+            alone += unified
+    pools = [pool for pool in pools if pool.decode]
+    if alone:
+        pools.append(Pool([], alone))
+    return pools or _decoding_alone(candidates)
+
+
+def _decoding_alone(candidates: Sequence[Candidate]) -> list[Pool]:
+    able = [worker for worker in candidates if worker.record.role != "prefill"]
+    return [Pool([], able)] if able else []
+
+
+def _by_layout(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
+    groups: dict[str, list[Candidate]] = {}
+    for worker in candidates:
+        groups.setdefault(worker.record.kv_layout, []).append(worker)
+    return groups
