@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from phloem.shared.batch_queue import BatchQueue
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.engine import (
     AuditReply,
@@ -14,7 +15,6 @@ from phloem.shared.protocol.engine import (
     FlushCache,
     Reply,
 )
-from phloem.shared.worker.batch_queue import BatchQueue
 
 CALL_TIMEOUT_S = 30.0
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 
+from phloem.shared.batch_queue import BatchQueue
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.engine import (
     AuditReply,
@@ -18,7 +19,6 @@ from phloem.shared.protocol.engine import (
     StepReport,
     TreeDump,
 )
-from phloem.shared.worker.batch_queue import BatchQueue
 from phloem.shared.worker.engine_calls import EngineCalls
 from phloem.shared.worker.engine_process import EngineProcess
 from phloem.shared.worker.index_publisher import IndexPublisher

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+from phloem.shared.batch_queue import BatchQueue
 from phloem.shared.errors import PhloemError, overloaded
 from phloem.shared.protocol.session import Output, StepMessage
-from phloem.shared.worker.batch_queue import BatchQueue
 
 RequestKey: TypeAlias = tuple[str, int]  # (request_id, attempt)
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from contextlib import AsyncExitStack
 
+from phloem.shared.batch_queue import BatchQueue
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.discovery.secret import reassert_secret
 from phloem.shared.errors import PhloemError, unavailable
@@ -15,7 +16,6 @@ from phloem.shared.protocol.engine import EngineMessage, EngineReady, Stop
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.rpc.server import RpcServer
 from phloem.shared.telemetry.metrics import MetricsServer, new_registry
-from phloem.shared.worker.batch_queue import BatchQueue
 from phloem.shared.worker.config import WorkerConfig
 from phloem.shared.worker.engine_calls import EngineCalls
 from phloem.shared.worker.engine_link import EngineLink

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 
+from phloem.shared.batch_queue import BatchQueue
 from phloem.shared.errors import ErrorInfo, PhloemError, invalid_request
 from phloem.shared.protocol.cluster import Role
 from phloem.shared.protocol.engine import AbortGateway, EngineAbort, EngineMessage, EngineSubmit, StepReport
@@ -21,7 +22,6 @@ from phloem.shared.protocol.session import (
     Submit,
     Welcome,
 )
-from phloem.shared.worker.batch_queue import BatchQueue
 from phloem.shared.worker.gateway_session import GatewaySession
 from phloem.shared.worker.metrics import WorkerMetrics
 

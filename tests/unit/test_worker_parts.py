@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phloem.shared.batch_queue import BatchQueue
 from phloem.shared.config.loader import load_config
 from phloem.shared.discovery.snapshot import ClusterSnapshot
 from phloem.shared.errors import ConfigError
 from phloem.shared.protocol.cluster import Role, WorkerRecord
 from phloem.shared.protocol.engine import PeerDown, PeerUp
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.worker.batch_queue import BatchQueue
 from phloem.shared.worker.config import WorkerConfig
 from phloem.shared.worker.engine_env import engine_environment, usable_cores
 from phloem.shared.worker.peers import Peers

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 import pytest
 from prometheus_client import CollectorRegistry
 
+from phloem.shared.batch_queue import BatchQueue
 from phloem.shared.errors import PhloemError, unavailable
 from phloem.shared.protocol.engine import (
     AbortGateway,
@@ -27,7 +28,6 @@ from phloem.shared.protocol.session import (
     TokensOut,
     Welcome,
 )
-from phloem.shared.worker.batch_queue import BatchQueue
 from phloem.shared.worker.metrics import WorkerMetrics
 from phloem.shared.worker.sessions import Sessions
 from tests.support.waiting import until

@@ -11,6 +11,7 @@ import grpc.aio
 
 from phloem.services.gateway.cluster.metrics import ClusterMetrics
 from phloem.services.gateway.cluster.options import ClusterOptions
+from phloem.shared.batch_queue import BatchQueue
 from phloem.shared.errors import PhloemError, overloaded, unavailable
 from phloem.shared.protocol.cluster import WorkerRecord
 from phloem.shared.protocol.session import (
@@ -27,7 +28,6 @@ from phloem.shared.protocol.session import (
 )
 from phloem.shared.protocol.worker_rpc import WORKER_SERVICE
 from phloem.shared.rpc.client import RpcChannel, RpcStream
-from phloem.shared.worker.batch_queue import BatchQueue
 
 log = logging.getLogger(__name__)
 
