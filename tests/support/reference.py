@@ -54,11 +54,11 @@ class Expected(NamedTuple):
 
 
 class Reference:
-    """Loads the model in float32; dropped when the expected tokens are known."""
+    """Loads the model, in float32 unless told otherwise; dropped when the expected tokens are known."""
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, dtype: torch.dtype = torch.float32) -> None:
         # Any: transformers is not typed here.
-        self._model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
         self._model.generation_config.eos_token_id = None
 
     def greedy(self, prompts: list[list[int]]) -> list[Expected]:
@@ -83,6 +83,12 @@ class Reference:
         gaps = (best[..., 0] - best[..., 1]).T.tolist()
         tokens = made.sequences[:, longest:].tolist()
         return [Expected(*row) for row in zip(tokens, gaps, strict=True)]
+
+    def forced_logits(self, prompt: list[int], token_ids: list[int]) -> torch.Tensor:
+        """float32 `[len(token_ids), vocab]`: the logits that each of `token_ids` was to be chosen by."""
+        with torch.inference_mode():
+            logits: torch.Tensor = self._model(torch.tensor([prompt + token_ids[:-1]])).logits[0]
+        return logits[len(prompt) - 1 :].float()
 
 
 def encode_prompts(model_dir: Path) -> list[list[int]]:
