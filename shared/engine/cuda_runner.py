@@ -23,7 +23,7 @@ from phloem.shared.engine.cuda_attention import CudaAttention, PlannedRows
 from phloem.shared.engine.cuda_inputs import RING, HostRows, InputRing, RowInputs
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.kv_cache import KVCache
-from phloem.shared.engine.requests import Row, StepPlan
+from phloem.shared.engine.step_plan import Row, StepPlan
 from phloem.shared.engine.step_runner import Forward, SlotTable
 
 _EMPTY = np.zeros(0, dtype=np.int64)

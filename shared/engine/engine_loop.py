@@ -18,21 +18,23 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeAlias
 
 from phloem.shared.engine.engine_socket import FrontGone
+from phloem.shared.engine.engine_status import EngineStatus
 from phloem.shared.engine.handover import Channels, Ended, PageStore
 from phloem.shared.engine.handover_receive import HandoverReceiver
 from phloem.shared.engine.handover_send import HandoverSender
+from phloem.shared.engine.intake import Intake
+from phloem.shared.engine.limits import Limits
 from phloem.shared.engine.outbox import Outbox
 from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.rates import Rates
 from phloem.shared.engine.request_ends import RequestEnds
-from phloem.shared.engine.requests import Request, Status, StepPlan
-from phloem.shared.engine.scheduler import Limits, Scheduler
+from phloem.shared.engine.requests import Request, Status
+from phloem.shared.engine.scheduler import Scheduler
+from phloem.shared.engine.step_plan import StepPlan
 from phloem.shared.engine.step_runner import LaunchedStep, StepRunner
-from phloem.shared.errors import ErrorInfo, PhloemError
-from phloem.shared.protocol.cluster import WorkerLoad
+from phloem.shared.errors import ErrorInfo
 from phloem.shared.protocol.engine import (
     AbortGateway,
-    AuditReply,
     AuditRequest,
     DumpTree,
     EngineAbort,
@@ -121,11 +123,16 @@ class Engine:
             parts.channels, parts.store, timeout_s=parts.handover_timeout_s, clock=parts.clock
         )
         self._ends = RequestEnds(self._scheduler, self._sender, self._receiver, self._outbox)
-        self._order = 0
-        self._num_turns = 0
-        self._num_steps = 0
+        self._intake = Intake(
+            self._scheduler,
+            self._sender,
+            self._outbox,
+            eos_token_ids=parts.eos_token_ids,
+            context_length=parts.context_length,
+            clock=parts.clock,
+        )
+        self._status = EngineStatus(self._scheduler, parts.account, self._rates, self._sender, self._receiver)
         self._next_tick_s = 0.0
-        self._transfer_bytes_per_s = 0.0
         self._collected_at_s = 0.0  # of the step before: a device that runs ahead begins the next one then
         self._stopped = False
 
@@ -155,7 +162,7 @@ class Engine:
     def _step(self) -> bool:
         """Everything of a turn but the inbox; whether a step was launched, or one collected after planning:
         its pages may be what a waiting request needs."""
-        self._num_turns += 1
+        self._status.num_turns += 1
         if self._in_flight and (not self._parts.overlap or self._in_flight[0].step.ready()):
             self._collect()
         self._tick()
@@ -186,13 +193,13 @@ class Engine:
         for request in scheduled.reserved:
             request.admitted_s = now_s
             self._ends.handovers([self._receiver.reserved(request)])
+        for request in scheduled.started:
+            request.admitted_s = request.admitted_s or now_s
         plan = scheduled.plan
-        if not plan.rows:
+        if not plan.num_rows:
             return False
-        for row in plan.rows:
-            row.request.admitted_s = row.request.admitted_s or now_s
         self._in_flight.append(_InFlight(plan, self._parts.runner.launch(plan), now_s))
-        self._num_steps += 1
+        self._status.num_steps += 1
         self._scheduler.launched(plan)
         return True
 
@@ -203,15 +210,16 @@ class Engine:
         now_s = self._clock()
         self._rates.observe(plan, now_s - max(launched_at_s, self._collected_at_s))
         self._collected_at_s = now_s
-        for made in self._scheduler.collect(plan, token_ids):
-            self._outbox.token(made.request, made.token_id, made.finish_reason, now_s)
-            if made.finish_reason is not None:
-                self._ends.drop(made.request, "finished")
-            elif made.request.status is Status.SENDING:
-                self._sender.tokens_made(made.request, [made.token_id])
+        made = self._scheduler.collect(plan, token_ids)
+        self._outbox.tokens(made, now_s)
+        for request, token_id, finish_reason in made:
+            if finish_reason is not None:
+                self._ends.drop(request, "finished")
+            elif request.status is Status.SENDING:
+                self._sender.tokens_made(request, [token_id])
 
     def _flush(self) -> None:
-        self._outbox.flush(self._num_turns, self._account.tree.take_events(), self._load())
+        self._outbox.flush(self._status.num_turns, self._account.tree.take_events(), self._status.load())
 
     def _tick(self) -> None:
         """Deadlines, a few times a second."""
@@ -219,7 +227,7 @@ class Engine:
         if now_s < self._next_tick_s:
             return
         self._next_tick_s = now_s + _TICK_S
-        self._transfer_bytes_per_s = self._parts.transfer_bytes_per_s()
+        self._status.transfer_bytes_per_s = self._parts.transfer_bytes_per_s()
         self._ends.handovers(self._receiver.expired())
         in_the_way = self._sender.in_the_way() if self._scheduler.short_of_pages else None
         if in_the_way is not None:
@@ -242,7 +250,7 @@ class Engine:
     def _handle(self, item: InboxItem) -> None:
         match item:
             case EngineSubmit():
-                self._submit(item)
+                self._intake.submit(item)
             case EngineAbort(request_id, attempt):
                 self._ends.abort(self._scheduler.get((request_id, attempt)))
             case AbortGateway(gateway):
@@ -257,7 +265,7 @@ class Engine:
                 self._account.flush()
                 self._parts.send(Reply(tag))
             case AuditRequest(tag):
-                self._parts.send(self._audit(tag))
+                self._parts.send(self._status.audit(tag))
             case DumpTree(tag):
                 self._flush()
                 self._parts.send(TreeDump(tag, self._account.tree.block_hashes()))
@@ -291,38 +299,6 @@ class Engine:
                     ended = self._sender.on_cancel(peer, (cancel.request_id, cancel.attempt))
                     self._ends.handovers([ended])
 
-    def _submit(self, message: EngineSubmit) -> None:
-        submit = message.submit
-        self._order += 1
-        request = Request(
-            submit,
-            gateway=message.gateway,
-            order=self._order,
-            eos_token_ids=self._parts.eos_token_ids,
-            context_length=self._parts.context_length,
-            now_s=self._clock(),
-        )
-        try:
-            self._check(request)
-            self._scheduler.submit(request)
-        except PhloemError as error:
-            self._outbox.refused(message.gateway, submit.request_id, submit.attempt, "failed", error.info)
-            return
-        if request.phase == "prefill":
-            self._sender.begin(request)
-
-    def _check(self, request: Request) -> None:
-        if request.phase != "both" and request.peer is None:
-            raise PhloemError("bad_submit", f"phase {request.phase} needs a peer", http_status=400)
-        if not 1 <= request.num_prompt_tokens <= request.num_submitted_tokens < request.token_limit:
-            raise PhloemError(
-                "context_length_exceeded",
-                f"{request.num_submitted_tokens} tokens leave no room in a context of "
-                f"{self._parts.context_length}",
-                http_status=400,
-                param="prompt",
-            )
-
     def _received(self, request: Request | None, ended: Ended | None, *, token_ids: list[int]) -> None:
         self._ends.handovers([ended])
         if request is not None:
@@ -339,40 +315,3 @@ class Engine:
             self._collect()
         self._flush()
         self._stopped = True
-
-    # -- what others are told --------------------------------------------------------------------------
-
-    def _load(self) -> WorkerLoad:
-        return WorkerLoad(
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
-            queued_tokens=self._scheduler.num_queued_tokens,
-            free_pages=self._account.num_available_pages,
-            total_pages=self._account.pool.num_pages,
-            prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
-            decode_step_s=self._rates.decode_step_s,
-            transfer_bytes_per_s=self._transfer_bytes_per_s,
-            tree_pages=self._account.tree.num_pages,
-        )
-
-    def _audit(self, tag: int) -> AuditReply:
-        requests = self._scheduler.requests()
-        return AuditReply(
-            tag,
-            problems=self._account.audit(requests),
-            total_pages=self._account.pool.num_pages,
-            free_pages=self._account.pool.num_free_pages,
-            tree_pages=self._account.tree.num_pages,
-            request_pages=sum(len(request.own_page_ids) for request in requests),
-            num_requests=len(requests),
-            locked_nodes=self._account.tree.num_locked_nodes(),
-            counters={
-                "steps": self._num_steps,
-                "turns": self._num_turns,
-                "retractions": self._scheduler.num_retractions,
-                "bytes_sent": self._sender.num_bytes_sent,
-                "pages_sent": self._sender.num_pages_sent,
-                "bytes_received": self._receiver.num_bytes_received,
-                "pages_received": self._receiver.num_pages_received,
-            },
-        )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import msgspec
 
 from phloem.shared.engine.radix_tree import TreeEvents
 from phloem.shared.engine.requests import Request
+from phloem.shared.engine.scheduler import Made
 from phloem.shared.errors import ErrorInfo
 from phloem.shared.protocol.cluster import WorkerLoad
 from phloem.shared.protocol.engine import EngineUp, GatewayOutputs, StepReport
-from phloem.shared.protocol.session import Ended, EndReason, FinishReason, Output, TokensOut
+from phloem.shared.protocol.session import Ended, EndReason, Output, TokensOut
 
 
 class Outbox:
@@ -24,23 +27,22 @@ class Outbox:
     def has_outputs(self) -> bool:
         return bool(self._outputs)
 
-    def token(
-        self, request: Request, token_id: int, finish_reason: FinishReason | None, now_s: float
-    ) -> None:
-        """A token that was just appended to the request."""
-        first = request.num_made == 1 + request.num_pending
-        self._add(
-            request.gateway,
-            TokensOut(
+    def tokens(self, made: Sequence[Made], now_s: float) -> None:
+        """Tokens that were just appended to their requests."""
+        for request, token_id, finish_reason in made:
+            num_tokens = len(request.token_ids)
+            output = TokensOut(
                 request.request_id,
                 request.attempt,
-                len(request.token_ids) - 1 - request.num_prompt_tokens,
+                num_tokens - 1 - request.num_prompt_tokens,
                 [token_id],
                 finish_reason,
-                request.num_cached_tokens if first else 0,
-                _timeline(request, now_s) if first else {},
-            ),
-        )
+            )
+            if num_tokens == request.num_submitted_tokens + 1:  # the first that was made here
+                output = msgspec.structs.replace(
+                    output, num_cached_tokens=request.num_cached_tokens, timeline=_timeline(request, now_s)
+                )
+            self._add(request.gateway, output)
 
     def ended(self, request: Request, reason: EndReason, error: ErrorInfo | None = None) -> None:
         self.refused(request.gateway, request.request_id, request.attempt, reason, error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phloem.shared.engine.requests import StepPlan
+from phloem.shared.engine.step_plan import StepPlan
 
 _WEIGHT = 0.2  # of the newest sample
 _MIN_PROMPT_TOKENS = 16  # fewer say nothing about the prefill rate
@@ -17,7 +17,7 @@ class Rates:
 
     def observe(self, plan: StepPlan, elapsed_s: float) -> None:
         """A step took `elapsed_s` on the device."""
-        prompt_tokens = sum(row.num_tokens for row in plan.rows if row.num_tokens > 1)
+        prompt_tokens = sum(row.num_tokens for row in plan.chunks)
         if prompt_tokens >= _MIN_PROMPT_TOKENS and elapsed_s > 0:
             self.prefill_tokens_per_s = _mix(self.prefill_tokens_per_s, prompt_tokens / elapsed_s)
         elif prompt_tokens == 0:

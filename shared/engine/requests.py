@@ -9,7 +9,6 @@ page_ids           [ borrowed from the tree, locked by `node` | own pages ......
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
 
 from phloem.shared.engine.kv_pool import OwnerKey
 from phloem.shared.engine.radix_tree import Node
@@ -140,25 +139,3 @@ class Request:
         if token_id in self.stop_token_ids:
             return "stop"
         return "length" if len(self.token_ids) >= self.token_limit else None
-
-
-class Row(NamedTuple):
-    """One request's share of a step: tokens [start, start + num_tokens) are computed.
-
-    `samples`: the row reaches the last known token, so its logits make the next one. `from_device`: that
-    one input token is still only in the slot's last-token buffer.
-    """
-
-    request: Request
-    start: int
-    num_tokens: int
-    samples: bool
-    from_device: bool
-
-
-class StepPlan(NamedTuple):
-    rows: list[Row]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.rows)

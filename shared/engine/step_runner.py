@@ -16,7 +16,8 @@ from torch import Tensor
 from phloem.kernels import ops
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.kv_cache import KVCache
-from phloem.shared.engine.requests import Request, Row, StepPlan
+from phloem.shared.engine.requests import Request
+from phloem.shared.engine.step_plan import Row, StepPlan
 
 
 class LaunchedStep(Protocol):

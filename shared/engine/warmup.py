@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from phloem.shared.engine.requests import Request, Row, StepPlan
+from phloem.shared.engine.requests import Request
+from phloem.shared.engine.step_plan import Row, StepPlan
 from phloem.shared.engine.step_runner import StepRunner
 from phloem.shared.protocol.session import SamplingParams, Submit
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from phloem.shared.block_hash import BlockHasher
 from phloem.shared.engine.engine_loop import Engine, EngineParts, Peers
 from phloem.shared.engine.kv_pool import KVPool
+from phloem.shared.engine.limits import Limits
 from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.radix_tree import RadixTree
-from phloem.shared.engine.requests import Row, StepPlan
-from phloem.shared.engine.scheduler import Limits
+from phloem.shared.engine.step_plan import Row, StepPlan
 from phloem.shared.protocol.engine import (
     AuditReply,
     AuditRequest,

@@ -14,12 +14,12 @@ import torch
 from phloem.shared.block_hash import BlockHasher
 from phloem.shared.engine.engine_loop import Engine, EngineParts
 from phloem.shared.engine.kv_pool import KVPool
+from phloem.shared.engine.limits import Limits
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.page_store import KVPageStore
 from phloem.shared.engine.radix_tree import RadixTree
-from phloem.shared.engine.scheduler import Limits
 from phloem.shared.engine.step_runner import SyncStepRunner
 from phloem.shared.engine.weights.loader import load_decoder
 from phloem.shared.protocol.cluster import Role

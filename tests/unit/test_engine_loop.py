@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phloem.shared.engine.requests import StepPlan
+from phloem.shared.engine.step_plan import StepPlan
 from phloem.shared.protocol.engine import EngineAbort
 from phloem.shared.protocol.session import TokensOut
 from tests.support.engine_world import EngineWorld, FakeStep, next_tokens

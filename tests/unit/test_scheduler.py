@@ -10,27 +10,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phloem.shared.block_hash import BlockHasher
+from phloem.shared.engine.admission import MAX_PASSES
 from phloem.shared.engine.kv_pool import KVPool
+from phloem.shared.engine.limits import Limits
 from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.radix_tree import RadixTree
-from phloem.shared.engine.requests import Request, Status, StepPlan
-from phloem.shared.engine.scheduler import MAX_PASSES, Limits, Made, Scheduler
+from phloem.shared.engine.requests import Request, Status
+from phloem.shared.engine.scheduler import Made, Scheduler
+from phloem.shared.engine.step_plan import StepPlan
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import Phase, SamplingParams, Submit
 
 EOS = 0
+QUEUED = (Status.WAITING, Status.RUNNING, Status.RETRACTED)
 
 
 class World:
     """A scheduler with a device that makes token `len(known) % 97 + 1` and keeps `depth` steps in flight."""
 
     def __init__(
-        self, *, num_pages: int = 64, page_size: int = 4, budget: int = 32, slots: int = 8, depth: int = 1
+        self,
+        *,
+        num_pages: int = 64,
+        page_size: int = 4,
+        budget: int = 32,
+        slots: int = 8,
+        depth: int = 1,
+        limits: Limits | None = None,
     ) -> None:
         self.pool = KVPool(num_pages)
         self.tree = RadixTree(page_size)
         self.account = PageAccount(self.pool, self.tree, BlockHasher(b"test"))
-        self.scheduler = Scheduler(Limits(budget, slots, 1000), self.account)
+        self.scheduler = Scheduler(limits or Limits(budget, slots, 1000), self.account)
         self.in_flight: deque[StepPlan] = deque()
         self.depth = depth
         self.made: dict[str, list[int]] = {}
@@ -80,6 +91,9 @@ class World:
 
     def audit(self) -> None:
         assert self.account.audit(self.scheduler.requests()) == []
+        queued = [r for r in self.scheduler.requests() if r.status in QUEUED]
+        missing = sum(len(request.token_ids) - request.num_computed_tokens for request in queued)
+        assert self.scheduler.num_queued_tokens == missing
 
     def drain(self, max_steps: int = 2000) -> None:
         for _ in range(max_steps):
@@ -237,8 +251,7 @@ def test_request_longer_than_the_pool_is_refused_with_the_remedy() -> None:
 
 
 def test_full_queue_is_refused_retryably() -> None:
-    world = World()
-    world.scheduler._limits = Limits(8, 1, 1)
+    world = World(limits=Limits(8, 1, 1))
     world.add([1] * 4)
     with pytest.raises(PhloemError) as caught:
         world.add([1] * 4)
@@ -246,8 +259,7 @@ def test_full_queue_is_refused_retryably() -> None:
 
 
 def test_longest_prefix_first_takes_the_cached_request() -> None:
-    world = World(budget=4, slots=1)
-    world.scheduler._limits = Limits(64, 1, 100, longest_prefix_first=True)
+    world = World(limits=Limits(64, 1, 100, longest_prefix_first=True))
     world.add([7] * 16, 1)
     world.drain()
     world.add([8] * 16, 1)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.kv_cache import KVCache
-from phloem.shared.engine.requests import Request, Row, StepPlan
+from phloem.shared.engine.requests import Request
+from phloem.shared.engine.step_plan import Row, StepPlan
 from phloem.shared.engine.step_runner import SyncStepRunner
 from phloem.shared.engine.warmup import warm_up
 from phloem.shared.protocol.session import SamplingParams, Submit

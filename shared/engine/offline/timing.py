@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from phloem.shared.engine.requests import StepPlan
+from phloem.shared.engine.step_plan import StepPlan
 from phloem.shared.engine.step_runner import LaunchedStep, StepRunner
 
 
@@ -52,7 +52,7 @@ class TimedRunner:
     def launch(self, plan: StepPlan) -> TimedStep:
         begin = self._mark()
         step = self._runner.launch(plan)
-        self.launches.append(Launch(len(plan.rows), begin, self._mark()))
+        self.launches.append(Launch(plan.num_rows, begin, self._mark()))
         return TimedStep(step, self)
 
     def idle_percent(self, num_rows: int) -> float | None:

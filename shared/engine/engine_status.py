@@ -1,0 +1,67 @@
+"""What an engine says of itself: its load with every report, and the audit of its pages when asked."""
+
+from __future__ import annotations
+
+from phloem.shared.engine.handover_receive import HandoverReceiver
+from phloem.shared.engine.handover_send import HandoverSender
+from phloem.shared.engine.page_account import PageAccount
+from phloem.shared.engine.rates import Rates
+from phloem.shared.engine.scheduler import Scheduler
+from phloem.shared.protocol.cluster import WorkerLoad
+from phloem.shared.protocol.engine import AuditReply
+
+
+class EngineStatus:
+    """Reads the parts of an engine; owns the counts of its turns and steps."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        account: PageAccount,
+        rates: Rates,
+        sender: HandoverSender,
+        receiver: HandoverReceiver,
+    ) -> None:
+        self._scheduler = scheduler
+        self._account = account
+        self._rates = rates
+        self._sender = sender
+        self._receiver = receiver
+        self.num_turns = 0
+        self.num_steps = 0
+        self.transfer_bytes_per_s = 0.0
+
+    def load(self) -> WorkerLoad:
+        return WorkerLoad(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            queued_tokens=self._scheduler.num_queued_tokens,
+            free_pages=self._account.num_available_pages,
+            total_pages=self._account.pool.num_pages,
+            prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
+            decode_step_s=self._rates.decode_step_s,
+            transfer_bytes_per_s=self.transfer_bytes_per_s,
+            tree_pages=self._account.tree.num_pages,
+        )
+
+    def audit(self, tag: int) -> AuditReply:
+        requests = self._scheduler.requests()
+        return AuditReply(
+            tag,
+            problems=self._account.audit(requests),
+            total_pages=self._account.pool.num_pages,
+            free_pages=self._account.pool.num_free_pages,
+            tree_pages=self._account.tree.num_pages,
+            request_pages=sum(len(request.own_page_ids) for request in requests),
+            num_requests=len(requests),
+            locked_nodes=self._account.tree.num_locked_nodes(),
+            counters={
+                "steps": self.num_steps,
+                "turns": self.num_turns,
+                "retractions": self._scheduler.num_retractions,
+                "bytes_sent": self._sender.num_bytes_sent,
+                "pages_sent": self._sender.num_pages_sent,
+                "bytes_received": self._receiver.num_bytes_received,
+                "pages_received": self._receiver.num_pages_received,
+            },
+        )
