@@ -6,6 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from msgspec import Meta, Struct
 
+from phloem.shared.engine.fault_injection import Faults
 from phloem.shared.protocol.cluster import Role
 from phloem.shared.protocol.codec import Codec
 
@@ -90,6 +91,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     host: str  # address that the transfer endpoint binds to
     cluster_secret: bytes
     options: EngineOptions
+    faults: Faults = Faults()  # of tests only; no flag sets it
 
 
 engine_config: Codec[EngineConfig] = Codec(EngineConfig)

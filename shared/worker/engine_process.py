@@ -42,15 +42,22 @@ class EngineProcess:
 
     @classmethod
     async def start(
-        cls, command: Sequence[str], config: EngineConfig, env: Mapping[str, str]
+        cls,
+        command: Sequence[str],
+        config: EngineConfig,
+        env: Mapping[str, str],
+        *,
+        stderr: int | None = None,
     ) -> EngineProcess:
-        """Spawns `command --fd N` and sends it `config`. Must be called on the main thread."""
+        """Spawns `command --fd N` and sends it `config`; its log goes to `stderr`, a descriptor (None: ours).
+        Must be called on the main thread."""
         ours, theirs = socket.socketpair()
         try:
             child = await spawn_child(
                 f"engine of {config.worker_id}",
                 [*command, "--fd", str(theirs.fileno())],
                 env=env,
+                stderr=stderr,
                 pass_fds=(theirs.fileno(),),
             )
         except BaseException:

@@ -1,0 +1,194 @@
+"""Peers that die or freeze in the middle of a transfer, again and again, and what that does to the survivor.
+
+One engine survives all of it. Each loss takes the newest of its peers; others have been started ahead and
+hold channels already, as a cluster's other workers do. A loss counts as *in mid-transfer* when some but not
+all KV of a hand-over had crossed: only those are counted, what came too early or too late is repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from phloem.shared.errors import PhloemError
+from phloem.shared.protocol.cluster import Role
+from phloem.shared.protocol.session import SamplingParams
+from phloem.shared.transfer_bench.engine_client import EngineClient
+from phloem.shared.transfer_bench.lab import HandOver, Lab, hand_over, prove_channel, whole
+
+_GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+_MAX_TRIES_PER_LOSS = 4
+_POLL_S = 0.001
+# Codes by which a hand-over may end when its peer is lost: all retryable, the gateway submits anew.
+LOSS_CODES = ("channel_lost", "peer_gone", "transfer_timeout", "handover_cancelled")
+
+
+class LossPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What is done to whom. `staging` are (bytes, slots) of the peers in turn: small ones make a transfer
+    last. `noticed_within_s`: the survivor must give the lost request up in this time."""
+
+    count: int
+    survivor: Role = "decode"
+    how: signal.Signals = signal.SIGKILL
+    prompt_tokens: int
+    vocabulary: int
+    survivor_gpu: int | None = None
+    peer_gpu: int | None = None
+    staging: tuple[tuple[int, int], ...]
+    noticed_within_s: float
+    num_spares: int = 3  # peers that start while others are lost
+    seed: int = 0
+
+
+class Loss(msgspec.Struct, frozen=True):
+    """One loss in mid-transfer. Seconds count from the signal; bytes are of the broken hand-over."""
+
+    bytes_crossed: int
+    bytes_in_all: int
+    error_code: str
+    noticed_s: float
+    next_request_s: float
+    memory_mib: float
+
+
+@dataclass
+class LossRun:
+    """Carries a plan out. `memory_mib` reads the survivor's memory; called when nothing moves."""
+
+    lab: Lab
+    plan: LossPlan
+    memory_mib: Callable[[EngineClient], float]
+    tell: Callable[[str], None]
+    losses: list[Loss] = field(default_factory=list)
+    num_tries: int = 0
+
+    async def run(self) -> list[Loss]:
+        """Raises `PhloemError` when a bound is not kept, a token is wrong, or an audit is not clean."""
+        plan = self.plan
+        self._rng = random.Random(plan.seed)
+        self._survivor = await self.lab.start(plan.survivor, plan.survivor_gpu, name="survivor")
+        self._spares: list[asyncio.Task[EngineClient]] = []
+        try:
+            self._top_up()
+            victim = await self._next_peer()
+            while len(self.losses) < plan.count:
+                self.num_tries += 1
+                if self.num_tries > _MAX_TRIES_PER_LOSS * plan.count:
+                    raise PhloemError("bench_failed", "transfers end before they can be interrupted")
+                spare = await self._next_peer()
+                await self._lose(victim, spare)
+                victim = spare
+        finally:
+            for task in self._spares:
+                task.cancel()
+            await asyncio.gather(*self._spares, return_exceptions=True)
+        return self.losses
+
+    # -- peers ---------------------------------------------------------------------------------------------
+
+    def _top_up(self) -> None:
+        while len(self._spares) < self.plan.num_spares:
+            number = self.lab.num_started + len(self._spares)
+            self._spares.append(asyncio.create_task(self._start_peer(number)))
+
+    async def _start_peer(self, number: int) -> EngineClient:
+        role: Role = "prefill" if self.plan.survivor == "decode" else "decode"
+        staging_bytes, staging_slots = self.plan.staging[number % len(self.plan.staging)]
+        peer = await self.lab.start(
+            role, self.plan.peer_gpu, staging_bytes=staging_bytes, staging_slots=staging_slots
+        )
+        await self._dialer(peer).peer_up(self._survivor if peer is self._dialer(peer) else peer)
+        await prove_channel(*self._sides(peer), f"channel of {peer.ref.worker_id}")
+        return peer
+
+    async def _next_peer(self) -> EngineClient:
+        peer = await self._spares.pop(0)
+        self._top_up()
+        return peer
+
+    def _dialer(self, peer: EngineClient) -> EngineClient:
+        return peer if self.plan.survivor == "decode" else self._survivor
+
+    def _sides(self, peer: EngineClient) -> tuple[EngineClient, EngineClient]:
+        """Prefill, decode."""
+        return (peer, self._survivor) if self.plan.survivor == "decode" else (self._survivor, peer)
+
+    # -- one loss ------------------------------------------------------------------------------------------
+
+    async def _lose(self, victim: EngineClient, spare: EngineClient) -> None:
+        """Interrupts a transfer; what the lost request would have said, the spare's pair must say."""
+        prompt = self._prompt()
+        name = f"loss-{self.num_tries}"
+        expected = await whole(spare, f"{name}-whole", prompt, _GREEDY)
+        await spare.flush()
+        before = await self._bytes_moved()
+        broken = await hand_over(*self._sides(victim), name, prompt, _GREEDY)
+        await self._wait_for_middle(broken, before)
+        struck_s = time.monotonic()
+        victim.signal(self.plan.how)
+        again = await hand_over(*self._sides(spare), f"{name}-again", prompt, _GREEDY)
+        await again.decode.until_tokens(1, 60.0)
+        next_request_s = time.monotonic() - struck_s
+        ours = broken.decode if self.plan.survivor == "decode" else broken.prefill
+        await ours.until_end(self.plan.noticed_within_s + 5.0)
+        noticed_s = ours.ended_at_s - struck_s
+        tokens = await again.completed()
+        await self._survivor.peer_down(victim.ref)
+        await self.lab.kill(victim)
+        audit = await self._survivor.audit_idle()
+        crossed = self._moved(audit.counters) - before
+        total = self._bytes_of(len(prompt))
+        await self._survivor.flush()
+        if tokens != expected:
+            raise PhloemError("not_equal", f"{name}: {tokens} after the loss, {expected} before")
+        if ours.reason != "failed" or ours.error is None:
+            self.tell(f"{name}: the transfer was over before the signal")
+            return
+        # `again` moved a whole prompt, or what the survivor's tree did not hold of it.
+        self._judge(Loss(crossed - total, total, ours.error.code, noticed_s, next_request_s, 0.0), name)
+
+    def _judge(self, loss: Loss, name: str) -> None:
+        if loss.error_code not in LOSS_CODES:
+            raise PhloemError("bench_failed", f"{name} ended with {loss.error_code}")
+        if loss.noticed_s > self.plan.noticed_within_s:
+            raise PhloemError("bench_failed", f"{name} was noticed after {loss.noticed_s:.1f} s")
+        if not 0 < loss.bytes_crossed < loss.bytes_in_all:
+            self.tell(
+                f"{name}: {loss.bytes_crossed} of {loss.bytes_in_all} bytes had crossed: not the middle"
+            )
+            return
+        loss = msgspec.structs.replace(loss, memory_mib=self.memory_mib(self._survivor))
+        self.losses.append(loss)
+        self.tell(
+            f"{name}: {loss.bytes_crossed / loss.bytes_in_all:.0%} had crossed; {loss.error_code} after "
+            f"{loss.noticed_s:.2f} s; next request served after {loss.next_request_s:.2f} s; "
+            f"{loss.memory_mib:.0f} MiB"
+        )
+
+    async def _wait_for_middle(self, broken: HandOver, before: int) -> None:
+        """Until some bytes have moved, and then for a random while; or until all is over. The engine is
+        another process: it must be asked."""
+        while broken.decode.reason is None:
+            if await self._bytes_moved() != before:
+                break
+            await asyncio.sleep(_POLL_S)
+        await asyncio.sleep(self._rng.random() * 0.01)
+
+    async def _bytes_moved(self) -> int:
+        return self._moved((await self._survivor.audit()).counters)
+
+    def _moved(self, counters: dict[str, int]) -> int:
+        return counters["bytes_received"] + counters["bytes_sent"]
+
+    def _bytes_of(self, num_tokens: int) -> int:
+        page_size = self._survivor.ready.page_size
+        return -(-num_tokens // page_size) * page_size * self._survivor.ready.kv_bytes_per_token
+
+    def _prompt(self) -> list[int]:
+        return [self._rng.randrange(2, self.plan.vocabulary) for _ in range(self.plan.prompt_tokens)]
