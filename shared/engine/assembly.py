@@ -14,12 +14,12 @@ from phloem.shared.engine.config import EngineConfig, EngineOptions
 from phloem.shared.engine.engine_loop import Engine, EngineParts
 from phloem.shared.engine.fault_injection import damaging
 from phloem.shared.engine.kv_pool import KVPool
+from phloem.shared.engine.limits import Limits
 from phloem.shared.engine.models.kv_cache import KVCache, bytes_per_page
 from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.page_store import KVPageStore
 from phloem.shared.engine.radix_tree import RadixTree
 from phloem.shared.engine.runners import LoadedModel, build_runner, find_device, for_device
-from phloem.shared.engine.scheduler import Limits
 from phloem.shared.engine.sizing import context_length, kv_layout, pool_pages
 from phloem.shared.engine.step_runner import StepRunner
 from phloem.shared.engine.weights.loader import load_decoder, resolve_dtype
