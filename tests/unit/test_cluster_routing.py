@@ -17,45 +17,10 @@ from phloem.services.gateway.cluster.routing import (
     RoutingRequest,
     route,
 )
-from phloem.shared.protocol.cluster import Role, WorkerLoad, WorkerRecord
+from phloem.shared.protocol.cluster import Role, WorkerLoad
+from tests.support.routing import request, worker
 
 POLICIES = get_args(RoutingPolicy)
-
-
-def worker(
-    worker_id: str,
-    role: Role,
-    load: WorkerLoad | None = None,
-    *,
-    cached: int = 0,
-    layout: str = "kv",
-    own_requests: int = 0,
-    own_prefill_tokens: int = 0,
-) -> Candidate:
-    record = WorkerRecord(
-        worker_id=worker_id,
-        epoch=1,
-        role=role,
-        rpc_address="127.0.0.1:1",
-        model_id="m",
-        page_size=16,
-        context_length=10_000,
-        kv_layout=layout,
-        kv_bytes_per_token=50_000,
-        transfer_address="" if role == "prefill" else "127.0.0.1:2",
-        max_running_requests=8,
-        load=load or WorkerLoad(free_pages=1000, total_pages=1000, prefill_tokens_per_s=1000),
-    )
-    return Candidate(
-        record=record,
-        cached_tokens=cached,
-        own_requests=own_requests,
-        own_prefill_tokens=own_prefill_tokens,
-    )
-
-
-def request(num_tokens: int = 1000, request_id: str = "r", sequence: int = 0) -> RoutingRequest:
-    return RoutingRequest(request_id=request_id, num_tokens=num_tokens, max_new_tokens=100, sequence=sequence)
 
 
 def decide(policy: RoutingPolicy, wanted: RoutingRequest, *candidates: Candidate) -> Decision:

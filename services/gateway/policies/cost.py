@@ -7,7 +7,7 @@ cheapest of all pairs, exactly: rounding of sums and products never turns "no wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import NamedTuple, TypeAlias, TypeVar
 
@@ -20,7 +20,6 @@ from phloem.services.gateway.policies.cost_model import (
     pair_cost_s,
     pair_terms,
 )
-from phloem.services.gateway.policies.pools import hand_over_pools
 from phloem.services.gateway.policies.ranking import best_workers
 from phloem.services.gateway.policies.snapshot import Candidate, Decision, Ranking, RoutingRequest
 from phloem.services.gateway.policies.ties import Draw
@@ -28,6 +27,7 @@ from phloem.services.gateway.policies.ties import Draw
 # What orders two options: cost; one worker before two; the lesser fixed and transfer costs; the draws.
 Key: TypeAlias = tuple[float, ...]
 Side = TypeVar("Side", PrefillCost, DecodeCost)
+Cost = TypeVar("Cost", PrefillCost, DecodeCost, AloneCost)
 
 
 class Option(NamedTuple):
@@ -42,36 +42,45 @@ class Option(NamedTuple):
 def choose_cheapest(request: RoutingRequest, candidates: Sequence[Candidate]) -> Decision | None:
     """The cheapest option, or None when no worker can decode."""
     model, draw = CostModel(request, Norms.of(candidates)), Draw(request)
-    decodes = {id(c): model.decode(c) for c in candidates if c.record.role != "prefill"}
+    decodes = [model.decode(worker) for worker in candidates if worker.record.role != "prefill"]
+    prefills = [model.prefill(worker) for worker in candidates if worker.record.role != "decode"]
     if not decodes:
         return None
-    alone = [model.alone(decode) for decode in decodes.values()]
-    prefills: dict[int, PrefillCost] = {}
-    options = [_cheapest_alone(alone, draw)]
-    num_options = len(alone)
-    for pool in hand_over_pools(candidates):
-        prefills |= {id(worker): model.prefill(worker) for worker in pool.prefill}
-        options.append(
-            _cheapest_pair(
-                [prefills[id(worker)] for worker in pool.prefill],
-                [decodes[id(worker)] for worker in pool.decode],
-                draw,
-            )
-        )
-        num_options += len(pool.prefill) * len(pool.decode)
-    best = min(options, key=lambda option: option.key)
-    prefiller = (best.prefill or best.decode).worker
+    alone = [model.alone(decode) for decode in decodes]
+    pools = hand_over_pools(prefills, decodes)
+    pairs = [_cheapest_pair(givers, takers, draw) for givers, takers in pools]
+    cheapest_pair = min(pairs, key=lambda option: option.key, default=None)
+    best = _cheapest_alone(alone, draw, cheapest_pair)
     return Decision(
         decode=best.decode.worker.ref,
         prefill=best.prefill.worker.ref if best.prefill is not None else None,
         policy="cost",
         terms=best.terms(),
-        num_options=num_options,
+        num_options=len(alone) + sum(len(givers) * len(takers) for givers, takers in pools),
         num_tokens=request.num_tokens,
-        cached_tokens=prefiller.cached_tokens,
+        cached_tokens=(best.prefill or best.decode).worker.cached_tokens,
         best_cached_tokens=max(worker.cached_tokens for worker in candidates),
-        rankings=_rankings(request.num_explained, prefills.values(), decodes.values(), alone),
+        rankings=_rankings(request.num_explained, prefills, decodes, alone),
     )
+
+
+def hand_over_pools(
+    prefills: Sequence[PrefillCost], decodes: Sequence[DecodeCost]
+) -> list[tuple[list[PrefillCost], list[DecodeCost]]]:
+    """All pairs that can exchange KV, as products: KV moves between equal layouts, to a worker that listens.
+    Two unified workers never pair: each does both phases, and they open no channel."""
+    pools = []
+    for layout in sorted({cost.worker.record.kv_layout for cost in prefills}):
+        givers = [cost for cost in prefills if cost.worker.record.kv_layout == layout]
+        takers = [
+            cost
+            for cost in decodes
+            if cost.worker.record.kv_layout == layout and cost.worker.record.transfer_address
+        ]
+        unified = [cost for cost in givers if cost.worker.record.role == "unified"]
+        pools.append(([cost for cost in givers if cost.worker.record.role == "prefill"], takers))
+        pools.append((unified, [cost for cost in takers if cost.worker.record.role == "decode"]))
+    return [pool for pool in pools if pool[0] and pool[1]]
 
 
 def alone_key(cost: AloneCost, draw: Draw) -> Key:
@@ -83,17 +92,20 @@ def pair_key(prefill: PrefillCost, decode: DecodeCost, draw: Draw) -> Key:
         pair_cost_s(prefill, decode),
         1.0,
         prefill.fixed_s,
-        prefill.s_per_byte,
+        prefill.share,
         decode.fixed_s,
-        decode.num_bytes,
+        decode.share,
         draw.of(prefill.worker),
         draw.of(decode.worker),
     )
 
 
-def _cheapest_alone(costs: Sequence[AloneCost], draw: Draw) -> Option:
+def _cheapest_alone(costs: Sequence[AloneCost], draw: Draw, pair: Option | None) -> Option:
+    """The cheapest single worker, or `pair` when that is cheaper."""
     least = min(cost.total_s for cost in costs)
-    best = min((c for c in costs if c.total_s == least), key=lambda cost: alone_key(cost, draw))
+    if pair is not None and pair.key[0] < least:
+        return pair
+    best = _drawn([cost for cost in costs if cost.total_s == least], draw, lambda cost: cost.decode.worker)
     return Option(alone_key(best, draw), None, best.decode, best.terms)
 
 
@@ -107,23 +119,29 @@ def _cheapest_pair(prefills: Sequence[PrefillCost], decodes: Sequence[DecodeCost
 
 
 def _undominated(costs: Sequence[Side], draw: Draw) -> list[Side]:
-    """Those that no other beats or equals in both of their first two fields; of equals the one drawn."""
+    """Those that no other beats or equals both in what is fixed and in its share; of equals the one drawn."""
     left, kept = list(costs), []
     while left:
-        fixed_s, share = min((cost[0], cost[1]) for cost in left)
-        equals = [cost for cost in left if cost[0] == fixed_s and cost[1] == share]
-        kept.append(min(equals, key=lambda cost: draw.of(cost.worker)) if len(equals) > 1 else equals[0])
-        left = [cost for cost in left if cost[1] < share]
+        fixed_s = min(cost.fixed_s for cost in left)
+        equals = [cost for cost in left if cost.fixed_s == fixed_s]
+        share = min(cost.share for cost in equals)
+        equals = [cost for cost in equals if cost.share == share]
+        kept.append(_drawn(equals, draw, lambda cost: cost.worker))
+        left = [cost for cost in left if cost.share < share]
     return kept
 
 
+def _drawn(equals: Sequence[Cost], draw: Draw, worker_of: Callable[[Cost], Candidate]) -> Cost:
+    return min(equals, key=lambda cost: draw.of(worker_of(cost))) if len(equals) > 1 else equals[0]
+
+
 def _rankings(
-    count: int, prefills: Iterable[PrefillCost], decodes: Iterable[DecodeCost], alone: Sequence[AloneCost]
+    count: int, prefills: Sequence[PrefillCost], decodes: Sequence[DecodeCost], alone: Sequence[AloneCost]
 ) -> list[Ranking]:
     if not count:
         return []
     return [
-        best_workers("prefill", count, [(c.fixed_s, c.worker, c.terms) for c in prefills]),
-        best_workers("decode", count, [(c.fixed_s, c.worker, c.terms) for c in decodes]),
-        best_workers("both", count, [(c.total_s, c.decode.worker, c.terms) for c in alone]),
+        best_workers("prefill", count, [(cost.fixed_s, cost.worker, cost.terms) for cost in prefills]),
+        best_workers("decode", count, [(cost.fixed_s, cost.worker, cost.terms) for cost in decodes]),
+        best_workers("both", count, [(cost.total_s, cost.decode.worker, cost.terms) for cost in alone]),
     ]

@@ -10,7 +10,7 @@ Only the transfer depends on both workers, and it is a product: bytes that D lac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from math import fsum
 
 from msgspec import Struct
 
@@ -40,28 +40,37 @@ class Norms(Struct, frozen=True):
         """The means over those that have measured themselves, or the priors."""
         loads = [candidate.record.load for candidate in candidates]
         return cls(
-            _mean([load.prefill_tokens_per_s for load in loads], PRIOR_PREFILL_TOKENS_PER_S),
-            _mean([load.decode_step_s for load in loads], PRIOR_DECODE_STEP_S),
-            _mean([load.transfer_bytes_per_s for load in loads], 0.0),
+            _mean([n for load in loads if (n := load.prefill_tokens_per_s) > 0], PRIOR_PREFILL_TOKENS_PER_S),
+            _mean([n for load in loads if (n := load.decode_step_s) > 0], PRIOR_DECODE_STEP_S),
+            _mean([n for load in loads if (n := load.transfer_bytes_per_s) > 0], 0.0),
         )
 
     def prefill_rate(self, load: WorkerLoad) -> float:
         """Prompt tokens per second, at least one."""
-        return max(1.0, load.prefill_tokens_per_s or self.prefill_tokens_per_s)
+        rate = load.prefill_tokens_per_s or self.prefill_tokens_per_s
+        return rate if rate > 1.0 else 1.0
 
     def bandwidth(self, record: WorkerRecord) -> float:
         """Bytes per second of KV transfer, at least a kilobyte."""
-        cuda = record.device.startswith("cuda")
-        prior = PRIOR_CUDA_TRANSFER_BYTES_PER_S if cuda else PRIOR_TRANSFER_BYTES_PER_S
-        return max(1000.0, record.load.transfer_bytes_per_s or self.transfer_bytes_per_s or prior)
+        rate = record.load.transfer_bytes_per_s or self.transfer_bytes_per_s
+        if not rate:
+            cuda = record.device.startswith("cuda")
+            rate = PRIOR_CUDA_TRANSFER_BYTES_PER_S if cuda else PRIOR_TRANSFER_BYTES_PER_S
+        return rate if rate > 1000.0 else 1000.0
+
+    def decode_step(self, load: WorkerLoad, batch: int) -> float:
+        """Predicted seconds of a decode step with `batch` requests, from the one measured last."""
+        running = load.num_running if load.num_running > 1 else 1
+        measured = load.decode_step_s or self.decode_step_s
+        return measured * (1.0 + STEP_GROWTH * batch) / (1.0 + STEP_GROWTH * running)
 
 
-class PrefillCost(NamedTuple):
-    """Of prefilling on a worker for another one to decode."""
+class PrefillCost(Struct, frozen=True, gc=False):
+    """Of prefilling on a worker for another one to decode. `share` is seconds per byte of KV sent."""
 
-    fixed_s: float  # queue, compute and hand-over
-    s_per_byte: float
     worker: Candidate
+    fixed_s: float  # queue, compute and hand-over
+    share: float
     queue_s: float
     compute_s: float
 
@@ -69,12 +78,12 @@ class PrefillCost(NamedTuple):
         return {"prefill_queue": self.queue_s, "prefill": self.compute_s, "handover": HANDOVER_S}
 
 
-class DecodeCost(NamedTuple):
-    """Of decoding on a worker, whoever prefills."""
+class DecodeCost(Struct, frozen=True, gc=False):
+    """Of decoding on a worker, whoever prefills. `share` is the bytes of KV that it lacks."""
 
-    fixed_s: float
-    num_bytes: float  # of KV that it lacks
     worker: Candidate
+    fixed_s: float
+    share: float
     decode_s: float
     slot_queue_s: float
     no_pages_s: float
@@ -84,11 +93,11 @@ class DecodeCost(NamedTuple):
         return {name: seconds for name, seconds in terms.items() if seconds or name == "decode"}
 
 
-class AloneCost(NamedTuple):
+class AloneCost(Struct, frozen=True, gc=False):
     """Of both phases on one worker."""
 
-    total_s: float
     decode: DecodeCost
+    total_s: float
     queue_s: float
     compute_s: float
     interference_s: float
@@ -100,16 +109,17 @@ class AloneCost(NamedTuple):
 
 def pair_cost_s(prefill: PrefillCost, decode: DecodeCost) -> float:
     """The whole cost of a pair."""
-    return prefill.fixed_s + decode.fixed_s + decode.num_bytes * prefill.s_per_byte
+    return prefill.fixed_s + decode.fixed_s + decode.share * prefill.share
 
 
 def pair_terms(prefill: PrefillCost, decode: DecodeCost) -> dict[str, float]:
     """The same by name."""
-    return {**prefill.terms(), **decode.terms(), "transfer": decode.num_bytes * prefill.s_per_byte}
+    return {**prefill.terms(), **decode.terms(), "transfer": decode.share * prefill.share}
 
 
 class CostModel:
-    """Prices the workers of one snapshot for one request."""
+    """Prices the workers of one snapshot for one request. Its methods run for every worker of the cluster at
+    every request, so they do without calls that an expression can replace."""
 
     def __init__(self, request: RoutingRequest, norms: Norms) -> None:
         self._num_tokens = request.num_tokens
@@ -120,23 +130,32 @@ class CostModel:
         record = worker.record
         rate = self._norms.prefill_rate(record.load)
         queue_s = worker.queued_tokens / rate
-        compute_s = max(1, self._num_tokens - worker.cached_tokens) / rate
-        fixed_s = queue_s + compute_s + HANDOVER_S
-        return PrefillCost(fixed_s, 1.0 / self._norms.bandwidth(record), worker, queue_s, compute_s)
+        compute_s = self._lacking(worker) / rate
+        return PrefillCost(
+            worker,
+            queue_s + compute_s + HANDOVER_S,
+            1.0 / self._norms.bandwidth(record),
+            queue_s,
+            compute_s,
+        )
 
     def decode(self, worker: Candidate) -> DecodeCost:
         record = worker.record
         load, most, batch = record.load, record.max_running_requests, worker.num_requests + 1
-        lacking = max(1, self._num_tokens - worker.cached_tokens)
-        decode_s = predicted_step_s(load, batch, self._norms) * self._num_output
+        lacking = self._lacking(worker)
+        decode_s = self._norms.decode_step(load, batch) * self._num_output
         slot_queue_s = decode_s * (batch - most) / most if 0 < most < batch else 0.0
         no_pages_s = 0.0
         if load.total_pages:
             missing = 1.0 - load.free_pages * record.page_size / (lacking + self._num_output)
             no_pages_s = NO_PAGES_S * missing if missing > 0.0 else 0.0
-        fixed_s = decode_s + slot_queue_s + no_pages_s
         return DecodeCost(
-            fixed_s, lacking * record.kv_bytes_per_token, worker, decode_s, slot_queue_s, no_pages_s
+            worker,
+            decode_s + slot_queue_s + no_pages_s,
+            lacking * record.kv_bytes_per_token,
+            decode_s,
+            slot_queue_s,
+            no_pages_s,
         )
 
     def alone(self, decode: DecodeCost) -> AloneCost:
@@ -145,18 +164,16 @@ class CostModel:
         worker = decode.worker
         rate = self._norms.prefill_rate(worker.record.load)
         queue_s = worker.queued_tokens / rate
-        compute_s = max(1, self._num_tokens - worker.cached_tokens) / rate
+        compute_s = self._lacking(worker) / rate
         interference_s = compute_s * (1 + worker.num_requests) if worker.record.role == "decode" else 0.0
         total_s = decode.fixed_s + queue_s + compute_s + interference_s
-        return AloneCost(total_s, decode, queue_s, compute_s, interference_s)
+        return AloneCost(decode, total_s, queue_s, compute_s, interference_s)
+
+    def _lacking(self, worker: Candidate) -> int:
+        """Tokens of the prompt to compute: the last one always is."""
+        lacking = self._num_tokens - worker.cached_tokens
+        return lacking if lacking > 1 else 1
 
 
-def predicted_step_s(load: WorkerLoad, batch: int, norms: Norms) -> float:
-    """The duration of a decode step with `batch` requests, from the one measured last."""
-    measured = load.decode_step_s or norms.decode_step_s
-    return measured * (1 + STEP_GROWTH * batch) / (1 + STEP_GROWTH * max(1, load.num_running))
-
-
-def _mean(measured: Sequence[float], prior: float) -> float:
-    known = [value for value in measured if value > 0]
-    return sum(known) / len(known) if known else prior
+def _mean(known: Sequence[float], prior: float) -> float:
+    return fsum(known) / len(known) if known else prior  # fsum: the same in any order

@@ -16,19 +16,6 @@ class Pool(NamedTuple):
     decode: list[Candidate]
 
 
-def hand_over_pools(candidates: Sequence[Candidate]) -> list[Pool]:
-    """All pairs that can exchange KV, as products: KV moves between equal layouts, to a worker that listens.
-    Two unified workers never pair: each does both phases, and they open no channel."""
-    pools = []
-    for members in _by_layout(candidates).values():
-        prefill = [worker for worker in members if worker.record.role == "prefill"]
-        unified = [worker for worker in members if worker.record.role == "unified"]
-        listening = [w for w in members if w.record.role != "prefill" and w.record.transfer_address]
-        decode = [worker for worker in listening if worker.record.role == "decode"]
-        pools += [Pool(prefill, listening), Pool(unified, decode)]
-    return [pool for pool in pools if pool.prefill and pool.decode]
-
-
 def simple_pools(candidates: Sequence[Candidate]) -> list[Pool]:
     """For policies that know no cost: a prompt is prefilled by a prefill worker, or by a unified one where
     there is none; where it is decoded only when nobody else could. Each worker is in one pool at most."""

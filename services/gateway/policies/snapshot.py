@@ -29,12 +29,14 @@ class Candidate(Struct, frozen=True, kw_only=True):
     def num_requests(self) -> int:
         """Requests that it runs or has waiting, at least."""
         load = self.record.load
-        return max(load.num_running + load.num_waiting, self.own_requests)
+        known = load.num_running + load.num_waiting
+        return known if known > self.own_requests else self.own_requests
 
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens that it has yet to compute, at least."""
-        return max(self.record.load.queued_tokens, self.own_prefill_tokens)
+        known = self.record.load.queued_tokens
+        return known if known > self.own_prefill_tokens else self.own_prefill_tokens
 
 
 class CacheAwareThresholds(Struct, frozen=True):
