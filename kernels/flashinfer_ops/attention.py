@@ -2,41 +2,23 @@
 
 FlashInfer's wrapper classes copy page indices from the host synchronously and loop over tensors in Python;
 so this calls the two functions under them, `plan` and `paged_run`, whose signatures hold for the pinned
-version. Everything a plan needs goes to the device in one copy from pinned memory. Two pinned buffers take
-turns: step N + 1 is planned while step N runs, never while N - 1 does.
-
-    device buffer (int32):  [ qo_indptr | kv_indptr | last_page_len | page indices ... ]
-                              max_rows+1  max_rows+1  max_rows        max_indices
+version. `PageLists` brings to the device what both read. Two pinned workspaces take turns: step N + 1 is
+planned while step N runs, never while N - 1 does.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from flashinfer.prefill import get_batch_prefill_module
 from flashinfer.utils import MaskMode, TensorLayout, _get_cache_alibi_slopes_buf
 from torch import Tensor
 
+from phloem.kernels.flashinfer_ops.page_lists import PagedRows, PageLists
+
 INT_WORKSPACE_BYTES = 16 * 1024 * 1024
 FLOAT_WORKSPACE_BYTES = 384 * 1024 * 1024
-
-Int32Array = npt.NDArray[np.int32]
-
-
-class RaggedPages(NamedTuple):
-    """Sequences of one step and their pages, on the host.
-
-    qo_indptr int32 `[B + 1]`: rows of q by sequence; kv_indptr int32 `[B + 1]`: its range in `indices`;
-    kv_lens int32 `[B]`: tokens visible to the last query; indices int32 `[N]`: page ids.
-    """
-
-    qo_indptr: Int32Array
-    kv_indptr: Int32Array
-    kv_lens: Int32Array
-    indices: Int32Array
 
 
 class AttentionShape(NamedTuple):
@@ -52,7 +34,6 @@ class FlashInferPlan(NamedTuple):
 
     lane: FlashInferLane
     plan_info: Any  # what FlashInfer's plan returned: opaque
-    batch: int
 
     def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float, out: Tensor) -> None:
         self.lane.run(self, q, k_pages, v_pages, scale, out)
@@ -78,15 +59,13 @@ class FlashInferLane:
         self._backend = backend
         self._device = device
         self._float_workspace = float_workspace
-        self._max_rows = max_rows
-        self._header = 3 * max_rows + 2
+        self._lists = PageLists(device, page_size=shape.page_size, max_rows=max_rows, max_indices=max_indices)
+        self._plan: FlashInferPlan | None = None
+        self._planned_in_graph = False
         self._int_workspace = torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._pinned_workspaces = [
             torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)
         ]
-        size = self._header + max_indices
-        self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
-        self._pinned = [torch.zeros(size, dtype=torch.int32, pin_memory=True) for _ in range(2)]
         self._turn = 0
         self._module = get_batch_prefill_module(
             backend,
@@ -102,33 +81,31 @@ class FlashInferLane:
             False,  # no fp16 reduction
         )
 
-    def plan(self, pages: RaggedPages, *, in_graph: bool) -> FlashInferPlan:
+    def plan(self, rows: PagedRows, *, in_graph: bool) -> FlashInferPlan:
         """Plans a step; with `in_graph` for the replay of a graph captured with as many sequences.
 
-        Nothing waits: the copies are ordered on the current stream.
+        Nothing waits: the copies are ordered on the current stream. FA2's plan depends on the numbers of
+        pages only: while no row of the same rows needs another page, the plan on the device stays right.
         """
+        changed = self._lists.update(rows)
+        reusable = self._backend == "fa2" and in_graph == self._planned_in_graph
+        if changed or self._plan is None or not reusable:
+            self._plan = FlashInferPlan(self, self._plan_anew(in_graph))
+            self._planned_in_graph = in_graph
+        return self._plan
+
+    def _plan_anew(self, in_graph: bool) -> Any:
         self._turn ^= 1
-        batch = len(pages.kv_lens)
-        last = (pages.kv_lens - 1) % self._shape.page_size + 1
-        host = self._pinned[self._turn].numpy()
-        rows, n = self._max_rows, len(pages.indices)
-        host[: batch + 1] = pages.qo_indptr
-        host[rows + 1 : rows + 2 + batch] = pages.kv_indptr
-        host[2 * rows + 2 : 2 * rows + 2 + batch] = last
-        host[self._header : self._header + n] = pages.indices
-        end = self._header + n
-        self._buffer[:end].copy_(self._pinned[self._turn][:end], non_blocking=True)
-        num_rows = int(pages.qo_indptr[-1])
-        shape = self._shape
+        lists, shape = self._lists, self._shape
         arguments: list[Any] = [
             self._float_workspace,
             self._int_workspace,
             self._pinned_workspaces[self._turn],
-            torch.from_numpy(pages.qo_indptr),
-            torch.from_numpy(pages.kv_indptr),
-            torch.from_numpy(pages.kv_lens),
-            num_rows,
-            batch,
+            torch.from_numpy(lists.qo_indptr),
+            torch.from_numpy(lists.kv_indptr),
+            torch.from_numpy(lists.kv_lens),
+            int(lists.qo_indptr[-1]),
+            len(lists.kv_lens),
             shape.num_qo_heads,
             shape.num_kv_heads,
             shape.page_size,
@@ -140,13 +117,12 @@ class FlashInferLane:
         ]
         if self._backend == "fa2":
             arguments += [-1, False, 0]  # no fixed split, split allowed, no colocated CTAs
-        return FlashInferPlan(self, self._module.plan(*arguments), batch)
+        return self._module.plan(*arguments)
 
     def run(
         self, plan: FlashInferPlan, q: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float, out: Tensor
     ) -> None:
         """Attention of one layer; q and out `[rows, H, D]`, pages `[num_pages, page_size, H_kv, D]`."""
-        rows, batch = self._max_rows, plan.batch
         self._module.paged_run(
             self._float_workspace,
             self._int_workspace,
@@ -154,10 +130,10 @@ class FlashInferLane:
             q,
             k_pages,
             v_pages,
-            self._buffer[: batch + 1],
-            self._buffer[rows + 1 : rows + 2 + batch],
-            self._buffer[self._header :],
-            self._buffer[2 * rows + 2 : 2 * rows + 2 + batch],
+            self._lists.device_qo_indptr,
+            self._lists.device_kv_indptr,
+            self._lists.device_indices,
+            self._lists.device_last_page_len,
             out,
             None,  # no log-sum-exp
             MaskMode.CAUSAL.value,

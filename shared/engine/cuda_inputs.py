@@ -1,7 +1,9 @@
-"""A step's inputs on their way to the GPU: pinned host buffers, one copy each, never waited for.
+"""A step's inputs on their way to the device: one pinned host buffer, one copy, never waited for.
 
 Steps take turns on a ring of pinned buffers: by the time that one is filled again, the step that read it
 has been collected.
+
+    buffer for `count` entries:  [ slot | token | ... int64 each ][ temperature | ... float32 each ]
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ RING = 3  # steps that may be launched and not collected: 2, and the one being f
 
 _INT_FIELDS = ("slot", "token", "position", "write_index", "seed", "sample_position", "top_k")
 _FLOAT_FIELDS = ("temperature", "top_p", "min_p")
+_MAX_REMEMBERED = 512  # views by count: one per batch size
 
 
 class RowInputs(NamedTuple):
@@ -53,7 +56,7 @@ class HostRows(NamedTuple):
 
 
 class InputRing:
-    """Device buffers of a fixed capacity and the pinned ring that fills them.
+    """A device buffer of a fixed capacity and the host ring (pinned for CUDA) that fills it.
 
     For one `count` the device views are always at the same addresses, so that a CUDA graph may read them;
     the copies are ordered on the current stream, behind the step before.
@@ -61,28 +64,46 @@ class InputRing:
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.capacity = capacity
-        ints, floats = len(_INT_FIELDS) * capacity, len(_FLOAT_FIELDS) * capacity
-        self._ints = torch.zeros(ints, dtype=torch.int64, device=device)
-        self._floats = torch.zeros(floats, dtype=torch.float32, device=device)
-        self._pinned_ints = [torch.zeros(ints, dtype=torch.int64, pin_memory=True) for _ in range(RING)]
-        self._pinned_floats = [torch.zeros(floats, dtype=torch.float32, pin_memory=True) for _ in range(RING)]
+        self._buffer = torch.zeros(_num_words(capacity), dtype=torch.int64, device=device)
+        self._hosts = [
+            torch.zeros(_num_words(capacity), dtype=torch.int64, pin_memory=device.type == "cuda")
+            for _ in range(RING)
+        ]
         self._turn = 0
+        self._host_views: dict[tuple[int, int], HostRows] = {}
+        self._device_views: dict[int, RowInputs] = {}
 
     def host(self, count: int) -> HostRows:
-        """The next pinned buffers: `count` entries of each field."""
+        """The next host buffer: `count` entries of each field."""
         self._turn = (self._turn + 1) % RING
-        ints = self._pinned_ints[self._turn].numpy()[: len(_INT_FIELDS) * count]
-        floats = self._pinned_floats[self._turn].numpy()[: len(_FLOAT_FIELDS) * count]
-        return HostRows(*ints.reshape(-1, count), *floats.reshape(-1, count))
+        views = self._host_views.get((self._turn, count))
+        if views is None:
+            ints, floats = _split(self._hosts[self._turn], count)
+            views = HostRows(*ints.numpy(), *floats.numpy())
+            if len(self._host_views) < _MAX_REMEMBERED:
+                self._host_views[self._turn, count] = views
+        return views
 
     def upload(self, count: int) -> RowInputs:
         """Sends what `host(count)` gave to the device; returns at once."""
-        ints, floats = len(_INT_FIELDS) * count, len(_FLOAT_FIELDS) * count
-        self._ints[:ints].copy_(self._pinned_ints[self._turn][:ints], non_blocking=True)
-        self._floats[:floats].copy_(self._pinned_floats[self._turn][:floats], non_blocking=True)
-        return self.device(count)
+        words = _num_words(count)
+        self._buffer[:words].copy_(self._hosts[self._turn][:words], non_blocking=True)
+        views = self._device_views.get(count)
+        if views is None:
+            ints, floats = _split(self._buffer, count)
+            views = RowInputs(*ints.unbind(0), *floats.unbind(0))
+            if len(self._device_views) < _MAX_REMEMBERED:
+                self._device_views[count] = views
+        return views
 
-    def device(self, count: int) -> RowInputs:
-        ints = self._ints[: len(_INT_FIELDS) * count].view(-1, count)
-        floats = self._floats[: len(_FLOAT_FIELDS) * count].view(-1, count)
-        return RowInputs(*ints.unbind(0), *floats.unbind(0))
+
+def _num_words(count: int) -> int:
+    """8-byte words of `count` entries."""
+    return len(_INT_FIELDS) * count + -(-len(_FLOAT_FIELDS) * count // 2)
+
+
+def _split(buffer: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The integer fields `[7, count]` and the float fields `[3, count]`."""
+    num_ints = len(_INT_FIELDS) * count
+    floats = buffer[num_ints : _num_words(count)].view(torch.float32)
+    return buffer[:num_ints].view(-1, count), floats[: len(_FLOAT_FIELDS) * count].view(-1, count)

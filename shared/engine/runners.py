@@ -118,18 +118,17 @@ def _cuda_runner(
     options: EngineOptions, model: LoadedModel, backend: str, send: Callable[[EngineUp], None]
 ) -> StepRunner:
     # Triton and FlashInfer are imported only where there is a CUDA device.
-    from phloem.shared.engine.cuda_attention import CudaAttention
-    from phloem.shared.engine.cuda_runner import CudaStepRunner, RunnerSizes, decode_buckets
+    from phloem.shared.engine.cuda_attention import AttentionSizes, device_attention
+    from phloem.shared.engine.cuda_runner import CudaStepRunner, decode_buckets
+    from phloem.shared.engine.step_inputs import RunnerSizes
 
-    attention = CudaAttention(
+    max_pages = _max_pages(options, model)
+    attention = device_attention(
         model.decoder.config,
         model.dtype,
         model.device,
-        page_size=options.page_size,
-        backend="flashinfer" if backend == "flashinfer" else "triton",
-        max_rows=options.max_running_requests,
-        max_pages=_max_pages(options, model),
-        num_pages=model.num_pages,
+        "flashinfer" if backend == "flashinfer" else "triton",
+        AttentionSizes(options.page_size, options.max_running_requests, max_pages),
     )
     runner = CudaStepRunner(
         model.decoder,
@@ -138,8 +137,9 @@ def _cuda_runner(
         attention,
         RunnerSizes(
             num_slots=options.max_running_requests,
-            max_pages=_max_pages(options, model),
+            max_pages=max_pages,
             max_step_tokens=options.chunked_prefill_size,
+            page_size=options.page_size,
             scratch_page=model.num_pages,
         ),
     )

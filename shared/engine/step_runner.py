@@ -16,7 +16,7 @@ from torch import Tensor
 from phloem.kernels import ops
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.kv_cache import KVCache
-from phloem.shared.engine.requests import Request
+from phloem.shared.engine.slot_table import SlotTable
 from phloem.shared.engine.step_plan import Row, StepPlan
 
 
@@ -55,35 +55,6 @@ class FinishedStep:
         return self._token_ids
 
 
-class SlotTable:
-    """Host side of the slots: one row of each array per slot."""
-
-    def __init__(self, num_slots: int, max_pages: int) -> None:
-        self.page_ids = np.zeros((num_slots, max_pages), dtype=np.int64)
-        self.temperature = np.ones(num_slots, dtype=np.float32)
-        self.top_k = np.zeros(num_slots, dtype=np.int64)
-        self.top_p = np.ones(num_slots, dtype=np.float32)
-        self.min_p = np.zeros(num_slots, dtype=np.float32)
-        self.seed = np.zeros(num_slots, dtype=np.int64)
-
-    def bind(self, request: Request) -> None:
-        """Brings the request's slot up to date: all of it the first time, then only new pages."""
-        slot = request.slot
-        first = request.num_bound_pages
-        if first < 0:
-            sampling = request.sampling
-            self.temperature[slot] = sampling.temperature
-            self.top_k[slot] = sampling.top_k
-            self.top_p[slot] = sampling.top_p
-            self.min_p[slot] = sampling.min_p
-            self.seed[slot] = sampling.seed
-            first = 0
-        count = len(request.page_ids)
-        if count > first:
-            self.page_ids[slot, first:count] = request.page_ids[first:]
-        request.num_bound_pages = count
-
-
 class SyncStepRunner:
     """The model on a device whose launches are synchronous: a launch computes, and its step is ready."""
 
@@ -115,8 +86,7 @@ class SyncStepRunner:
         ends = np.cumsum(counts)
         offsets = np.repeat(starts - (ends - counts), counts)
         positions = offsets + np.arange(ends[-1])
-        pages = self._slots.page_ids[np.repeat(slots, counts), positions // self._page_size]
-        write_index = pages * self._page_size + positions % self._page_size
+        write_index = self._slots.write_index(np.repeat(slots, counts), positions, self._page_size)
         kv_lens = starts + counts
         max_pages = int(-(-kv_lens.max() // self._page_size))
         last = ends - 1
@@ -127,7 +97,7 @@ class SyncStepRunner:
             write_index=self._put(write_index),
             query_lens=counts.tolist(),
             kv_lens=kv_lens.tolist(),
-            page_table=self._put(self._slots.page_ids[slots, :max_pages]),
+            page_table=self._put(self._slots.page_ids[slots, :max_pages].astype(np.int64)),
             logits_index=self._put(last[samples]),
         )
 

@@ -35,12 +35,10 @@ def attend(batch: PagedBatch, backend: str, heads: Heads) -> torch.Tensor:
         FLOAT_WORKSPACE_BYTES,
         AttentionShape,
         FlashInferLane,
-        RaggedPages,
     )
+    from phloem.kernels.flashinfer_ops.page_lists import PagedRows
 
     page_size = batch.k_pages.shape[1]
-    num_pages = -(-batch.kv_lens // page_size)
-    indices = np.concatenate([row[:n] for row, n in zip(batch.page_table.numpy(), num_pages, strict=True)])
     lane_of = FlashInferLane(
         AttentionShape(*heads, page_size, torch.bfloat16),
         CUDA,
@@ -49,18 +47,10 @@ def attend(batch: PagedBatch, backend: str, heads: Heads) -> torch.Tensor:
         max_rows=8,
         max_indices=4096,
     )
-    pages = RaggedPages(
-        _indptr(batch.query_lens),
-        _indptr(num_pages),
-        batch.kv_lens.astype(np.int32),
-        indices.astype(np.int32),
-    )
-    lane_of.plan(pages, in_graph=False).attend(batch.q, batch.k_pages, batch.v_pages, scale, out)
+    slots = np.arange(len(batch.kv_lens))
+    rows = PagedRows(batch.page_table.numpy(), slots, batch.query_lens, batch.kv_lens)
+    lane_of.plan(rows, in_graph=False).attend(batch.q, batch.k_pages, batch.v_pages, scale, out)
     return out
-
-
-def _indptr(lengths: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
 @pytest.mark.parametrize("backend", ["fa2", "fa3", "triton"])

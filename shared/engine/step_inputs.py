@@ -1,0 +1,210 @@
+"""Fills a step's inputs on the host and sends them off: what a runner does before the device is asked.
+
+Works on arrays by slot; for a step of the same `DecodeBatch` as the one before, only positions, tokens and
+the pages of grown rows are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from phloem.kernels import ops
+from phloem.kernels.flashinfer_ops.page_lists import PagedRows
+from phloem.shared.engine.cuda_attention import CudaAttention, PlannedRows
+from phloem.shared.engine.cuda_inputs import HostRows, InputRing, RowInputs
+from phloem.shared.engine.slot_table import SlotTable
+from phloem.shared.engine.step_plan import FROM_DEVICE, DecodeBatch, DecodeStep, Row
+
+Int64Array: TypeAlias = npt.NDArray[np.int64]
+
+
+class RunnerSizes(NamedTuple):
+    num_slots: int
+    max_pages: int  # of one request
+    max_step_tokens: int
+    page_size: int
+    scratch_page: int  # a page of the KV tensors that belongs to nobody: padding rows write there
+
+
+class SampledRows(NamedTuple):
+    """`num_rows` rows to sample; `inputs` may hold padding rows behind them."""
+
+    num_rows: int
+    inputs: RowInputs
+    hints: ops.SamplingHints
+
+
+class MixedInputs(NamedTuple):
+    """A step with chunks: one entry of `tokens` per token; `logits_index` are the last ones of the rows that
+    sample."""
+
+    tokens: RowInputs
+    logits_index: Tensor
+    plans: Mapping[int, PlannedRows]
+    sampled: SampledRows | None
+
+
+class _Prepared(NamedTuple):
+    """What stays the same over the steps of a batch; arrays `[size]`, padding rows included."""
+
+    batch: DecodeBatch
+    slots: Int64Array
+    positions: Int64Array
+    ones: Int64Array
+    rows: HostRows
+    hints: ops.SamplingHints
+
+
+class StepInputs:
+    """Owns the slot table and the input buffers. No model, no kernels: it runs on a CPU as well."""
+
+    def __init__(self, attention: CudaAttention, device: torch.device, sizes: RunnerSizes) -> None:
+        self._attention = attention
+        self._page_size = sizes.page_size
+        self._slots = SlotTable(sizes.num_slots + 1, sizes.max_pages)
+        self._scratch_slot = sizes.num_slots
+        self._slots.page_ids[self._scratch_slot] = sizes.scratch_page
+        self._slots.temperature[self._scratch_slot] = 0.0
+        self._rows = InputRing(sizes.num_slots + 1, device)
+        self._tokens = InputRing(sizes.max_step_tokens + sizes.num_slots, device)
+        self._prepared: _Prepared | None = None  # of the step before
+
+    def padding(self, size: int) -> tuple[RowInputs, Mapping[int, PlannedRows]]:
+        """A decode step of `size` padding rows, which has something harmless to do, for a graph's capture."""
+        step = DecodeStep(DecodeBatch([]), np.zeros(0, dtype=np.int64), None, [])
+        self._prepared = self._prepare(step.batch, size)
+        return self._send(self._prepared, step), self._plan(self._prepared, same_rows=False)
+
+    def decode(self, step: DecodeStep, size: int) -> SampledRows:
+        """A decode step, padded to the `size` of the graph that will be replayed."""
+        before, batch = self._prepared, step.batch
+        same = before is not None and before.batch is batch and len(before.slots) == size
+        if same:
+            assert before is not None
+            prepared = before
+            for row in step.grown:
+                self._slots.bind(batch.requests[row])
+        else:
+            for request in batch.requests:
+                self._slots.bind(request)
+            prepared = self._prepared = self._prepare(batch, size)
+        prepared.positions[: len(batch.slots)] = step.positions
+        inputs = self._send(prepared, step)
+        self._plan(prepared, same_rows=same)
+        return SampledRows(len(batch.slots), inputs, prepared.hints)
+
+    def mixed(self, rows: list[Row]) -> MixedInputs:
+        """Decode rows and chunks, as the model computes them without a graph."""
+        self._prepared = None
+        for row in rows:
+            self._slots.bind(row.request)
+        slots = np.fromiter((row.request.slot for row in rows), np.int64, len(rows))
+        starts = np.fromiter((row.start for row in rows), np.int64, len(rows))
+        counts = np.fromiter((row.num_tokens for row in rows), np.int64, len(rows))
+        samples = np.fromiter((row.samples for row in rows), bool, len(rows))
+        ends = np.cumsum(counts)
+        total = int(ends[-1])
+        host = self._tokens.host(total)
+        host.slot[:] = np.repeat(slots, counts)
+        host.position[:] = np.repeat(starts - (ends - counts), counts) + np.arange(total)
+        host.write_index[:] = self._slots.write_index(host.slot, host.position, self._page_size)
+        host.token[:] = _input_tokens(rows)
+        last = (ends - 1)[samples]
+        host.seed[: len(last)] = last
+        tokens = self._tokens.upload(total)
+        plans = self._attention.plan_mixed(
+            PagedRows(self._slots.page_ids, slots, counts, starts + counts), _num_leading_decodes(rows)
+        )
+        sampled = self._sampled(slots[samples], (starts + counts)[samples]) if len(last) else None
+        return MixedInputs(tokens, tokens.seed[: len(last)], plans, sampled)
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _prepare(self, batch: DecodeBatch, size: int) -> _Prepared:
+        slots = np.full(size, self._scratch_slot, dtype=np.int64)
+        slots[: len(batch.slots)] = batch.slots
+        zeros = np.zeros(size, dtype=np.int64)
+        table = self._slots
+        rows = HostRows(
+            slots,
+            zeros,
+            zeros,
+            zeros,
+            table.seed[slots],
+            zeros,
+            table.top_k[slots],
+            table.temperature[slots],
+            table.top_p[slots],
+            table.min_p[slots],
+        )
+        ones = np.ones(size, dtype=np.int64)
+        return _Prepared(batch, slots, zeros.copy(), ones, rows, self._hints(batch.slots))
+
+    def _send(self, prepared: _Prepared, step: DecodeStep) -> RowInputs:
+        count, size = len(step.positions), len(prepared.slots)
+        host, fixed, positions = self._rows.host(size), prepared.rows, prepared.positions
+        host.slot[:] = fixed.slot
+        host.token[:count] = FROM_DEVICE if step.tokens is None else step.tokens
+        host.token[count:] = 0
+        host.position[:] = positions
+        host.write_index[:] = self._slots.write_index(prepared.slots, positions, self._page_size)
+        host.seed[:] = fixed.seed
+        host.sample_position[:] = positions + 1
+        host.top_k[:] = fixed.top_k
+        host.temperature[:] = fixed.temperature
+        host.top_p[:] = fixed.top_p
+        host.min_p[:] = fixed.min_p
+        return self._rows.upload(size)
+
+    def _plan(self, prepared: _Prepared, *, same_rows: bool) -> Mapping[int, PlannedRows]:
+        rows = PagedRows(
+            self._slots.page_ids, prepared.slots, prepared.ones, prepared.positions + 1, same_rows
+        )
+        return self._attention.plan_decode(rows, in_graph=True)
+
+    def _sampled(self, slots: Int64Array, positions: Int64Array) -> SampledRows:
+        """Rows whose next tokens, at `positions`, are drawn outside a graph: only sampling reads them."""
+        table, count = self._slots, len(slots)
+        host = self._rows.host(count)
+        host.slot[:] = slots
+        host.seed[:] = table.seed[slots]
+        host.sample_position[:] = positions
+        host.top_k[:] = table.top_k[slots]
+        host.temperature[:] = table.temperature[slots]
+        host.top_p[:] = table.top_p[slots]
+        host.min_p[:] = table.min_p[slots]
+        return SampledRows(count, self._rows.upload(count), self._hints(slots))
+
+    def _hints(self, slots: Int64Array) -> ops.SamplingHints:
+        table = self._slots
+        return ops.SamplingHints(
+            all_greedy=not bool(table.temperature[slots].any()),
+            no_filters=bool(
+                (table.top_k[slots] <= 0).all()
+                and (table.top_p[slots] >= 1.0).all()
+                and (table.min_p[slots] <= 0.0).all()
+            ),
+        )
+
+
+def _num_leading_decodes(rows: list[Row]) -> int:
+    for index, row in enumerate(rows):
+        if row.num_tokens != 1 or not row.samples:
+            return index
+    return len(rows)
+
+
+def _input_tokens(rows: list[Row]) -> list[int]:
+    tokens: list[int] = []
+    for row in rows:
+        if row.from_device:
+            tokens.append(FROM_DEVICE)
+        else:
+            tokens += row.request.token_ids[row.start : row.start + row.num_tokens]
+    return tokens
