@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
-from typing import TypeAlias
+from collections.abc import Sequence
 
 from phloem.services.gateway.admission import Admission
 from phloem.services.gateway.call import Call
@@ -13,12 +11,10 @@ from phloem.services.gateway.config import GatewayConfig
 from phloem.services.gateway.generation import GenerationRequest, Generator
 from phloem.services.gateway.metrics import GatewayMetrics
 from phloem.services.gateway.sampling import SamplingPlan
-from phloem.services.gateway.sequence import RunningSequence, TextDelta
+from phloem.services.gateway.sequence import OnDelta, RunningSequence
 from phloem.services.gateway.served_model import ServedModel
 from phloem.services.gateway.text.prompt_encoder import PromptEncoder, context_length_exceeded
 from phloem.shared.errors import PhloemError, invalid_request
-
-OnDelta: TypeAlias = Callable[[RunningSequence, TextDelta], Awaitable[None]]
 
 
 class Gateway:
@@ -131,18 +127,13 @@ class Gateway:
 
     async def _run_all(self, sequences: Sequence[RunningSequence], on_delta: OnDelta) -> None:
         if len(sequences) == 1:
-            return await self._run_one(sequences[0], on_delta)
+            return await sequences[0].run(self.generator, self.metrics, on_delta)
         try:
             async with asyncio.TaskGroup() as group:
                 for sequence in sequences:
-                    group.create_task(self._run_one(sequence, on_delta))
+                    group.create_task(sequence.run(self.generator, self.metrics, on_delta))
         except BaseExceptionGroup as errors:
             raise _first(errors) from errors
-
-    async def _run_one(self, sequence: RunningSequence, on_delta: OnDelta) -> None:
-        async with aclosing(sequence.deltas(self.generator, self.metrics)) as deltas:
-            async for delta in deltas:
-                await on_delta(sequence, delta)
 
     def _max_tokens(self, num_prompt: int, asked: int | None, default: int, param: str) -> int:
         if num_prompt == 0:

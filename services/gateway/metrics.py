@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.exposition import generate_latest
 
+from phloem.services.gateway.histogram import LoopHistogram
 from phloem.shared.telemetry.metrics import new_registry
 
 _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -42,8 +43,7 @@ class GatewayMetrics:
 
     def tokens_followed(self, num_tokens: int, seconds: float) -> None:
         """`num_tokens` arrived together `seconds` after those before them."""
-        for _ in range(num_tokens):
-            self._inter_token.observe(seconds / num_tokens)
+        self._inter_token.observe(seconds / num_tokens, num_tokens)
 
     def sequence_ended(
         self, *, seconds: float, num_prompt_tokens: int, num_cached_tokens: int, num_generated_tokens: int
@@ -58,8 +58,8 @@ class GatewayMetrics:
         """All metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = _LATENCY_S) -> Histogram:
-        return Histogram(f"phloem_gateway_{name}_seconds", text, buckets=buckets, registry=self.registry)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = _LATENCY_S) -> LoopHistogram:
+        return LoopHistogram(f"phloem_gateway_{name}_seconds", text, buckets, self.registry)
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"phloem_gateway_{name}", text, registry=self.registry)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from typing import TypeAlias
 
 from msgspec import Struct
 
@@ -23,8 +24,11 @@ class TextDelta(Struct, frozen=True):
     finish_reason: FinishReason | None = None
 
 
+OnDelta: TypeAlias = "Callable[[RunningSequence, TextDelta], Awaitable[None]]"
+
+
 class RunningSequence:
-    """One choice of one prompt. Make it, then iterate `deltas` once; the counts grow while it runs."""
+    """One choice of one prompt. Make it, then `run` it once; the counts grow while it runs."""
 
     def __init__(
         self,
@@ -48,6 +52,7 @@ class RunningSequence:
         self._stop = StopMatcher(stops)
         self._detokenizer = detokenizer
         self._received_at = received_at
+        self._submitted_s = 0.0
         self._last_arrival_s: float | None = None
 
     @property
@@ -67,27 +72,35 @@ class RunningSequence:
             return self._stop.matched
         return self.token_ids[-1] if self.finish_reason == "stop" and self.token_ids else None
 
-    async def deltas(self, generator: Generator, metrics: GatewayMetrics) -> AsyncGenerator[TextDelta, None]:
-        """Generates. A stop string aborts on the workers before its delta is yielded; so does `aclose`.
+    async def run(
+        self,
+        generator: Generator,
+        metrics: GatewayMetrics,
+        on_delta: OnDelta,
+    ) -> None:
+        """Generates, waiting for `on_delta` before more is taken. A stop string aborts on the workers before
+        its delta is told; so does a cancellation.
 
         Raises `PhloemError`.
         """
-        self._mark("submitted")
-        submitted_s = self._since_arrival()
+        self._submitted_s = self._mark("submitted")
         try:
+            last = ""
             async with aclosing(generator.generate(self.request)) as arrivals:
                 async for arrival in arrivals:
-                    self._note(arrival, submitted_s, metrics)
+                    self._note(arrival, metrics)
                     text = self._text_of(arrival)
+                    self._pieces.append(text)
                     if self.finish_reason is not None:
+                        last = text
                         break
-                    yield self._delta(text)
+                    await on_delta(self, TextDelta(text))
             if self.finish_reason is None:
                 raise PhloemError(
                     "generation_incomplete", "the cluster ended the generation without a reason"
                 )
             self._mark("finished")
-            yield self._delta(text, self.finish_reason)
+            await on_delta(self, TextDelta(last, self.finish_reason))
         finally:
             metrics.sequence_ended(
                 seconds=self._since_arrival(),
@@ -100,6 +113,9 @@ class RunningSequence:
         """The text that the arrival adds, and the finish reason when it ends the sequence."""
         if arrival.finish_reason == "abort":
             raise PhloemError("aborted", "the generation was aborted", retryable=True, http_status=503)
+        if arrival.finish_reason is None and not self._stop.watches:
+            self.token_ids += arrival.token_ids
+            return "".join(map(self._detokenizer.push, arrival.token_ids))
         # The engine knows no stop strings: with "stop" its last token is an end or stop token, not text.
         hidden_at = len(arrival.token_ids) - 1 if arrival.finish_reason == "stop" else None
         pieces = []
@@ -119,14 +135,11 @@ class RunningSequence:
         text = self._stop.push(self._detokenizer.flush())
         return text if self._stop.matched is not None else text + self._stop.flush()
 
-    def _delta(self, text: str, finish_reason: FinishReason | None = None) -> TextDelta:
-        self._pieces.append(text)
-        return TextDelta(text, finish_reason)
-
-    def _note(self, arrival: GeneratedTokens, submitted_s: float, metrics: GatewayMetrics) -> None:
+    def _note(self, arrival: GeneratedTokens, metrics: GatewayMetrics) -> None:
         self.num_cached_tokens = arrival.num_cached_tokens or self.num_cached_tokens
-        for event, seconds in arrival.timeline.items():
-            self.timeline[event] = submitted_s + seconds
+        if arrival.timeline:
+            for event, seconds in arrival.timeline.items():
+                self.timeline[event] = self._submitted_s + seconds
         if not arrival.token_ids:
             return
         now_s = self._since_arrival()
@@ -137,8 +150,9 @@ class RunningSequence:
             metrics.tokens_followed(len(arrival.token_ids), now_s - self._last_arrival_s)
         self._last_arrival_s = now_s
 
-    def _mark(self, event: str) -> None:
-        self.timeline[f"gateway_{event}"] = self._since_arrival()
+    def _mark(self, event: str) -> float:
+        now_s = self.timeline[f"gateway_{event}"] = self._since_arrival()
+        return now_s
 
     def _since_arrival(self) -> float:
         return time.monotonic() - self._received_at

@@ -16,7 +16,9 @@ from phloem.shared.telemetry.logs import request_context
 
 log = logging.getLogger(__name__)
 
-CLIENT_GONE = "client_gone"  # in the request's state
+# In the request's state.
+CLIENT_GONE = "client_gone"
+SERVER_SEND = "server_send"
 _STATUS_CLIENT_GONE = 499
 _NO_ROUTE = "(none)"
 _QUIET_ROUTES = frozenset(("/health", "/metrics"))  # asked every few seconds by machines
@@ -38,6 +40,7 @@ class AccessLayer:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["received_at"] = time.monotonic()
+        state[SERVER_SEND] = send
         status = 0
 
         async def send_with_id(message: Message) -> None:

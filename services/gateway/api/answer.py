@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
 from phloem.services.gateway.api.exchange import Reply
@@ -46,8 +46,8 @@ async def answer(
 async def _stream(
     gateway: Gateway, sequences: Sequence[RunningSequence], dialect: Dialect, reply: Reply
 ) -> None:
-    async def say(sequence: RunningSequence, delta: TextDelta) -> None:
-        await reply.events(dialect.chunks(sequence, delta))
+    def say(sequence: RunningSequence, delta: TextDelta) -> Awaitable[None]:
+        return reply.events(dialect.chunks(sequence, delta))
 
     await gateway.run(sequences, say)
     await reply.events([*dialect.closing(sequences), DONE])

@@ -11,9 +11,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeAlias
 
-from litestar.types import HTTPResponseBodyEvent, HTTPResponseStartEvent, Receive, Scope, Send
+from litestar.types import HTTPResponseStartEvent, Receive, Scope, Send
 
-from phloem.services.gateway.api.access import CLIENT_GONE, log_fields_of
+from phloem.services.gateway.api.access import CLIENT_GONE, SERVER_SEND, log_fields_of
 from phloem.services.gateway.api.errors import error_body, info_of
 
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
@@ -21,30 +21,34 @@ JSON = b"application/json"
 
 
 class Reply:
-    """Sends either one JSON body or a stream of server-sent events. `log_fields` go into the log line."""
+    """Sends either one JSON body or a stream of server-sent events. `log_fields` go into the log line.
 
-    def __init__(self, send: Send, log_fields: dict[str, object]) -> None:
+    `send` takes the head of the answer, through all layers; `write` is the server's own: bodies go straight
+    to it, as no layer of this application looks at them."""
+
+    def __init__(self, send: Send, write: Send, log_fields: dict[str, object]) -> None:
         self._send = send
+        self._write = write
         self.log_fields = log_fields
         self.started = False
 
     async def json(self, body: bytes, status: int = 200) -> None:
         """The whole answer."""
         await self._start(status, [(b"content-type", JSON), (b"content-length", str(len(body)).encode())])
-        await self._body(body, more=False)
+        await self._write({"type": "http.response.body", "body": body, "more_body": False})
 
     async def events(self, events: Iterable[bytes]) -> None:
         """Sends `events`, each the data of one, in one write; waits while the client is slow to read."""
-        data = b"".join(b"data: " + event + b"\n\n" for event in events)
+        data = b"".join([b"data: %b\n\n" % event for event in events])
         if not data:
             return
         if not self.started:
             await self._start(200, [(b"content-type", EVENT_STREAM), (b"cache-control", b"no-cache")])
-        await self._body(data, more=True)
+        await self._write({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
         """Ends the stream of events."""
-        await self._body(b"", more=False)
+        await self._write({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.started = True
@@ -54,10 +58,6 @@ class Reply:
             "headers": headers,
         }
         await self._send(start)
-
-    async def _body(self, body: bytes, *, more: bool) -> None:
-        event: HTTPResponseBodyEvent = {"type": "http.response.body", "body": body, "more_body": more}
-        await self._send(event)
 
 
 Work: TypeAlias = Callable[[Reply], Awaitable[None]]
@@ -71,7 +71,7 @@ class Exchange:
         self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = Reply(send, log_fields_of(scope))
+        reply = Reply(send, scope["state"][SERVER_SEND], log_fields_of(scope))
         work = asyncio.ensure_future(self._work(reply))
         gone = asyncio.create_task(_wait_until_gone(receive))
         try:

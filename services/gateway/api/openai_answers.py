@@ -21,8 +21,10 @@ from phloem.services.gateway.api.openai_types import (
     PromptTokensDetails,
     Usage,
 )
+from phloem.services.gateway.api.text_event import TEXT, TextEvent
 from phloem.services.gateway.call import Call
 from phloem.services.gateway.sequence import RunningSequence, TextDelta
+from phloem.shared.protocol.session import FinishReason
 
 SYSTEM_FINGERPRINT = f"phloem-{phloem.__version__}"
 
@@ -50,14 +52,21 @@ class ChatDialect:
         self._model = model
         self._include_usage = include_usage
         self._id = "chatcmpl-" + call.request_id.removeprefix("req-")
-        self._greeted: set[int] = set()
+        self._text_events: dict[int, TextEvent] = {}  # of the choices that have been greeted
 
     def chunks(self, sequence: RunningSequence, delta: TextDelta) -> list[bytes]:
         if not delta.text and delta.finish_reason is None:
             return []
-        greeting = [] if sequence.index in self._greeted else [self._greeting(sequence)]
+        text_event = self._text_events.get(sequence.index)
+        greeting = []
+        if text_event is None:
+            greeting = [self._event(sequence, ChatDelta(role="assistant", content=""))]
+            text_event = TextEvent(self._event(sequence, ChatDelta(content=TEXT)))
+            self._text_events[sequence.index] = text_event
+        if delta.finish_reason is None:
+            return [*greeting, text_event.of(delta.text)]
         words = ChatDelta(content=delta.text) if delta.text else ChatDelta()
-        return [*greeting, self._chunk([ChatChunkChoice(sequence.index, words, delta.finish_reason)])]
+        return [*greeting, self._event(sequence, words, delta.finish_reason)]
 
     def closing(self, sequences: Sequence[RunningSequence]) -> list[bytes]:
         extra = phloem_field(self._call, sequences)
@@ -80,9 +89,10 @@ class ChatDialect:
         )
         return msgspec.json.encode(answer)
 
-    def _greeting(self, sequence: RunningSequence) -> bytes:
-        self._greeted.add(sequence.index)
-        return self._chunk([ChatChunkChoice(sequence.index, ChatDelta(role="assistant", content=""))])
+    def _event(
+        self, sequence: RunningSequence, words: ChatDelta, finish_reason: FinishReason | None = None
+    ) -> bytes:
+        return self._chunk([ChatChunkChoice(sequence.index, words, finish_reason)])
 
     def _chunk(
         self,
@@ -110,12 +120,17 @@ class CompletionDialect:
         self._model = model
         self._include_usage = include_usage
         self._id = "cmpl-" + call.request_id.removeprefix("req-")
+        self._text_events: dict[int, TextEvent] = {}
 
     def chunks(self, sequence: RunningSequence, delta: TextDelta) -> list[bytes]:
-        if not delta.text and delta.finish_reason is None:
+        if delta.finish_reason is not None:
+            return [self._event(sequence, delta.text, delta.finish_reason)]
+        if not delta.text:
             return []
-        choice = CompletionChoice(sequence.index, delta.text, delta.finish_reason)
-        return [self._answer([choice], None if self._include_usage else UNSET)]
+        text_event = self._text_events.get(sequence.index)
+        if text_event is None:
+            text_event = self._text_events[sequence.index] = TextEvent(self._event(sequence, TEXT, None))
+        return [text_event.of(delta.text)]
 
     def closing(self, sequences: Sequence[RunningSequence]) -> list[bytes]:
         extra = phloem_field(self._call, sequences)
@@ -128,6 +143,10 @@ class CompletionDialect:
             CompletionChoice(sequence.index, sequence.text, sequence.finish_reason) for sequence in sequences
         ]
         return self._answer(choices, usage_of(sequences), phloem_field(self._call, sequences))
+
+    def _event(self, sequence: RunningSequence, text: str, finish_reason: FinishReason | None) -> bytes:
+        choice = CompletionChoice(sequence.index, text, finish_reason)
+        return self._answer([choice], None if self._include_usage else UNSET)
 
     def _answer(
         self,

@@ -13,7 +13,11 @@ from phloem.shared.protocol.session import PeerRef
 
 class LiveRequest:
     """The mailbox of one request. Session readers put events into `state` and `wake` it; they never wait for
-    the consumer: tokens are merged, so a slow one holds no more than its own output."""
+    the consumer: tokens are merged, so a slow one holds no more than its own output.
+
+    Made on the event loop, and closed at the end. Time limits are timers that wake it, so that waiting for a
+    token sets none.
+    """
 
     def __init__(self, request: GenerationRequest, sequence: int) -> None:
         self.state = RequestState(request)
@@ -23,8 +27,12 @@ class LiveRequest:
         self.block_hashes: list[bytes] = []
         self.prefilling: tuple[PeerRef, int] | None = None  # who computes the prompt, and how many tokens
         self._started_at = time.monotonic()
-        self._grace_ends_at: float | None = None
-        self._changed = asyncio.Event()
+        self._news = False
+        self._sleeper: asyncio.Future[None] | None = None
+        self._timed_out = False
+        self._deadline = asyncio.get_running_loop().call_later(request.timeout_s, self._on_deadline)
+        self._grace_over = False
+        self._grace: asyncio.TimerHandle | None = None
 
     @property
     def elapsed_s(self) -> float:
@@ -32,7 +40,9 @@ class LiveRequest:
 
     def wake(self) -> None:
         """Something in `state` may have changed."""
-        self._changed.set()
+        self._news = True
+        if self._sleeper is not None and not self._sleeper.done():
+            self._sleeper.set_result(None)
 
     async def wait(self, grace_s: float) -> bool:
         """Returns False after the next `wake`, True when a worker in grace has used up its `grace_s` seconds
@@ -40,24 +50,44 @@ class LiveRequest:
 
         Raises `PhloemError` (`request_timeout`) past the request's own deadline.
         """
-        deadline = self._started_at + self.state.request.timeout_s
-        if self.state.in_grace:
-            self._grace_ends_at = self._grace_ends_at or time.monotonic() + grace_s
-        else:
-            self._grace_ends_at = None
-        try:
-            await self._wait_until(min(deadline, self._grace_ends_at or deadline))
-        except TimeoutError:
-            if time.monotonic() >= deadline:
-                raise request_timeout(self.state.request.timeout_s) from None
+        self._watch_grace(grace_s)
+        if not self._news:
+            self._sleeper = asyncio.get_running_loop().create_future()
+            await self._sleeper
+        self._news = False
+        if self._timed_out:
+            raise request_timeout(self.state.request.timeout_s)
+        if self._grace_over and self.state.in_grace:
             self.state.on_grace_over()
+            self._end_grace()
             return True
         return False
 
-    async def _wait_until(self, moment: float) -> None:
-        async with asyncio.timeout(max(0.0, moment - time.monotonic())):
-            await self._changed.wait()
-        self._changed.clear()
+    def close(self) -> None:
+        """Stops the timers."""
+        self._deadline.cancel()
+        self._end_grace()
+
+    def _watch_grace(self, grace_s: float) -> None:
+        """Grace is counted from when it was first seen until it ends."""
+        if not self.state.in_grace:
+            self._end_grace()
+        elif self._grace is None:
+            self._grace = asyncio.get_running_loop().call_later(grace_s, self._on_grace_over)
+
+    def _end_grace(self) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+        self._grace_over = False
+
+    def _on_deadline(self) -> None:
+        self._timed_out = True
+        self.wake()
+
+    def _on_grace_over(self) -> None:
+        self._grace_over = True
+        self.wake()
 
 
 def request_timeout(timeout_s: float) -> PhloemError:

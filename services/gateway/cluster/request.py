@@ -53,6 +53,7 @@ class RequestState:
         self.legs: Legs = {}
         self.emitted: list[int] = []
         self.failure: AttemptFailure | None = None
+        self.finished = False
         self.num_cached_tokens = 0
         self.timeline: dict[str, float] = {}
         self._base = 0  # emitted tokens when the attempt began
@@ -62,10 +63,6 @@ class RequestState:
         self._echo: AttemptFailure | None = None
         self._num_taken = 0
         self._timeline_taken = 0
-
-    @property
-    def finished(self) -> bool:
-        return self._finish is not None and len(self.emitted) >= self._finish[0]
 
     @property
     def decided(self) -> bool:
@@ -96,6 +93,7 @@ class RequestState:
         self._base = len(self.emitted)
         self._pending.clear()
         self._finish = None
+        self.finished = False
         self._proof_needed = False
         self._echo = None
         self.legs = {worker: Leg(phase, elapsed_s) for worker, phase in phases.items()}
@@ -111,10 +109,15 @@ class RequestState:
             return
         self._note_origin(leg, output)
         leg.produced = True
+        if output.start == len(self.emitted) and not self._pending:
+            self.emitted += output.token_ids
+        else:
+            self._pending[output.start] = output.token_ids
+            self._merge()
         if output.finish_reason is not None:
             self._finish = (output.start + len(output.token_ids), output.finish_reason)
-        self._pending[output.start] = output.token_ids
-        self._merge()
+        if self._finish is not None:
+            self.finished = len(self.emitted) >= self._finish[0]
         if leg.phase == "decode" and not self._pending:
             self._proof_needed = False
 
@@ -153,7 +156,7 @@ class RequestState:
     def take(self) -> GeneratedTokens | None:
         """What became known since the last call; None when there is nothing new."""
         tokens = self.emitted[self._num_taken :]
-        reason = self._finish[1] if self.finished and self._finish is not None else None
+        reason = self._finish[1] if self._finish is not None and self.finished else None
         if not tokens and reason is None:
             return None
         self._num_taken = len(self.emitted)
@@ -195,7 +198,7 @@ class RequestState:
             self.emitted += token_ids[len(self.emitted) - start :]
 
     def _note_origin(self, leg: Leg, output: TokensOut) -> None:
-        if leg.phase != "decode" and self._base == 0:
+        if output.num_cached_tokens and leg.phase != "decode" and self._base == 0:
             self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         for name, seconds in output.timeline.items():
             self.timeline.setdefault(f"{leg.phase}.{name}", leg.submitted_at_s + seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+from phloem.services.gateway.cluster.delivery import Delivery
 from phloem.services.gateway.cluster.live_request import LiveRequest
 from phloem.services.gateway.cluster.worker_session import WorkerSession
 from phloem.shared.errors import PhloemError, invalid_request
@@ -20,6 +21,7 @@ class RequestTable:
         self._requests: dict[str, LiveRequest] = {}
         self._by_worker: dict[PeerRef, dict[str, LiveRequest]] = {}
         self._prefilling: Counter[PeerRef] = Counter()
+        self._delivery = Delivery()
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -45,6 +47,7 @@ class RequestTable:
 
     def remove(self, live: LiveRequest) -> None:
         """The request is over: whoever still holds something of it aborts."""
+        live.close()
         self._release(live)
         del self._requests[live.state.request.request_id]
 
@@ -68,18 +71,24 @@ class RequestTable:
 
     def on_step(self, worker: PeerRef, message: StepMessage) -> None:
         """One engine step's outputs for this gateway."""
-        touched: dict[str, LiveRequest] = {}
+        progressed: dict[LiveRequest, None] = {}
+        ended: list[LiveRequest] = []
         for output in message.outputs:
             live = self._requests.get(output.request_id)
             if live is None:
                 continue  # it ended here before the worker knew
-            touched[output.request_id] = live
             if isinstance(output, TokensOut):
                 live.state.on_tokens(worker, output)
+                progressed[live] = None
             else:
                 live.state.on_ended(worker, output)
-        for live in touched.values():
-            self.settle(live)
+                ended.append(live)
+        # Not before all outputs are taken in: the end of a worker's part may be behind its last tokens.
+        for live in ended:
+            self._forget_ended(live)
+            progressed[live] = None
+        for live in progressed:
+            self._follow(live)
 
     def on_lost(self, worker: PeerRef, error: PhloemError) -> None:
         """The session with `worker` broke."""
@@ -88,16 +97,24 @@ class RequestTable:
             self.settle(live)
 
     def settle(self, live: LiveRequest) -> None:
-        """Follows what the last event made of the request, and wakes its consumer."""
+        """Follows what the last event made of the request, and lets its consumer know."""
+        self._forget_ended(live)
+        self._follow(live)
+
+    def _follow(self, live: LiveRequest) -> None:
+        state = live.state
+        decided = state.decided
+        if live.prefilling is not None and (state.emitted or decided):
+            self._prefilled(live)
+        if decided:
+            self._release(live)
+        self._delivery.add(live)
+
+    def _forget_ended(self, live: LiveRequest) -> None:
         state = live.state
         for worker, leg in state.legs.items():
             if leg.over:
                 self._forget(worker, state.request.request_id)
-        if state.emitted or state.decided:
-            self._prefilled(live)
-        if state.decided:
-            self._release(live)
-        live.wake()
 
     def _release(self, live: LiveRequest) -> None:
         state = live.state

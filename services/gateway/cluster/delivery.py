@@ -1,0 +1,49 @@
+"""When the consumers of requests learn that something came for them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from phloem.services.gateway.cluster.live_request import LiveRequest
+
+
+class Delivery:
+    """Wakes requests that have news, all at once, and leaves the event loop at least as much time in between.
+
+        wake, consumers run, sockets are written | as long again: messages are read and merged | wake ...
+        `-------------------- T ----------------'
+
+    A loop with time to spare is rarely in that pause when a message comes. One that has none would fall
+    behind, with an event per token and stream; so it takes in what has come, and sends fewer, longer events.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[LiveRequest, None] = {}  # in order of their first news
+        self._scheduled = False
+
+    def add(self, live: LiveRequest) -> None:
+        """There is news for `live`."""
+        self._waiting[live] = None
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._deliver)
+
+    def _deliver(self) -> None:
+        loop = asyncio.get_running_loop()
+        started = time.perf_counter()
+        waiting, self._waiting = self._waiting, {}
+        for live in waiting:
+            live.wake()
+        # Behind the consumers that were just woken, and then behind what the loop writes for them.
+        loop.call_soon(loop.call_soon, self._delivered, started)
+
+    def _delivered(self, started: float) -> None:
+        pause_s = time.perf_counter() - started
+        asyncio.get_running_loop().call_later(pause_s, self._resume)
+
+    def _resume(self) -> None:
+        if self._waiting:
+            self._deliver()
+        else:
+            self._scheduled = False
