@@ -10,21 +10,21 @@ import msgspec
 import torch
 
 from phloem.shared.block_hash import BlockHasher
-from phloem.shared.engine.config import EngineConfig, EngineOptions
+from phloem.shared.engine.config import EngineConfig
 from phloem.shared.engine.engine_loop import Engine, EngineParts
 from phloem.shared.engine.fault_injection import damaging
 from phloem.shared.engine.kv_pool import KVPool
 from phloem.shared.engine.limits import Limits
-from phloem.shared.engine.models.kv_cache import KVCache, bytes_per_page
+from phloem.shared.engine.loading import load_model
+from phloem.shared.engine.models.kv_cache import bytes_per_page
 from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.page_store import KVPageStore
 from phloem.shared.engine.radix_tree import RadixTree
-from phloem.shared.engine.runners import LoadedModel, build_runner, find_device, for_device
-from phloem.shared.engine.sizing import context_length, kv_layout, pool_pages
+from phloem.shared.engine.runners import LoadedModel, find_device, for_device
+from phloem.shared.engine.sizing import kv_layout
 from phloem.shared.engine.step_runner import StepRunner
-from phloem.shared.engine.weights.loader import load_decoder, resolve_dtype
 from phloem.shared.errors import ConfigError
-from phloem.shared.protocol.engine import EngineReady, EngineUp, Progress
+from phloem.shared.protocol.engine import EngineReady, EngineUp
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.endpoint import TransferEndpoint
@@ -41,13 +41,11 @@ def build_engine(
 
     Raises `PhloemError` with a remedy: an unusable device, model or size.
     """
-    if 64 % config.options.page_size:
-        raise ConfigError(f"--page-size {config.options.page_size} must divide 64", param="page_size")
     device = find_device(config.options.device)
     options = for_device(config.options, device)
     config = msgspec.structs.replace(config, options=options)
     torch.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))
-    model = _load(options, device, send)
+    model, runner = load_model(options, device, send)
     tree = RadixTree(options.page_size)
     account = PageAccount(
         KVPool(model.num_pages),
@@ -55,7 +53,6 @@ def build_engine(
         BlockHasher(config.cluster_secret),
         reuse=not options.disable_radix_cache,
     )
-    runner = build_runner(options, model, send)
     if observe is not None:
         runner = observe(runner, device)
     layout = kv_layout(Path(options.model_path), options, model.dtype)
@@ -71,42 +68,6 @@ def build_engine(
         max_running_requests=options.max_running_requests,
     )
     return engine, ready, endpoint
-
-
-def _load(options: EngineOptions, device: torch.device, send: Send) -> LoadedModel:
-    model_dir = Path(options.model_path)
-    dtype = resolve_dtype(options.dtype, model_dir, device)
-    send(Progress("weights", 0, 1))
-    decoder = load_decoder(
-        model_dir,
-        load_format=options.load_format,
-        dtype=dtype,
-        device=device,
-        progress=_by_percent(send),
-    )
-    length = context_length(options, decoder.config)
-    num_pages = pool_pages(options, bytes_per_page(decoder.config, options.page_size, dtype), device, length)
-    # What doesn't fit into the pool alone is refused at the door, not when it has been half answered.
-    length = min(length, num_pages * options.page_size)
-    send(Progress("kv_pool", 0, 1))
-    # One page more than the pool knows: padding rows of a CUDA graph write there.
-    kv = KVCache.allocate(decoder.config, num_pages + 1, options.page_size, dtype, device)
-    send(Progress("kv_pool", 1, 1))
-    return LoadedModel(decoder, kv, device, dtype, length, num_pages)
-
-
-def _by_percent(send: Send) -> Callable[[int, int], None]:
-    """Reports the weights' progress at most a hundred times."""
-    shown = -1
-
-    def report(done: int, total: int) -> None:
-        nonlocal shown
-        percent = 100 * done // max(1, total)
-        if percent > shown:
-            shown = percent
-            send(Progress("weights", percent, 100))
-
-    return report
 
 
 def _wire(

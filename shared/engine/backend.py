@@ -24,15 +24,15 @@ class GpuFacts(NamedTuple):
     """What is known of a CUDA device and of the software for it.
 
     `torch_archs` are the targets that torch was compiled for ("sm_90", or "compute_90" for code that newer
-    devices can translate). `missing_kernels` are FlashInfer's for this model that nobody has compiled yet;
-    `can_compile` says whether nvcc is there to do it.
+    devices can translate). `flashinfer_problem` says why FlashInfer can't be used at all; `missing_kernels`
+    are its kernels for this model that nobody has compiled yet, `can_compile` whether nvcc is there to do it.
     """
 
     name: str
     capability: tuple[int, int]
     torch_archs: tuple[str, ...]
     has_triton: bool
-    has_flashinfer: bool
+    flashinfer_problem: str | None = None
     missing_kernels: tuple[str, ...] = ()
     can_compile: bool = False
 
@@ -148,8 +148,8 @@ def _flashinfer(gpu: GpuFacts) -> Choice:
 
 
 def _against_flashinfer(gpu: GpuFacts, model: ModelFacts) -> str | None:
-    if not gpu.has_flashinfer:
-        return "flashinfer-python is not installed (pip install phloem[gpu])"
+    if gpu.flashinfer_problem is not None:
+        return gpu.flashinfer_problem
     if model.dtype not in _TWO_BYTES:
         return f"it has no kernels for {model.dtype} (--dtype bfloat16 would have)"
     if model.head_dim not in FLASHINFER_HEAD_DIMS:

@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 from phloem.shared.engine.fault_injection import Faults
 from phloem.shared.protocol.cluster import Role
 from phloem.shared.protocol.codec import Codec
+from phloem.shared.telemetry.logs import LogOptions
 
 DtypeName: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat: TypeAlias = Literal["auto", "safetensors", "dummy"]
@@ -81,6 +82,18 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
         float, Meta(gt=0.0, le=3600.0, description="longest wait of one side of a hand-over for the other")
     ] = 60.0
 
+    def __post_init__(self) -> None:
+        """Refuses what contradicts itself, before anything is imported or loaded."""
+        if 64 % self.page_size:
+            raise ValueError(f"--page-size {self.page_size} must divide 64: give 1, 2, 4, 8, 16, 32 or 64")
+        if self.device == "cpu" and self.attention_backend not in ("auto", "torch"):
+            named = f"--attention-backend {self.attention_backend}"
+            raise ValueError(f"{named} needs a CUDA device: with --device cpu use torch")
+        if self.dtype == "float32" and self.attention_backend == "flashinfer":
+            raise ValueError(
+                "--attention-backend flashinfer has no float32 kernels: use --dtype bfloat16, or triton"
+            )
+
 
 class EngineConfig(Struct, frozen=True, kw_only=True):
     """Everything an engine needs; `options.model_path` is a resolved directory by now."""
@@ -92,6 +105,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     cluster_secret: bytes
     options: EngineOptions
     faults: Faults = Faults()  # of tests only; no flag sets it
+    logs: LogOptions = LogOptions()
 
 
 engine_config: Codec[EngineConfig] = Codec(EngineConfig)

@@ -11,7 +11,7 @@ from phloem.shared.engine.config import EngineConfig
 from phloem.shared.engine.engine_socket import EngineSocket
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.engine import EngineFailed, Progress
-from phloem.shared.telemetry.logs import LogOptions, setup_logging
+from phloem.shared.telemetry.logs import setup_logging
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fd", type=int, required=True, help="the socket to the front")
     socket = EngineSocket(parser.parse_args(argv).fd)
     config = socket.read_config()
-    setup_logging(f"engine {config.worker_id}", LogOptions())
+    setup_logging(f"engine {config.worker_id}", config.logs)
     try:
         _serve(config, socket)
     except PhloemError as error:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import torch
 
+from phloem.shared.engine import gpu_facts
+from phloem.shared.engine.backend import Backend, Choice, ModelFacts, Refusal, choose_backend
 from phloem.shared.engine.config import EngineOptions
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache
@@ -17,8 +19,9 @@ from phloem.shared.engine.warmup import warm_up
 from phloem.shared.errors import ConfigError
 from phloem.shared.protocol.engine import EngineUp, Progress
 
-_WARMUP_TOKENS = 64
-_FLASHINFER_HEAD_DIMS = (64, 128, 256)
+log = logging.getLogger(__name__)
+
+_CPU_WARMUP_TOKENS = 64
 
 
 class LoadedModel(NamedTuple):
@@ -33,18 +36,27 @@ class LoadedModel(NamedTuple):
 
 
 def find_device(name: str) -> torch.device:
-    """The device of `--device`. Raises `ConfigError` when it is not there."""
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    """The device of `--device`; `auto` passes over a GPU that the engine can't use, and says so.
+
+    Raises `ConfigError` when the one that was asked for is not there, or can't be used.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise ConfigError(f"--device {name}: torch sees no CUDA device; use --device cpu", param="device")
-    device = torch.device("cuda:0" if name == "cuda" else name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    device = torch.device("cuda:0" if name in ("auto", "cuda") else name)
+    if (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0",
             param="device",
         )
-    return device
+    refused = gpu_facts.device_refusal(device)
+    if refused is None:
+        return device
+    if name != "auto":
+        raise ConfigError(refused.message, param=refused.param)
+    log.warning("running on the CPU: %s", refused.message)
+    return torch.device("cpu")
 
 
 def for_device(options: EngineOptions, device: torch.device) -> EngineOptions:
@@ -59,45 +71,56 @@ def for_device(options: EngineOptions, device: torch.device) -> EngineOptions:
     )
 
 
-def build_runner(options: EngineOptions, model: LoadedModel, send: Callable[[EngineUp], None]) -> StepRunner:
-    """A warm runner; on CUDA with its decode graphs captured. `options` are `for_device`'s."""
-    backend = attention_backend(options, model)
-    runner = (
-        _sync_runner(options, model) if backend == "torch" else _cuda_runner(options, model, backend, send)
+def pick_backend(
+    options: EngineOptions, device: torch.device, model: ModelFacts, send: Callable[[EngineUp], None]
+) -> Backend:
+    """What the engine runs on; logs what is done instead of what was wanted, compiles what must be compiled.
+
+    Raises `ConfigError` for a backend that can't run here.
+    """
+    facts = gpu_facts.find_gpu_facts(device, model) if device.type == "cuda" else None
+    chosen = choose_backend(options.attention_backend, facts, model)
+    if isinstance(chosen, Refusal):
+        raise ConfigError(chosen.message, param=chosen.param)
+    _log_notes(chosen)
+    if not chosen.compiles or facts is None:
+        return chosen.backend
+    failure = gpu_facts.compile_kernels(
+        device, model, lambda done, total: send(Progress("flashinfer_kernels", done, total))
     )
-    send(Progress("warmup", 0, 1))
+    if failure is None:
+        return chosen.backend
+    without = facts._replace(flashinfer_problem=f"its kernels could not be compiled ({failure})")
+    instead = choose_backend(options.attention_backend, without, model)
+    if isinstance(instead, Refusal):
+        raise ConfigError(instead.message, param=instead.param)
+    _log_notes(instead)
+    return instead.backend
+
+
+def _log_notes(chosen: Choice) -> None:
+    for note in chosen.notes:
+        log.warning("%s", note)
+
+
+def build_runner(
+    options: EngineOptions, model: LoadedModel, backend: Backend, send: Callable[[EngineUp], None]
+) -> StepRunner:
+    """The runner of a model; on CUDA with its decode graphs captured. `options` are `for_device`'s."""
+    if backend == "torch":
+        return _sync_runner(options, model)
+    return _cuda_runner(options, model, backend, send)
+
+
+def warm_up_runner(options: EngineOptions, model: LoadedModel, runner: StepRunner) -> None:
+    """First-time costs now; on CUDA also the largest step, so that memory runs out now or never."""
     pool_tokens = model.num_pages * options.page_size
-    tokens = min(options.chunked_prefill_size, model.context_length - 1, pool_tokens, _WARMUP_TOKENS)
-    warm_up(runner, tokens, options.page_size)
-    send(Progress("warmup", 1, 1))
-    return runner
-
-
-def attention_backend(options: EngineOptions, model: LoadedModel) -> str:
-    """ "flashinfer", "triton" or "torch". Raises `ConfigError` for one that can't run here."""
-    name = options.attention_backend
-    if model.device.type != "cuda":
-        if name not in ("auto", "torch"):
-            raise ConfigError(
-                f"--attention-backend {name} needs a CUDA device; on a CPU use torch",
-                param="attention_backend",
-            )
-        return "torch"
-    can_flashinfer = (
-        importlib.util.find_spec("flashinfer") is not None
-        and model.decoder.config.head_dim in _FLASHINFER_HEAD_DIMS
-        and model.dtype in (torch.bfloat16, torch.float16)
-    )
-    if name == "flashinfer" and not can_flashinfer:
-        raise ConfigError(
-            "--attention-backend flashinfer needs flashinfer-python, bfloat16 or float16, and a head_dim of "
-            f"{_FLASHINFER_HEAD_DIMS}; this model has {model.dtype} and {model.decoder.config.head_dim}: use "
-            "triton",
-            param="attention_backend",
-        )
-    if name == "auto":
-        return "flashinfer" if can_flashinfer else "triton"
-    return name
+    tokens = min(options.chunked_prefill_size, model.context_length - 1, pool_tokens)
+    if model.device.type == "cuda":
+        rows = min(options.max_running_requests, model.num_pages)
+        warm_up(runner, tokens, options.page_size, rows)
+    else:
+        warm_up(runner, min(tokens, _CPU_WARMUP_TOKENS), options.page_size)
 
 
 def _max_pages(options: EngineOptions, model: LoadedModel) -> int:
@@ -115,7 +138,10 @@ def _sync_runner(options: EngineOptions, model: LoadedModel) -> StepRunner:
 
 
 def _cuda_runner(
-    options: EngineOptions, model: LoadedModel, backend: str, send: Callable[[EngineUp], None]
+    options: EngineOptions,
+    model: LoadedModel,
+    backend: Literal["flashinfer", "triton"],
+    send: Callable[[EngineUp], None],
 ) -> StepRunner:
     # Triton and FlashInfer are imported only where there is a CUDA device.
     from phloem.shared.engine.cuda_attention import AttentionSizes, device_attention
@@ -127,7 +153,7 @@ def _cuda_runner(
         model.decoder.config,
         model.dtype,
         model.device,
-        "flashinfer" if backend == "flashinfer" else "triton",
+        backend,
         AttentionSizes(options.page_size, options.max_running_requests, max_pages),
     )
     runner = CudaStepRunner(

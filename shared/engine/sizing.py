@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from phloem.shared.engine.config import EngineOptions
+from phloem.shared.engine.memory import gb, out_of_memory
+from phloem.shared.engine.rehearsal import HostGauge
 from phloem.shared.errors import ConfigError
 from phloem.shared.model_store.model_config import ModelConfig
 
@@ -16,24 +18,23 @@ CPU_MAX_TOKENS = 131_072
 _SAMPLE_BYTES = 65_536
 
 
-def pool_pages(options: EngineOptions, bytes_per_page: int, device: torch.device, context_length: int) -> int:
-    """Pages of the KV pool: `--max-total-tokens`, or what memory allows.
+def host_pool_pages(options: EngineOptions, bytes_per_page: int, context_length: int) -> int:
+    """Pages of a CPU worker's KV pool: `--max-total-tokens`, or a share of free memory.
 
-    Raises `ConfigError` that names the number to change when not even one page per slot fits.
+    Raises `out_of_memory` that names the number to change when not even one page per slot fits.
     """
     if options.max_total_tokens:
         pages = options.max_total_tokens // options.page_size
-    elif device.type == "cuda":
-        pages = _free_cuda_bytes(device, options.mem_fraction_static) // bytes_per_page
     else:
-        pages = int(_free_host_bytes() * CPU_SHARE) // bytes_per_page
+        free = HostGauge().read().free
+        pages = int(free * CPU_SHARE) // bytes_per_page
         pages = min(pages, max(CPU_MAX_TOKENS, context_length) // options.page_size)
     if pages < 2:
-        raise ConfigError(
+        raise out_of_memory(
             f"the KV pool would hold {pages} pages of {options.page_size} tokens "
-            f"({bytes_per_page / 1e6:.1f} MB each): raise --mem-fraction-static or --max-total-tokens, "
-            "or use a smaller model",
-            param="max_total_tokens" if options.max_total_tokens else "mem_fraction_static",
+            f"({gb(bytes_per_page)} each): give --max-total-tokens {4 * options.page_size} or more, or "
+            "use a smaller model",
+            "max_total_tokens",
         )
     return pages
 
@@ -68,15 +69,3 @@ def _sample(path: Path) -> bytes:
             file.seek(offset)
             parts.append(file.read(_SAMPLE_BYTES))
     return b"".join(parts)
-
-
-def _free_host_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigError("can't read free memory: give --max-total-tokens", param="max_total_tokens")
-
-
-def _free_cuda_bytes(device: torch.device, fraction: float) -> int:
-    free, total = torch.cuda.mem_get_info(device)
-    return int(free - total * (1.0 - fraction))

@@ -8,19 +8,29 @@ from phloem.shared.engine.step_runner import StepRunner
 from phloem.shared.protocol.session import SamplingParams, Submit
 
 
-def warm_up(runner: StepRunner, tokens: int, page_size: int) -> None:
-    """A chunk of `tokens` tokens and one decode row, greedy and sampled; pages [0, ...) are written.
+def warm_up(runner: StepRunner, tokens: int, page_size: int, rows: int = 1) -> None:
+    """A chunk of `tokens` tokens and one decode row, greedy and sampled, then `rows` decode rows that use
+    every filter; pages [0, ...) are written, `rows` of them at least.
 
     What it leaves there is never read: a page is written before a request reads it.
     """
     for temperature in (0.0, 1.0):
-        request = _request(tokens, temperature)
+        request = _request(tokens, SamplingParams(max_tokens=1, temperature=temperature))
         request.page_ids = list(range(-(-tokens // page_size)))
         for start, count in ((0, tokens), (tokens - 1, 1)):
             runner.launch(StepPlan([Row(request, start, count, True, False)])).token_ids()
+    if rows > 1:
+        many = [_in_slot(slot) for slot in range(rows)]
+        runner.launch(StepPlan([Row(request, 0, 1, True, False) for request in many])).token_ids()
 
 
-def _request(tokens: int, temperature: float) -> Request:
+def _in_slot(slot: int) -> Request:
+    request = _request(1, SamplingParams(max_tokens=1, temperature=1.0, top_k=50, top_p=0.9, min_p=0.01))
+    request.slot, request.page_ids = slot, [slot]
+    return request
+
+
+def _request(tokens: int, sampling: SamplingParams) -> Request:
     submit = Submit(
         request_id="warmup",
         attempt=0,
@@ -28,7 +38,7 @@ def _request(tokens: int, temperature: float) -> Request:
         phase="both",
         token_ids=[0] * tokens,
         num_prompt_tokens=tokens,
-        sampling=SamplingParams(max_tokens=1, temperature=temperature),
+        sampling=sampling,
     )
     request = Request(submit, gateway=0, order=0, eos_token_ids=(), context_length=tokens + 1, now_s=0.0)
     request.slot = 0

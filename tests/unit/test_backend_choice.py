@@ -14,7 +14,7 @@ from phloem.shared.engine.backend import (
 )
 from phloem.shared.engine.config import AttentionBackend
 
-H100 = GpuFacts("NVIDIA H100", (9, 0), ("sm_80", "sm_90"), has_triton=True, has_flashinfer=True)
+H100 = GpuFacts("NVIDIA H100", (9, 0), ("sm_80", "sm_90"), has_triton=True)
 COLD = H100._replace(missing_kernels=("decode", "prefill"))
 LLAMA = ModelFacts("bfloat16", 128)
 
@@ -55,7 +55,7 @@ def test_flashinfer_is_taken_where_it_has_kernels(
 @pytest.mark.parametrize(
     ("gpu", "model", "reason"),
     [
-        (H100._replace(has_flashinfer=False), LLAMA, "flashinfer-python is not installed"),
+        (H100._replace(flashinfer_problem="flashinfer is broken"), LLAMA, "flashinfer is broken"),
         (H100, ModelFacts("float32", 128), "no kernels for float32"),
         (H100, ModelFacts("bfloat16", 96), "this model has 96"),
         (COLD, LLAMA, "2 of its kernels for bfloat16 and head_dim 128 are not compiled and there is no nvcc"),

@@ -59,6 +59,13 @@ def load_decoder(
     return Decoder(config, prepare_parameters(parameters))
 
 
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the model; nothing is allocated. Raises `unsupported_model`."""
+    names = find_architecture(config).names
+    shapes = ParameterFactory(config, torch.float32, torch.device("meta")).make()
+    return sum(slot.numel() for slot in weight_slots(shapes, names, config).values())
+
+
 def resolve_dtype(name: str, model_dir: Path, device: torch.device) -> torch.dtype:
     """The dtype of weights and activations. `auto` is the model's own on a GPU, and float32 on a CPU.
 

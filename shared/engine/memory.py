@@ -1,0 +1,224 @@
+"""What fits into a device's memory, and what to say when something does not: pure, in bytes.
+
+    device   [ others | weights | KV pages | graphs, workspaces, the largest step's activations | free ]
+                      `--- static: --mem-fraction-static of the device ---'
+
+The pool takes what the static share leaves beside the weights, and never more than what is left once graphs
+and a largest step are there, which is measured (`rehearsal.py`), not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from phloem.shared.errors import PhloemError
+from phloem.shared.model_store.model_config import ModelConfig
+
+MARGIN_BYTES = 512 * 2**20  # fragmentation, and what another process may take meanwhile
+USEFUL_TOKENS = 8192  # a suggestion should hold at least one long request
+_LEAST_PAGES = 2
+
+
+class DeviceMemory(NamedTuple):
+    """`free` is what nobody holds, `own` what this process holds."""
+
+    name: str
+    total: int
+    free: int
+    own: int
+
+
+class PoolWish(NamedTuple):
+    """What the operator asked of the pool; `max_total_tokens` 0 leaves the size to `fraction`."""
+
+    page_bytes: int
+    page_size: int
+    context_length: int
+    fraction: float
+    max_total_tokens: int
+
+
+class PoolPlan(NamedTuple):
+    """Pages for requests (one more is allocated as scratch), and what the operator should know."""
+
+    num_pages: int
+    note: str | None = None
+
+
+class StepSizes(NamedTuple):
+    """What decides how much memory a step takes: the flags, after their defaults."""
+
+    chunk_tokens: int
+    running: int
+    graph_rows: int  # 0: no graphs
+
+
+def gb(num_bytes: float) -> str:
+    """Bytes for people: "15.1 GB", "2.1 MB"."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 5e7 else f"{max(0.0, num_bytes) / 1e6:.1f} MB"
+
+
+def out_of_memory(message: str, param: str) -> PhloemError:
+    """Something does not fit; `param` is the flag that helps most."""
+    return PhloemError("out_of_memory", message, param=param)
+
+
+# -- weights ------------------------------------------------------------------------------------------------
+
+
+def check_weights(need: int, dtype: str, memory: DeviceMemory) -> None:
+    """Raises `out_of_memory` when weights of `need` bytes can't be loaded."""
+    if need > memory.free:
+        raise weights_too_large(need, dtype, memory)
+
+
+def weights_too_large(need: int, dtype: str, memory: DeviceMemory) -> PhloemError:
+    """What to say when weights of `need` bytes were too much for what was free."""
+    what = f"the weights need {gb(need)} in {dtype}"
+    smaller = f", --dtype bfloat16 ({gb(need / 2)})" if dtype == "float32" else ""
+    if need > memory.total:
+        return out_of_memory(
+            f"{what}, but {memory.name} has {gb(memory.total)} in all: use a device with more memory"
+            f"{smaller} or a smaller model",
+            "model_path",
+        )
+    others = memory.total - memory.free - memory.own
+    return out_of_memory(
+        f"{what}, but of {memory.name}'s {gb(memory.total)} only {gb(memory.free)} are free "
+        f"(other processes hold {gb(others)}): stop them, or use another device{smaller} or a smaller "
+        "model",
+        "device",
+    )
+
+
+# -- KV pages -----------------------------------------------------------------------------------------------
+
+
+def plan_pool(wish: PoolWish, memory: DeviceMemory, overhead: int) -> PoolPlan:
+    """Pages of the pool on a CUDA device. `memory` is with the weights loaded; `overhead` bytes go to graphs,
+    workspaces and the largest step.
+
+    Raises `out_of_memory` that names the number to change and what would fit.
+    """
+    room = memory.free - overhead - MARGIN_BYTES
+    most = _pages(room, wish)
+    if most < _LEAST_PAGES:
+        raise out_of_memory(
+            f"the weights fit, but of the {gb(memory.free)} free beside them on {memory.name} CUDA graphs "
+            f"and the largest step take {gb(overhead + MARGIN_BYTES)}, which leaves nothing for KV pages: "
+            "lower --chunked-prefill-size, --max-running-requests or --cuda-graph-max-bs, or use a device "
+            "with more memory",
+            "chunked_prefill_size",
+        )
+    if wish.max_total_tokens:
+        return PoolPlan(_asked_for(wish, memory, most))
+    static = memory.total * wish.fraction - memory.own
+    if (pages := _pages(static, wish)) < _LEAST_PAGES:
+        raise _fraction_too_low(wish, memory, room)
+    if pages <= most:
+        return PoolPlan(pages)
+    note = (
+        f"--mem-fraction-static {wish.fraction:g} would give KV pages {gb(static)}, but CUDA graphs and "
+        f"the largest step need {gb(overhead)}: the pool takes {gb(room)}"
+    )
+    return PoolPlan(most, note)
+
+
+def pool_not_allocated(num_pages: int, page_bytes: int, page_size: int, memory: DeviceMemory) -> PhloemError:
+    """What to say when a pool that should have fitted did not; `memory` is as it was before."""
+    fits = max(_LEAST_PAGES, int((memory.free - MARGIN_BYTES) // page_bytes) - 1) * page_size
+    return out_of_memory(
+        f"KV pages for {num_pages * page_size} tokens, {gb((num_pages + 1) * page_bytes)}, could not be "
+        f"allocated: {gb(memory.free)} of {memory.name}'s {gb(memory.total)} were free; lower "
+        f"--mem-fraction-static, or give --max-total-tokens {fits}, or stop what else uses the device",
+        "mem_fraction_static",
+    )
+
+
+def _pages(num_bytes: float, wish: PoolWish) -> int:
+    """Pages for requests in so many bytes, with the scratch page beside them."""
+    return int(num_bytes // wish.page_bytes) - 1
+
+
+def _asked_for(wish: PoolWish, memory: DeviceMemory, most: int) -> int:
+    pages = wish.max_total_tokens // wish.page_size
+    if pages < _LEAST_PAGES:
+        raise out_of_memory(
+            f"--max-total-tokens {wish.max_total_tokens} is less than {_LEAST_PAGES} pages: give at least "
+            f"{_LEAST_PAGES * wish.page_size}",
+            "max_total_tokens",
+        )
+    if pages > most:
+        raise out_of_memory(
+            f"--max-total-tokens {wish.max_total_tokens} needs {gb((pages + 1) * wish.page_bytes)} of KV "
+            f"pages, but weights, CUDA graphs and the largest step leave {gb(most * wish.page_bytes)} of "
+            f"{memory.name}: lower it to {most * wish.page_size}",
+            "max_total_tokens",
+        )
+    return pages
+
+
+def _fraction_too_low(wish: PoolWish, memory: DeviceMemory, room: int) -> PhloemError:
+    tokens = min(wish.context_length, USEFUL_TOKENS)
+    useful = (-(-tokens // wish.page_size) + 1) * wish.page_bytes
+    beside = min(useful, room)
+    # Rounded up to a percent, so that what is suggested does hold it.
+    fraction = -(-100 * (memory.own + beside) // memory.total) / 100
+    holds = (_pages(memory.total * fraction - memory.own, wish)) * wish.page_size
+    static = memory.total * wish.fraction
+    return out_of_memory(
+        f"--mem-fraction-static {wish.fraction:g} allows weights and KV pages {gb(static)} of "
+        f"{memory.name}'s {gb(memory.total)}; the weights alone take {gb(memory.own)}, and a page "
+        f"of {wish.page_size} tokens {gb(wish.page_bytes)}: raise it to {fraction:.2f}, which holds "
+        f"{holds} tokens, or use a smaller model",
+        "mem_fraction_static",
+    )
+
+
+# -- steps and graphs ---------------------------------------------------------------------------------------
+
+
+def step_bytes(config: ModelConfig, itemsize: int, tokens: int, rows: int) -> int:
+    """About what the activations of a step take, of `tokens` tokens of which `rows` are sampled: the largest
+    tensors that live at the same time."""
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    per_token = (3 * config.intermediate_size + 4 * config.hidden_size + heads) * itemsize
+    per_row = config.vocab_size * (itemsize + 2 * 4)  # logits, and twice float32 for sampling
+    return tokens * per_token + rows * per_row
+
+
+def step_too_large(
+    config: ModelConfig, itemsize: int, sizes: StepSizes, memory: DeviceMemory, *, capturing: bool
+) -> PhloemError:
+    """What to say when memory ran out in a step at start; `memory` is as it was before the step."""
+
+    def bytes_of(tokens: int, rows: int) -> int:
+        return step_bytes(config, itemsize, tokens, rows)
+
+    left = f"{gb(memory.free)} of {memory.name}'s {gb(memory.total)} were free"
+    if capturing:
+        rows = _halved(sizes.graph_rows, lambda rows: bytes_of(rows, 3 * rows) <= memory.free)
+        return out_of_memory(
+            f"CUDA graphs for up to {sizes.graph_rows} requests do not fit ({left}): lower "
+            f"--cuda-graph-max-bs to {rows}, or --mem-fraction-static, or give --disable-cuda-graph",
+            "cuda_graph_max_bs",
+        )
+    tokens = _halved(
+        sizes.chunk_tokens, lambda tokens: bytes_of(tokens, min(tokens, sizes.running)) <= memory.free
+    )
+    need = bytes_of(sizes.chunk_tokens, sizes.running)
+    return out_of_memory(
+        f"a step of {sizes.chunk_tokens} tokens and {sizes.running} requests, about {gb(need)}, does not "
+        f"fit ({left}): lower --chunked-prefill-size to {tokens}, or --max-running-requests, or "
+        "--mem-fraction-static",
+        "chunked_prefill_size",
+    )
+
+
+def _halved(value: int, fits: Callable[[int], bool]) -> int:
+    """The largest of value / 2, value / 4, ... that fits, at least 1."""
+    value = max(1, value // 2)
+    while value > 1 and not fits(value):
+        value //= 2
+    return value
