@@ -12,6 +12,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from phloem.services.gateway.route_report import RouteReport
 from phloem.shared.protocol.session import FinishReason, SamplingParams
 
 
@@ -75,6 +76,10 @@ class Generator(Protocol):
         ...
 
     def model_info(self) -> ClusterModelInfo: ...
+
+    def route_report(self, request_id: str) -> RouteReport | None:
+        """Where a recent request went and why; None when it was never routed, or is forgotten."""
+        ...
 
     def ready(self) -> bool:
         """Whether a request that came now could be routed."""

@@ -19,6 +19,7 @@ from phloem.services.gateway.gateway import Gateway
 from phloem.services.gateway.generation import ClusterModelInfo, GeneratedTokens, GenerationRequest
 from phloem.services.gateway.http_server import bind, serve_http
 from phloem.services.gateway.metrics import GatewayMetrics
+from phloem.services.gateway.route_report import RouteReport
 from phloem.services.gateway.served_model import ServedModel
 from phloem.services.gateway.text.loading import load_prompt_encoder
 
@@ -87,6 +88,7 @@ class FakeGenerator:
         self.gate: asyncio.Event | None = None
         self.num_running = 0
         self.num_flushes = 0
+        self.reports: dict[str, RouteReport] = {}
         self.info = ClusterModelInfo(
             model_id=MODEL, context_length=CONTEXT_LENGTH, num_prefill_workers=1, num_decode_workers=2
         )
@@ -117,6 +119,9 @@ class FakeGenerator:
 
     def model_info(self) -> ClusterModelInfo:
         return self.info
+
+    def route_report(self, request_id: str) -> RouteReport | None:
+        return self.reports.get(request_id)
 
     def ready(self) -> bool:
         return True

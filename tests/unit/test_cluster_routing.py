@@ -7,7 +7,7 @@ from collections import Counter
 from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phloem.services.gateway.cluster.routing import (
@@ -182,6 +182,7 @@ loads = st.builds(
 roles = st.sampled_from(get_args(Role))
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(POLICIES),
     st.lists(st.tuples(roles, loads, st.integers(0, 5000)), max_size=6),

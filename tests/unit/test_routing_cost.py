@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phloem.services.gateway.policies.cost import alone_key, choose_cheapest, pair_key
@@ -70,6 +70,7 @@ candidates_of = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(candidates_of, st.integers(1, 1000), st.text(max_size=3))
 def test_the_choice_is_that_of_a_look_at_every_pair(
     described: list[tuple[Role, WorkerLoad, int, str, int]], num_tokens: int, name: str

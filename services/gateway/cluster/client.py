@@ -17,9 +17,11 @@ from phloem.services.gateway.cluster.options import ClusterOptions
 from phloem.services.gateway.cluster.request_table import RequestTable
 from phloem.services.gateway.cluster.router import Router
 from phloem.services.gateway.cluster.routing import Decision
+from phloem.services.gateway.cluster.routing_metrics import RoutingMetrics
 from phloem.services.gateway.cluster.worker_calls import audit_workers, flush_workers
 from phloem.services.gateway.cluster.worker_session import WorkerSession
 from phloem.services.gateway.generation import ClusterModelInfo, GeneratedTokens, GenerationRequest
+from phloem.services.gateway.route_report import RouteReport
 from phloem.shared.block_hash import BlockHasher
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.errors import PhloemError
@@ -61,7 +63,9 @@ class ClusterClient:
             silence_s=self._options.worker_silence_s,
         )
         self._table = RequestTable(self._membership.session)
-        self._router = Router(self._options, self._membership, self._table, self._index)
+        self._router = Router(
+            self._options, self._membership, self._table, self._index, RoutingMetrics(prometheus)
+        )
         self._sequence = 0
         self._tasks = asyncio.TaskGroup()
         self._following: asyncio.Task[None] | None = None
@@ -122,6 +126,10 @@ class ClusterClient:
         """Where a recent request went last, and the terms of its cost."""
         return self._router.decision(request_id)
 
+    def route_report(self, request_id: str) -> RouteReport | None:
+        """See `Generator.route_report`."""
+        return self._router.report(request_id)
+
     async def flush_cache(self) -> int:
         """Empties the prefix cache of every live worker; returns how many. Raises `PhloemError`."""
         return await flush_workers(self._membership.live)
@@ -153,6 +161,7 @@ class ClusterClient:
             self._metrics.failures.labels(error.code).inc()
             raise
         finally:
+            self._router.ended(live)
             self._table.remove(live)
             self._metrics.requests.set(len(self._table))
 

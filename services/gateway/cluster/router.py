@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
 
 from phloem.services.gateway.cluster.index_client import IndexClient
 from phloem.services.gateway.cluster.live_request import LiveRequest
@@ -12,12 +11,15 @@ from phloem.services.gateway.cluster.membership import Membership
 from phloem.services.gateway.cluster.options import ClusterOptions
 from phloem.services.gateway.cluster.recent_placements import RecentPlacements
 from phloem.services.gateway.cluster.request_table import RequestTable
+from phloem.services.gateway.cluster.route_log import RouteLog
 from phloem.services.gateway.cluster.routing import Candidate, Decision, RoutingRequest, route
+from phloem.services.gateway.cluster.routing_metrics import RoutingMetrics
 from phloem.services.gateway.policies.snapshot import CacheAwareThresholds
+from phloem.services.gateway.route_report import RouteReport
 from phloem.shared.errors import PhloemError, unavailable
 from phloem.shared.protocol.session import PeerRef
 
-MAX_KEPT_DECISIONS = 1024
+NUM_EXPLAINED = 8  # workers of each side that a decision lists
 RETRY_PAUSE_S = 0.1  # before a worker that just failed is asked again, when there is no other
 
 
@@ -25,14 +27,20 @@ class Router:
     """Gathers what a decision needs, waits for a worker when there is none, and keeps the decisions."""
 
     def __init__(
-        self, options: ClusterOptions, membership: Membership, table: RequestTable, index: IndexClient
+        self,
+        options: ClusterOptions,
+        membership: Membership,
+        table: RequestTable,
+        index: IndexClient,
+        metrics: RoutingMetrics,
     ) -> None:
         self._options = options
         self._membership = membership
         self._table = table
         self._index = index
         self._recent = RecentPlacements(time.monotonic)
-        self._decisions: OrderedDict[str, Decision] = OrderedDict()
+        self._metrics = metrics
+        self._log = RouteLog()
         self._changed = asyncio.Event()  # replaced by a new one each time it is set
 
     def on_change(self) -> None:
@@ -42,7 +50,17 @@ class Router:
 
     def decision(self, request_id: str) -> Decision | None:
         """Where a recent request went last."""
-        return self._decisions.get(request_id)
+        return self._log.decision(request_id)
+
+    def report(self, request_id: str) -> RouteReport | None:
+        """How a recent request was routed; None when it never was, or is forgotten."""
+        return self._log.report(request_id)
+
+    def ended(self, live: LiveRequest) -> None:
+        """The request is over."""
+        report = self._log.ended(live.state)
+        if report is not None:
+            self._metrics.ended(report)
 
     async def place(self, live: LiveRequest) -> tuple[Decision, int]:
         """Where the next attempt goes, and how many tokens the worker that prefills has to compute.
@@ -54,7 +72,6 @@ class Router:
         decision = await self._decide(live, cached)
         prefiller = decision.prefill or decision.decode
         self._recent.note(live.block_hashes, prefiller)
-        self._keep(live.state.request.request_id, decision)
         return decision, max(1, len(live.state.token_ids) - cached.get(prefiller, 0))
 
     async def _cached_tokens(self, block_hashes: list[bytes]) -> dict[PeerRef, int]:
@@ -79,11 +96,16 @@ class Router:
                 self._options.balance_abs_threshold,
                 self._options.balance_rel_threshold,
             ),
+            num_explained=NUM_EXPLAINED,
         )
         while True:
             candidates = self._candidates(request, cached)
+            started_at = time.perf_counter()
             decision = route(self._options.routing_policy, request, _without(candidates, live.avoid))
+            seconds = time.perf_counter() - started_at
             if decision is not None:
+                self._metrics.decided(decision, seconds)
+                self._log.note(live.state, decision, seconds)
                 if decision.decode in live.avoid:
                     await asyncio.sleep(RETRY_PAUSE_S)
                 return decision
@@ -120,12 +142,6 @@ class Router:
             code="no_decode_workers",
             retry_after_s=2.0,
         )
-
-    def _keep(self, request_id: str, decision: Decision) -> None:
-        self._decisions[request_id] = decision
-        self._decisions.move_to_end(request_id)
-        while len(self._decisions) > MAX_KEPT_DECISIONS:
-            self._decisions.popitem(last=False)
 
 
 def _without(candidates: list[Candidate], avoid: set[PeerRef]) -> list[Candidate]:

@@ -54,6 +54,7 @@ def choose_cheapest(request: RoutingRequest, candidates: Sequence[Candidate]) ->
     return Decision(
         decode=best.decode.worker.ref,
         prefill=best.prefill.worker.ref if best.prefill is not None else None,
+        kind=best.decode.worker.kind_alone if best.prefill is None else "pair",
         policy="cost",
         terms=best.terms(),
         num_options=len(alone) + sum(len(givers) * len(takers) for givers, takers in pools),

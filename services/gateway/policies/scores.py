@@ -56,6 +56,7 @@ def choose_by_scores(
     return Decision(
         decode=decode.worker.ref,
         prefill=prefill.worker.ref if prefill is not None else None,
+        kind=decode.worker.kind_alone if prefill is None else "pair",
         policy=policy,
         terms=_prefixed("decode", decode) | (_prefixed("prefill", prefill) if prefill is not None else {}),
         num_options=sum(len(pool.decode) * max(1, len(pool.prefill)) for pool in pools),

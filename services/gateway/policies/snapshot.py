@@ -12,6 +12,10 @@ from phloem.shared.protocol.session import PeerRef
 RoutingPolicy: TypeAlias = Literal["cost", "prefix", "least_loaded", "round_robin", "random", "cache_aware"]
 
 
+# `local`: a decode worker prefills for itself.
+RouteKind: TypeAlias = Literal["pair", "local", "unified"]
+
+
 class Candidate(Struct, frozen=True, kw_only=True):
     """A worker that takes requests now, with what this gateway itself has under way there (the heartbeat may
     not know of it yet) and how many leading tokens of the prompt it holds."""
@@ -24,6 +28,11 @@ class Candidate(Struct, frozen=True, kw_only=True):
     @property
     def ref(self) -> PeerRef:
         return PeerRef(self.record.worker_id, self.record.epoch)
+
+    @property
+    def kind_alone(self) -> RouteKind:
+        """What it is called when it does both phases."""
+        return "unified" if self.record.role == "unified" else "local"
 
     @property
     def num_requests(self) -> int:
@@ -89,6 +98,7 @@ class Decision(Struct, frozen=True, kw_only=True):
 
     decode: PeerRef
     prefill: PeerRef | None = None
+    kind: RouteKind = "pair"
     policy: RoutingPolicy
     terms: dict[str, float]
     num_options: int = 1
