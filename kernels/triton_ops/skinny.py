@@ -1,0 +1,293 @@
+"""Matrix products of few rows, at the speed of memory: `y[m, n] = sum_k x[m, k] * w[n, k]` for decode.
+
+A tile of the weight is the left operand, so that a handful of rows fills the matrix units' narrow side.
+What stands between two products of a layer is done in their epilogues, and nothing else is launched:
+
+    squares of a row (from the kernel before)  ->  the row's RMS norm, as a factor of the sums
+    bias; silu(gate) * up; or residual +=, times the next norm's gain, and squares of the new residual
+
+With programmatic dependent launch a kernel starts while the one before still runs, and asks for its first
+weights into the L2 cache until it may read that one's results (CUDA programming guide, "Programmatic
+Dependent Launch"). Where one tile per column block would not fill the device, the sum over k is split; the
+last block to arrive adds the parts, always in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Tiling(NamedTuple):
+    """block_n: rows of the weight in a tile; block_k: its columns at a time; split_k: blocks that share a
+    tile's sum; prefetch_k: columns asked for before the kernel before has ended."""
+
+    block_n: int
+    block_k: int
+    split_k: int
+    stages: int
+    warps: int
+    prefetch_k: int = 0
+    late: bool = True  # the next kernel starts when the sums are done, not at once
+    tma: bool = False  # tiles of the weight come by the tensor memory accelerator (Hopper and later)
+
+
+@triton.jit
+def _prefetch_rows(w, row, k: tl.constexpr, begin, width: tl.constexpr):
+    """Asks for `width` neighbouring columns of the weight's rows into L2: one instruction for each row."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [w + row.to(tl.int64) * k + begin, tl.full(row.shape, 2 * width, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _finish(
+    sums,
+    up_sums,
+    squares,
+    before,
+    eps,
+    bias,
+    residual,
+    gain,
+    out,
+    squares_out,
+    tile,
+    column,
+    m,
+    in_m,
+    row_stride: tl.constexpr,
+    n: tl.constexpr,
+    k: tl.constexpr,
+    gated: tl.constexpr,
+    normed: tl.constexpr,
+    adds: tl.constexpr,
+    has_bias: tl.constexpr,
+):
+    """What follows the sums: `[block_n, block_m]`, float32."""
+    if normed:
+        factor = tl.rsqrt(tl.sum(squares, axis=0) / k + eps)
+        sums = sums * factor[None, :]
+    if has_bias:
+        sums += tl.load(bias + column).to(tl.float32)[:, None]
+    if gated:
+        if normed:
+            up_sums = up_sums * factor[None, :]
+        if has_bias:
+            up_sums += tl.load(bias + n + column).to(tl.float32)[:, None]
+        sums = sums / (1.0 + tl.exp(-sums)) * up_sums
+    place = m[None, :].to(tl.int64) * n + column[:, None]
+    if adds:
+        sums += before.to(tl.float32)
+        stored = sums.to(residual.dtype.element_ty)
+        tl.store(residual + place, stored, mask=in_m[None, :])
+        sums = stored.to(tl.float32)
+        tl.store(squares_out + tile * row_stride + m, tl.sum(sums * sums, axis=0), mask=in_m)
+        sums = sums * tl.load(gain + column).to(tl.float32)[:, None]
+    tl.store(out + place, sums.to(out.dtype.element_ty), mask=in_m[None, :])
+
+
+@triton.jit
+def _skinny_kernel(
+    x,
+    w,
+    w_tiles,
+    bias,
+    squares,
+    residual,
+    gain,
+    out,
+    squares_out,
+    parts,
+    arrivals,
+    num_rows,
+    eps,
+    n: tl.constexpr,
+    k: tl.constexpr,
+    num_squares: tl.constexpr,
+    squares_block: tl.constexpr,
+    row_stride: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_k: tl.constexpr,
+    split_k: tl.constexpr,
+    stages: tl.constexpr,
+    prefetch_k: tl.constexpr,
+    gated: tl.constexpr,
+    normed: tl.constexpr,
+    adds: tl.constexpr,
+    has_bias: tl.constexpr,
+    tma: tl.constexpr,
+    late: tl.constexpr,
+    pdl: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    span: tl.constexpr = k // split_k
+    begin = split * span
+    column = tile * block_n + tl.arange(0, block_n)
+    if pdl:
+        if prefetch_k > 0:
+            _prefetch_rows(w, column, k, begin, prefetch_k)
+            if gated:
+                _prefetch_rows(w, column + n, k, begin, prefetch_k)
+        tl.extra.cuda.gdc_wait()
+        if not late:
+            tl.extra.cuda.gdc_launch_dependents()
+    m = tl.arange(0, block_m)
+    in_m = m < num_rows
+    # What the end needs is asked for now, and used when the sums are there.
+    known = in_m[None, :]
+    part_squares = tl.zeros((squares_block, block_m), tl.float32)
+    if normed:
+        part = tl.arange(0, squares_block)
+        source = squares + part[:, None] * row_stride + m[None, :]
+        part_squares = tl.load(source, mask=(part[:, None] < num_squares) & known, other=0.0)
+    before = tl.zeros((block_n, block_m), out.dtype.element_ty)
+    if adds:
+        before = tl.load(residual + m[None, :].to(tl.int64) * n + column[:, None], mask=known, other=0.0)
+
+    sums = tl.zeros((block_n, block_m), tl.float32)
+    up_sums = tl.zeros((block_n, block_m), tl.float32)
+    for start in tl.range(begin, begin + span, block_k, num_stages=stages):
+        inner = start + tl.arange(0, block_k)
+        rows = tl.load(x + m[None, :] * k + inner[:, None], mask=in_m[None, :], other=0.0)
+        if tma:
+            weight = w_tiles.load([tile * block_n, start])
+        else:
+            place = w + column[:, None].to(tl.int64) * k + inner[None, :]
+            weight = tl.load(place, eviction_policy="evict_first")
+        sums = tl.dot(weight, rows, sums)
+        if gated:
+            if tma:
+                up = w_tiles.load([n + tile * block_n, start])
+            else:
+                place = w + (column[:, None] + n).to(tl.int64) * k + inner[None, :]
+                up = tl.load(place, eviction_policy="evict_first")
+            up_sums = tl.dot(up, rows, up_sums)
+    if pdl:
+        if late:
+            tl.extra.cuda.gdc_launch_dependents()
+
+    if split_k == 1:
+        _finish(
+            sums, up_sums, part_squares, before, eps, bias, residual, gain, out, squares_out, tile, column, m, in_m,
+            row_stride, n, k, gated, normed, adds, has_bias,
+        )  # fmt: skip
+    else:
+        area: tl.constexpr = block_n * block_m
+        cell = tl.arange(0, block_n)[:, None] * block_m + m[None, :]
+        kinds: tl.constexpr = 2 if gated else 1
+        mine = parts + (tile * split_k + split).to(tl.int64) * (area * kinds)
+        tl.store(mine + cell, sums)
+        if gated:
+            tl.store(mine + area + cell, up_sums)
+        tl.debug_barrier()
+        if tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == split_k - 1:
+            tl.store(arrivals + tile, 0)
+            sums = tl.zeros((block_n, block_m), tl.float32)
+            up_sums = tl.zeros((block_n, block_m), tl.float32)
+            for other in tl.static_range(split_k):
+                theirs = parts + (tile * split_k + other).to(tl.int64) * (area * kinds)
+                sums += tl.load(theirs + cell, cache_modifier=".cg")
+                if gated:
+                    up_sums += tl.load(theirs + area + cell, cache_modifier=".cg")
+            _finish(
+                sums, up_sums, part_squares, before, eps, bias, residual, gain, out, squares_out, tile, column, m, in_m,
+                row_stride, n, k, gated, normed, adds, has_bias,
+            )  # fmt: skip
+
+
+class Workspace:
+    """Where split sums meet. One for a stream of launches; a captured graph keeps its addresses."""
+
+    def __init__(self, device: torch.device, *, max_cells: int, max_tiles: int) -> None:
+        self.parts = torch.empty(max_cells, dtype=torch.float32, device=device)
+        self.arrivals = torch.zeros(max_tiles, dtype=torch.int32, device=device)
+
+
+class Squares(NamedTuple):
+    """Sums of squares of each row of the residual stream, by column block: float32 `[count, stride]`."""
+
+    values: Tensor
+    count: int
+
+
+def block_of_rows(num_rows: int) -> int:
+    """The tile's rows: the matrix units' narrow side takes 16, 32, 64 or 128."""
+    return max(16, triton.next_power_of_2(num_rows))
+
+
+def skinny_linear(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    tiling: Tiling,
+    workspace: Workspace,
+    *,
+    bias: Tensor | None = None,
+    norm: Squares | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    gain: Tensor | None = None,
+    squares_out: Tensor | None = None,
+    pdl: bool = False,
+) -> None:
+    """`out = f(x @ weight.T)`, see the module. x `[M, K]`, M at most 128, out `[M, N]`; weight `[N, K]`, with
+    `gated` `[2 * N, K]` (gate first). N is a multiple of the tiling's block_n, K of `block_k * split_k`.
+
+    With `norm`, x is the residual stream times the norm's gain, not divided yet. With `residual` `[M, N]`
+    (in place), `gain` `[N]` is the next norm's, and `squares_out` float32 `[N / block_n, stride]` is written.
+    """
+    num_rows, k = x.shape
+    n = out.shape[1]
+    tiles = n // tiling.block_n
+    stride = squares_out.shape[1] if squares_out is not None else norm.values.shape[1] if norm else 0
+    count = norm.count if norm is not None else 1
+    options = {"launch_pdl": True} if pdl else {}
+    _skinny_kernel[(tiles, tiling.split_k)](
+        x,
+        weight,
+        TensorDescriptor.from_tensor(weight, [tiling.block_n, tiling.block_k]) if tiling.tma else weight,
+        weight if bias is None else bias,
+        workspace.parts if norm is None else norm.values,
+        out if residual is None else residual,
+        out if gain is None else gain,
+        out,
+        workspace.parts if squares_out is None else squares_out,
+        workspace.parts,
+        workspace.arrivals,
+        num_rows,
+        eps,
+        n=n,
+        k=k,
+        num_squares=count,
+        squares_block=triton.next_power_of_2(count),
+        row_stride=stride,
+        block_m=block_of_rows(num_rows),
+        block_n=tiling.block_n,
+        block_k=tiling.block_k,
+        split_k=tiling.split_k,
+        stages=tiling.stages,
+        prefetch_k=tiling.prefetch_k,
+        gated=gated,
+        normed=norm is not None,
+        adds=residual is not None,
+        has_bias=bias is not None,
+        tma=tiling.tma,
+        late=tiling.late,
+        pdl=pdl,
+        num_warps=tiling.warps,
+        **options,
+    )
