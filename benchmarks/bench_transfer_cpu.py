@@ -28,6 +28,7 @@ from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.endpoint import TransferEndpoint
 from phloem.shared.transfer.events import ChannelOpened, PieceReceived, Side, TransferEvent
 from phloem.shared.transfer.frames import FrameSocket
+from phloem.shared.transfer.pending import MovedNow
 from phloem.shared.transfer.planes import DataPlane, Pending, PlaneSpec, open_plane
 from phloem.shared.transfer.rendezvous import ControlStore
 
@@ -100,7 +101,7 @@ def send_pieces(
     for n in range(num_pieces):
         while (slot := endpoint.acquire_slot(DECODE)) is None:
             events.get()
-        endpoint.send_piece(DECODE, Piece("bench", 1, n, 1, 0, 1, piece_bytes, 0), slot)
+        endpoint.send_piece(DECODE, Piece("bench", 1, n, 1, 0, 1, piece_bytes, 0), slot, MovedNow(0))
 
 
 def main() -> None:

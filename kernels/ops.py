@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from phloem.kernels.reference import activation as _activation
@@ -147,6 +148,37 @@ def scatter_pages(kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: in
 
         return int(cuda_ops.scatter_pages(kv, page_ids, layer_start, layer_end, src))
     return _pages.scatter_pages(kv, page_ids, layer_start, layer_end, src)
+
+
+def plane_addresses(kv: PagedKV) -> Tensor:
+    """Where K, then V of each layer lie: int64 `[2 * layers]` on their device, for the two ops below."""
+    planes = [plane for layer in zip(kv.k, kv.v, strict=True) for plane in layer]
+    return torch.tensor([plane.data_ptr() for plane in planes], dtype=torch.int64, device=planes[0].device)
+
+
+def gather_pages_async(
+    kv: PagedKV, addresses: Tensor, page_ids: Tensor, layer_start: int, layer_end: int, out: Tensor
+) -> Tensor:
+    """As `gather_pages`, but the digest stays on the device, int64 `[1]`: nothing waits for a CUDA device.
+
+    `addresses` are `plane_addresses(kv)`.
+    """
+    if out.is_cuda:
+        from phloem.kernels import cuda_ops
+
+        return cuda_ops.gather_pages(kv, page_ids, layer_start, layer_end, out, addresses)
+    return torch.tensor([_pages.gather_pages(kv, page_ids, layer_start, layer_end, out)])
+
+
+def scatter_pages_async(
+    kv: PagedKV, addresses: Tensor, page_ids: Tensor, layer_start: int, layer_end: int, src: Tensor
+) -> Tensor:
+    """As `scatter_pages`, in the manner of `gather_pages_async`."""
+    if src.is_cuda:
+        from phloem.kernels import cuda_ops
+
+        return cuda_ops.scatter_pages(kv, page_ids, layer_start, layer_end, src, addresses)
+    return torch.tensor([_pages.scatter_pages(kv, page_ids, layer_start, layer_end, src)])
 
 
 def sample(

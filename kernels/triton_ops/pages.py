@@ -46,18 +46,42 @@ def _move_kernel(
     tl.atomic_add(digest, tl.sum(value * row_weight * column_weight, axis=0))
 
 
-def gather_pages(kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: int, out: Tensor) -> Tensor:
-    """See `ops.gather_pages`; the digest stays on the device, int64 `[1]`."""
-    return _move(kv, page_ids, layer_start, layer_end, out, gathers=True)
+def gather_pages(
+    kv: PagedKV,
+    page_ids: Tensor,
+    layer_start: int,
+    layer_end: int,
+    out: Tensor,
+    addresses: Tensor | None = None,
+) -> Tensor:
+    """See `ops.gather_pages`; the digest stays on the device, int64 `[1]`.
+
+    With `addresses` (`ops.plane_addresses`) only launches; without, their upload is waited for.
+    """
+    return _move(kv, page_ids, layer_start, layer_end, out, addresses, gathers=True)
 
 
-def scatter_pages(kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: int, src: Tensor) -> Tensor:
-    """See `ops.scatter_pages`; the digest stays on the device, int64 `[1]`."""
-    return _move(kv, page_ids, layer_start, layer_end, src, gathers=False)
+def scatter_pages(
+    kv: PagedKV,
+    page_ids: Tensor,
+    layer_start: int,
+    layer_end: int,
+    src: Tensor,
+    addresses: Tensor | None = None,
+) -> Tensor:
+    """See `ops.scatter_pages` and `gather_pages`."""
+    return _move(kv, page_ids, layer_start, layer_end, src, addresses, gathers=False)
 
 
 def _move(
-    kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: int, staging: Tensor, *, gathers: bool
+    kv: PagedKV,
+    page_ids: Tensor,
+    layer_start: int,
+    layer_end: int,
+    staging: Tensor,
+    addresses: Tensor | None,
+    *,
+    gathers: bool,
 ) -> Tensor:
     digest = torch.zeros(1, dtype=torch.int64, device=staging.device)
     planes = [plane for layer in range(layer_start, layer_end) for plane in (kv.k[layer], kv.v[layer])]
@@ -65,7 +89,11 @@ def _move(
         return digest
     page_bytes = planes[0][0].numel() * planes[0].element_size()
     assert page_bytes % 8 == 0, "a page is whole 8-byte words"
-    pointers = torch.tensor([plane.data_ptr() for plane in planes], dtype=torch.int64, device=staging.device)
+    if addresses is None:
+        on_host = [plane.data_ptr() for plane in planes]
+        pointers = torch.tensor(on_host, dtype=torch.int64, device=staging.device)
+    else:
+        pointers = addresses[2 * layer_start : 2 * layer_end]
     page_words = page_bytes // 8
     _move_kernel[(len(planes), page_ids.numel(), triton.cdiv(page_words, _BLOCK_WORDS))](
         pointers,

@@ -18,7 +18,7 @@ from phloem.shared.engine.limits import Limits
 from phloem.shared.engine.loading import load_model
 from phloem.shared.engine.models.kv_cache import bytes_per_page
 from phloem.shared.engine.page_account import PageAccount
-from phloem.shared.engine.page_store import KVPageStore
+from phloem.shared.engine.page_store import page_store
 from phloem.shared.engine.radix_tree import RadixTree
 from phloem.shared.engine.runners import LoadedModel, find_device, for_device
 from phloem.shared.engine.sizing import kv_layout
@@ -79,7 +79,7 @@ def _wire(
     send: Send,
 ) -> tuple[Engine, TransferEndpoint]:
     options = config.options
-    store = KVPageStore(model.kv, model.device)
+    store = page_store(model.kv, model.device)
     if options.staging_bytes < store.layer_page_bytes:
         raise ConfigError(
             f"--staging-bytes {options.staging_bytes} is less than one layer's page "
@@ -97,6 +97,7 @@ def _wire(
             device=str(model.device),
             staging_bytes=options.staging_bytes,
             staging_slots=options.staging_slots,
+            max_ctas=options.transfer_max_ctas,
             timeout_s=options.transfer_timeout_s,
             accepts=config.role != "prefill",
         ),

@@ -73,8 +73,12 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     ] = 0
     staging_bytes: Annotated[
         int, Meta(ge=65_536, le=1 << 30, description="bytes of one staging slot for KV transfer")
-    ] = 16 * 1024 * 1024
+    ] = 32 * 1024 * 1024
     staging_slots: Annotated[int, Meta(ge=1, le=64, description="staging slots per channel and side")] = 4
+    transfer_max_ctas: Annotated[
+        int,
+        Meta(ge=1, le=32, description="multiprocessors that KV transfer over NCCL may use; 16: 250 GB/s"),
+    ] = 16
     transfer_timeout_s: Annotated[
         float, Meta(gt=0.0, le=600.0, description="deadline of one KV transfer operation")
     ] = 10.0

@@ -25,7 +25,8 @@ from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.step_inputs import RunnerSizes, SampledRows, StepInputs
 from phloem.shared.engine.step_plan import DecodeStep, Row, StepPlan
-from phloem.shared.engine.step_runner import Forward
+from phloem.shared.engine.step_runner import Forward, LayerWatch
+from phloem.shared.transfer.device_event import DeviceEvent
 
 _EMPTY = np.zeros(0, dtype=np.int64)
 
@@ -106,26 +107,34 @@ class CudaStepRunner:
     # -- launch ----------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> CudaStep:
+    def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> CudaStep:
         step = plan.decode
         if step is not None and len(step.positions) < len(self._bucket_of):
-            return self._launch_graph(step)
-        return self._launch_mixed(plan.rows)
+            return self._launch_graph(step, watch)
+        return self._launch_mixed(plan.rows, watch)
 
-    def _launch_graph(self, step: DecodeStep) -> CudaStep:
+    def _launch_graph(self, step: DecodeStep, watch: LayerWatch | None) -> CudaStep:
         count = len(step.positions)
         size = int(self._bucket_of[count])
         sampled = self._inputs.decode(step, size)
         captured = self._graphs[size]
         captured.graph.replay()
+        if watch is not None:
+            watch.all_at(self._mark())
         return self._sample(captured.logits[:count], sampled)
 
-    def _launch_mixed(self, rows: list[Row]) -> CudaStep:
+    def _launch_mixed(self, rows: list[Row], watch: LayerWatch | None) -> CudaStep:
         step = self._inputs.mixed(rows)
-        logits = self._model.forward(self._batch(step.tokens, step.logits_index, step.plans), self._kv)
+        batch = self._batch(step.tokens, step.logits_index, step.plans)
+        if watch is not None:
+            batch = batch._replace(on_kv=watch.on_kv(self._mark))
+        logits = self._model.forward(batch, self._kv)
         if step.sampled is None:
             return self._result(torch.empty(0, dtype=torch.int64, device=self._device))
         return self._sample(logits, step.sampled)
+
+    def _mark(self) -> DeviceEvent:
+        return DeviceEvent(self._device)
 
     def _batch(
         self, inputs: RowInputs, logits_index: Tensor | None, plans: Mapping[int, PlannedRows]

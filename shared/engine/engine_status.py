@@ -42,6 +42,7 @@ class EngineStatus:
             decode_step_s=self._rates.decode_step_s,
             transfer_bytes_per_s=self.transfer_bytes_per_s,
             tree_pages=self._account.tree.num_pages,
+            exposed_transfer_s=self._sender.exposure.average_s,
         )
 
     def audit(self, tag: int) -> AuditReply:
@@ -64,4 +65,5 @@ class EngineStatus:
                 "bytes_received": self._receiver.num_bytes_received,
                 "pages_received": self._receiver.num_pages_received,
             },
+            exposed_transfer_s=self._sender.exposure.latest_s,
         )

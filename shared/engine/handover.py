@@ -1,4 +1,4 @@
-"""What both sides of a hand-over share: the shape of the KV that moves, and how it is cut into pieces."""
+"""What both sides of a hand-over share: the channel and the pages as they see them, and how one ends."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from phloem.shared.engine.kv_pool import OwnerKey
+from phloem.shared.engine.page_layers import Span
 from phloem.shared.errors import ErrorInfo
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.protocol.transfer import Cancel, Last, Piece, Ready
+from phloem.shared.protocol.transfer import Admitted, Cancel, Last, Piece, Ready
 from phloem.shared.transfer.events import PieceReceived, Side
+from phloem.shared.transfer.pending import DONE, Moved, Pending
 from phloem.shared.transfer.staging import StagingSlot
 
 _MAX_REMEMBERED = 8192
@@ -23,33 +25,29 @@ class Channels(Protocol):
 
     def is_open(self, peer: PeerRef, side: Side) -> bool: ...
     def acquire_slot(self, peer: PeerRef) -> StagingSlot | None: ...
-    def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot) -> None: ...
+    def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot, gathered: Moved) -> None: ...
     def send_last(self, peer: PeerRef, message: Last) -> None: ...
     def send_ready(self, peer: PeerRef, message: Ready) -> None: ...
+    def send_admitted(self, peer: PeerRef, message: Admitted) -> None: ...
     def send_cancel(self, peer: PeerRef, message: Cancel, side: Side) -> None: ...
-    def release(self, piece: PieceReceived) -> None: ...
+    def release(self, piece: PieceReceived, after: Pending = DONE) -> None: ...
 
 
 class PageStore(Protocol):
-    """The KV tensors behind page ids; ordered after the steps launched before."""
+    """The KV tensors behind page ids. Pages move beside the engine's steps, not in their order: whoever gives
+    pages away that may still be on the move calls `fence` first."""
 
     num_layers: int
     layer_page_bytes: int  # K and V of one page in one layer
 
-    def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> int:
-        """Copies pages into `out` (uint8); returns their digest."""
+    def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> Moved:
+        """Copies pages, computed by now, into `out` (uint8)."""
 
-    def scatter(self, page_ids: Sequence[int], layer_start: int, layer_end: int, data: Tensor) -> int:
-        """Copies `data` (uint8) into pages; returns its digest."""
+    def scatter(self, page_ids: Sequence[int], layer_start: int, layer_end: int, data: Tensor) -> Moved:
+        """Copies `data` (uint8) into pages."""
 
-
-class Span(NamedTuple):
-    """Pages [page_start, page_start + num_pages) of a request, layers [layer_start, layer_end)."""
-
-    page_start: int
-    num_pages: int
-    layer_start: int
-    layer_end: int
+    def fence(self) -> None:
+        """Steps launched from now on begin, on the device, when all that moves by now has moved."""
 
 
 class Ended(NamedTuple):
@@ -57,23 +55,6 @@ class Ended(NamedTuple):
 
     key: OwnerKey
     error: ErrorInfo | None
-
-
-def next_span(
-    store: PageStore, slot_bytes: int, page: int, layer: int, num_pages: int
-) -> tuple[Span, int, int]:
-    """The next piece from (page, layer) on, with pages below `num_pages`, and where the one after it starts.
-
-    As many whole pages as fit go together; a page that is larger than the slot goes in groups of layers.
-    """
-    whole_pages = slot_bytes // (store.layer_page_bytes * store.num_layers)
-    if whole_pages and layer == 0:
-        count = min(whole_pages, num_pages - page)
-        return Span(page, count, 0, store.num_layers), page + count, 0
-    layers = max(1, slot_bytes // store.layer_page_bytes)
-    layer_end = min(store.num_layers, layer + layers)
-    done = layer_end == store.num_layers
-    return Span(page, 1, layer, layer_end), page + done, 0 if done else layer_end
 
 
 def span_bytes(store: PageStore, span: Span) -> int:

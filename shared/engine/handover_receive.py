@@ -1,42 +1,57 @@
 """The decode side of hand-overs: pages arrive, are checked, and the request joins the batch.
 
-    reserved -> Ready -> pieces (digest checked, scattered) -> Last -> admitted
+    reserved -> Ready -> pieces (scattered, digests compared) -> Last -> every digest compared -> admitted
 
-Everything that does not add up (digest, range, count, epoch) fails closed: the request fails retryably, its
-pages go back unread, and the gateway has the prompt prefilled again.
+Pieces are scattered beside the engine's steps; `poll` looks which of them are done. Everything that does not
+add up (digest, range, count, epoch) fails closed: the request fails retryably, its pages go back unread, and
+the gateway has the prompt prefilled again.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
-from phloem.shared.engine.handover import (
-    Channels,
-    Ended,
-    PageStore,
-    RecentKeys,
-    Span,
-    span_bytes,
-)
+from phloem.shared.engine.handover import Channels, Ended, PageStore, RecentKeys, span_bytes
 from phloem.shared.engine.kv_pool import OwnerKey
+from phloem.shared.engine.page_layers import PageLayers, Span
 from phloem.shared.engine.requests import Request
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.protocol.transfer import Cancel, Last, Ready
+from phloem.shared.protocol.transfer import Admitted, Cancel, Last, Ready
 from phloem.shared.transfer.events import PieceReceived
+from phloem.shared.transfer.pending import Moved
+
+
+class _Scattering(NamedTuple):
+    moved: Moved
+    digest: int  # the sender's
 
 
 class _ReceivePlan:
-    def __init__(self, request: Request, peer: PeerRef, now_s: float) -> None:
+    def __init__(self, request: Request, peer: PeerRef, num_layers: int, now_s: float) -> None:
         self.request = request
         self.peer = peer
         self.num_held_pages = request.num_tree_pages
+        self.arrived = PageLayers(len(request.page_ids), num_layers, request.num_tree_pages)
         self.announced = False
-        self.reserved_at_s = now_s
+        self.since_s = now_s  # reserved, then announced
         self.num_pieces = 0
-        self.page = request.num_tree_pages  # next page and layer that must arrive: pieces come in order
-        self.layer = 0
+        self.scattering: deque[_Scattering] = deque()
+        self.last: Last | None = None
+
+    @property
+    def key(self) -> OwnerKey:
+        return self.request.key
+
+
+class Arrived(NamedTuple):
+    """All KV of a request is in its pages and was checked; `token_ids` were made by the prefill side."""
+
+    request: Request
+    token_ids: list[int]
 
 
 class HandoverReceiver:
@@ -50,6 +65,8 @@ class HandoverReceiver:
         self._timeout_s = timeout_s
         self._clock = clock
         self._plans: dict[OwnerKey, _ReceivePlan] = {}
+        self._moving: dict[OwnerKey, _ReceivePlan] = {}  # those with pieces or a `Last` that `poll` sees to
+        self._heard_s: dict[PeerRef, float] = {}  # when something last came of a peer's hand-overs
         self._recent = RecentKeys()
         self._cancelled_early = RecentKeys()
         self.num_pages_received = 0
@@ -59,12 +76,25 @@ class HandoverReceiver:
     def active(self) -> bool:
         return bool(self._plans)
 
+    @property
+    def is_moving(self) -> bool:
+        """`poll` will have something to say without another message."""
+        return bool(self._moving)
+
+    @property
+    def has_news(self) -> bool:
+        """`poll` has something to say now."""
+        return any(
+            plan.scattering[0].moved.done() if plan.scattering else True for plan in self._moving.values()
+        )
+
     def reserved(self, request: Request) -> Ended | None:
         """The request has its pages: tell the prefill side, now or when its channel opens."""
         assert request.peer is not None
         if request.key in self._cancelled_early:
             return Ended(request.key, _cancelled(request.peer, "it had ended there before"))
-        plan = self._plans[request.key] = _ReceivePlan(request, request.peer, self._clock())
+        plan = _ReceivePlan(request, request.peer, self._store.num_layers, self._clock())
+        self._plans[request.key] = plan
         self._announce(plan)
         return None
 
@@ -74,73 +104,105 @@ class HandoverReceiver:
                 self._announce(plan)
 
     def on_lost(self, peer: PeerRef, error: ErrorInfo) -> list[Ended]:
-        """The channel or the peer is gone: what it had not sent to the end fails, retryably."""
+        """The channel or the peer is gone: what it had not sent to the end fails, retryably.
+
+        What has come with its `Last` is whole: only the device is still busy with it.
+        """
+        self._heard_s.pop(peer, None)
         lost_error = ErrorInfo(
             "channel_lost", f"KV channel from {peer.worker_id}: {error.message}", True, 503
         )
-        lost = [key for key, plan in self._plans.items() if plan.peer == peer]
-        return [self._fail(key, lost_error) for key in lost]
+        lost = [plan for plan in self._plans.values() if plan.peer == peer and plan.last is None]
+        return [self._fail(plan, lost_error) for plan in lost]
 
     def on_piece(self, event: PieceReceived) -> Ended | None:
-        """Scatters a piece and gives its staging slot back, whatever became of the request."""
+        """Begins to scatter a piece, and gives its staging slot back when that is done, whatever became of
+        the request."""
         header = event.header
-        key = (header.request_id, header.attempt)
-        plan = self._plans.get(key)
-        try:
-            if plan is None or plan.peer != event.peer:
-                return None  # ended here; the sender has been or will be told
-            span = Span(header.page_start, header.num_pages, header.layer_start, header.layer_end)
-            problem = self._range_problem(plan, span, header.num_bytes)
-            if problem is None:
-                page_ids = plan.request.page_ids[span.page_start : span.page_start + span.num_pages]
-                digest = self._store.scatter(page_ids, span.layer_start, span.layer_end, event.data)
-                if digest != header.digest:
-                    problem = ErrorInfo("kv_digest_mismatch", "KV arrived damaged", True, 503)
-        finally:
+        plan = self._plans.get((header.request_id, header.attempt))
+        if plan is None or plan.peer != event.peer:
             self._channels.release(event)
-        if problem is not None:
-            self._cancel(plan, problem)
-            return self._fail(key, problem)
-        self._advance(plan, span, header.num_bytes)
+            return None  # ended here; the sender has been or will be told
+        self._heard_s[event.peer] = self._clock()
+        span = Span(header.page_start, header.num_pages, header.layer_start, header.layer_end)
+        if (
+            plan.last is not None
+            or not plan.arrived.accepts(span)
+            or not self._has_bytes_of(span, header.num_bytes)
+        ):
+            self._channels.release(event)
+            return self._refuse(plan, "kv_bad_piece", "a KV piece is out of order or has the wrong size")
+        page_ids = span.of(plan.request.page_ids)
+        moved = self._store.scatter(page_ids, span.layer_start, span.layer_end, event.data)
+        self._channels.release(event, moved)
+        plan.arrived.note(span)
+        plan.num_pieces += 1
+        plan.scattering.append(_Scattering(moved, header.digest))
+        self._moving[plan.key] = plan
+        self.num_bytes_received += header.num_bytes
+        self.num_pages_received += span.num_pages if span.layer_end == self._store.num_layers else 0
         return None
 
-    def on_last(self, peer: PeerRef, message: Last) -> tuple[Request | None, Ended | None]:
-        """The request that may run now, or the failure that its count proves."""
-        key = (message.request_id, message.attempt)
-        plan = self._plans.get(key)
+    def on_last(self, peer: PeerRef, message: Last) -> Ended | None:
+        """Nothing more comes; `poll` admits the request, or this tells the failure that its count proves."""
+        plan = self._plans.get((message.request_id, message.attempt))
         if plan is None or plan.peer != peer:
-            return None, None
-        complete = plan.page == len(plan.request.page_ids) and plan.layer == 0
-        if not complete or message.num_pieces != plan.num_pieces or not message.token_ids:
-            return None, self._fail(key, ErrorInfo("kv_incomplete", "KV pages are missing", True, 503))
-        del self._plans[key]
-        self._recent.add(key)
-        return plan.request, None
+            return None
+        self._heard_s[peer] = self._clock()
+        if not plan.arrived.is_complete or message.num_pieces != plan.num_pieces or not message.token_ids:
+            return self._fail(plan, ErrorInfo("kv_incomplete", "KV pages are missing", True, 503))
+        plan.last = message
+        self._moving[plan.key] = plan
+        return None
+
+    def poll(self) -> tuple[list[Arrived], list[Ended]]:
+        """Compares the digests of what has been scattered by now: the requests that may run, and those that
+        fail."""
+        arrived: list[Arrived] = []
+        failed: list[Ended] = []
+        for plan in list(self._moving.values()):
+            if not self._is_sound(plan):
+                failed.append(self._refuse(plan, "kv_digest_mismatch", "KV arrived damaged"))
+            elif not plan.scattering:
+                del self._moving[plan.key]
+                if plan.last is not None:
+                    arrived.append(self._admit(plan, plan.last))
+        return arrived, failed
 
     def on_cancel(self, peer: PeerRef, message: Cancel) -> Ended | None:
         key = (message.request_id, message.attempt)
         plan = self._plans.get(key)
         if plan is not None and plan.peer == peer:
-            return self._fail(key, _cancelled(peer, message.message or message.code))
+            return self._fail(plan, _cancelled(peer, message.message or message.code))
         if key not in self._recent:
             self._cancelled_early.add(key)
         return None
 
-    def drop(self, key: OwnerKey, code: str) -> None:
-        """The request ended here for another reason (aborted, timed out): the prefill side is told."""
-        plan = self._plans.pop(key, None)
-        self._recent.add(key)
+    def drop(self, request: Request, code: str) -> None:
+        """The request ended here for another reason (aborted, timed out), maybe before it had pages: the
+        prefill side is told."""
+        plan = self._plans.get(request.key)
         if plan is not None:
-            self._cancel(plan, ErrorInfo(code, ""))
+            self._forget(plan)
+        self._recent.add(request.key)
+        assert request.peer is not None
+        self._cancel(request.peer, request.key, ErrorInfo(code, ""))
 
     def expired(self) -> list[Ended]:
-        """Requests whose prefill side has had no open channel for too long."""
+        """Requests whose prefill side has had no open channel for too long, or has been silent since: it
+        sends none of the KV that it promised, neither theirs nor other requests'."""
         before_s = self._clock() - self._timeout_s
-        late = [
-            key for key, plan in self._plans.items() if not plan.announced and plan.reserved_at_s < before_s
+        no_channel = ErrorInfo(
+            "handover_timeout", "the prefill worker opened no KV channel in time", True, 503
+        )
+        late = [plan for plan in self._plans.values() if plan.since_s < before_s]
+        unannounced = [self._fail(plan, no_channel) for plan in late if not plan.announced]
+        silent = [
+            self._refuse(plan, "handover_timeout", "the prefill worker sent no KV in time")
+            for plan in late
+            if plan.announced and self._heard_s.get(plan.peer, 0.0) < before_s
         ]
-        error = ErrorInfo("handover_timeout", "the prefill worker opened no KV channel in time", True, 503)
-        return [self._fail(key, error) for key in late]
+        return unannounced + silent
 
     # -- inside ----------------------------------------------------------------------------------------
 
@@ -148,41 +210,49 @@ class HandoverReceiver:
         if plan.announced or not self._channels.is_open(plan.peer, "decode"):
             return
         plan.announced = True
+        plan.since_s = self._clock()
         ready = Ready(plan.request.request_id, plan.request.attempt, plan.num_held_pages)
         with contextlib.suppress(PhloemError):  # the channel broke meanwhile: its ChannelLost follows
             self._channels.send_ready(plan.peer, ready)
 
-    def _range_problem(self, plan: _ReceivePlan, span: Span, num_bytes: int) -> ErrorInfo | None:
-        """Pieces come in order without gaps, whole pages or one page by groups of layers."""
-        layers = self._store.num_layers
-        in_order = span.page_start == plan.page and span.layer_start == plan.layer
-        inside = span.num_pages >= 1 and span.page_start + span.num_pages <= len(plan.request.page_ids)
-        sound = span.layer_start < span.layer_end <= layers and (
-            span.num_pages == 1 or (span.layer_start == 0 and span.layer_end == layers)
-        )
-        if in_order and inside and sound and num_bytes == span_bytes(self._store, span):
-            return None
-        return ErrorInfo("kv_bad_piece", "a KV piece is out of order or has the wrong size", True, 503)
+    def _has_bytes_of(self, span: Span, num_bytes: int) -> bool:
+        return num_bytes == span_bytes(self._store, span)
 
-    def _advance(self, plan: _ReceivePlan, span: Span, num_bytes: int) -> None:
-        plan.num_pieces += 1
-        done = span.layer_end == self._store.num_layers
-        plan.page = span.page_start + span.num_pages if done else span.page_start
-        plan.layer = 0 if done else span.layer_end
-        self.num_bytes_received += num_bytes
-        self.num_pages_received += span.num_pages if done else 0
+    def _is_sound(self, plan: _ReceivePlan) -> bool:
+        """Compares, in order, what is done; whether all of that came as it was sent."""
+        while plan.scattering and plan.scattering[0].moved.done():
+            moved, digest = plan.scattering.popleft()
+            if moved.digest() != digest:
+                return False
+        return True
 
-    def _fail(self, key: OwnerKey, error: ErrorInfo) -> Ended:
-        self._plans.pop(key)
-        self._recent.add(key)
-        return Ended(key, error)
+    def _admit(self, plan: _ReceivePlan, last: Last) -> Arrived:
+        self._forget(plan)
+        with contextlib.suppress(PhloemError):  # it only measures
+            self._channels.send_admitted(plan.peer, Admitted(*plan.key))
+        return Arrived(plan.request, last.token_ids)
 
-    def _cancel(self, plan: _ReceivePlan, error: ErrorInfo) -> None:
-        if not plan.announced or not self._channels.is_open(plan.peer, "decode"):
-            return
-        cancel = Cancel(plan.request.request_id, plan.request.attempt, error.code, error.message)
-        with contextlib.suppress(PhloemError):
-            self._channels.send_cancel(plan.peer, cancel, "decode")
+    def _refuse(self, plan: _ReceivePlan, code: str, message: str) -> Ended:
+        """Fails the request for what the prefill side did, and tells it."""
+        error = ErrorInfo(code, message, True, 503)
+        self._cancel(plan.peer, plan.key, error)
+        return self._fail(plan, error)
+
+    def _fail(self, plan: _ReceivePlan, error: ErrorInfo) -> Ended:
+        self._forget(plan)
+        return Ended(plan.key, error)
+
+    def _forget(self, plan: _ReceivePlan) -> None:
+        del self._plans[plan.key]
+        self._moving.pop(plan.key, None)
+        self._recent.add(plan.key)
+        if plan.scattering:
+            self._store.fence()  # its pages are given away while pieces may still be written to them
+
+    def _cancel(self, peer: PeerRef, key: OwnerKey, error: ErrorInfo) -> None:
+        with contextlib.suppress(PhloemError):  # a channel that broke meanwhile tells both sides by itself
+            if self._channels.is_open(peer, "decode"):
+                self._channels.send_cancel(peer, Cancel(*key, error.code, error.message), "decode")
 
 
 def _cancelled(peer: PeerRef, why: str) -> ErrorInfo:

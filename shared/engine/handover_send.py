@@ -1,40 +1,71 @@
-"""The prefill side of hand-overs: sends pages as they are computed, then token 0.
+"""The prefill side of hand-overs: sends pages layer by layer as they are computed, then token 0.
 
 A plan lives from the request's submission to its end:
 
-    begin -> (Ready from the decode side) -> pieces as chunks are computed -> token made -> Last -> done
+    begin -> (Ready from the decode side) -> pieces while steps compute -> token made -> Last -> done
 
-Pages that the decode side holds are never sent. The request keeps its pages until `pump` reports it done.
+`watch` is asked before a step is launched: the runner then tells, group of layers by group, what lies in the
+request's pages, and `pump` sends what the device has done by now. Pages that the decode side holds are never
+sent. The request keeps its pages until `pump` reports it done.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from phloem.shared.engine.handover import Channels, Ended, PageStore, RecentKeys, next_span, span_bytes
+from phloem.shared.engine.exposure import Exposure
+from phloem.shared.engine.handover import Channels, Ended, PageStore, RecentKeys, span_bytes
 from phloem.shared.engine.kv_pool import OwnerKey
+from phloem.shared.engine.layer_groups import PrefillStep, layer_groups
+from phloem.shared.engine.page_layers import PageLayers, Span
 from phloem.shared.engine.requests import Request, Status
+from phloem.shared.engine.step_plan import Row
+from phloem.shared.engine.step_runner import LayerWatch
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Cancel, Last, Piece, Ready
+from phloem.shared.transfer.pending import Pending
+from phloem.shared.transfer.staging import StagingSlot
 
 _MAX_EARLY = 4096
 _STARVED_S = 1.0  # a request that decode has room for waits at most this long for pages held in vain
+
+
+class _Chunk:
+    """What one launched step computes of a request: afterwards the KV of its first `num_tokens` tokens, in
+    `num_pages` pages, is there. `marks`: of the layer groups launched, those that were not sent yet."""
+
+    def __init__(self, num_tokens: int, num_pages: int) -> None:
+        self.num_tokens = num_tokens
+        self.num_pages = num_pages
+        self.marks: deque[tuple[int, Pending]] = deque()
+        self.is_sent = False
 
 
 class _SendPlan:
     def __init__(self, request: Request, peer: PeerRef) -> None:
         self.request = request
         self.peer = peer
-        self.is_ready = False
         self.ready_at_s = 0.0
-        self.page = 0  # next page to send
-        self.layer = 0  # next layer of that page
+        self.gone: PageLayers | None = None  # what was sent, of all pages; None until decode is ready
+        self.chunks: deque[_Chunk] = deque()
+        self.num_launched_tokens = 0
         self.num_pieces = 0
         self.made: list[int] | None = None  # the tokens made here, once the prompt is computed
         self.made_at_s = 0.0
+        self.error: ErrorInfo | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.gone is not None
+
+    @property
+    def is_sent(self) -> bool:
+        """The whole prompt is computed, and all of it that decode lacks has gone."""
+        return self.made is not None and self.gone is not None and not self.chunks and self.gone.is_complete
 
 
 class HandoverSender:
@@ -56,7 +87,10 @@ class HandoverSender:
         self._clock = clock
         self._plans: dict[OwnerKey, _SendPlan] = {}
         self._early: OrderedDict[OwnerKey, tuple[PeerRef, Ready]] = OrderedDict()
+        self._cancelled_early = RecentKeys()
         self._recent = RecentKeys()
+        self._awaited: list[Pending] = []  # marks that `pump` found not done
+        self.exposure = Exposure()
         self.num_pages_sent = 0
         self.num_bytes_sent = 0
 
@@ -64,10 +98,17 @@ class HandoverSender:
     def active(self) -> bool:
         return bool(self._plans)
 
+    @property
+    def has_news(self) -> bool:
+        """The device has done what the last `pump` found undone: another one may send something."""
+        return any(mark.done() for mark in self._awaited)
+
     def begin(self, request: Request) -> None:
         """A request of phase "prefill" was accepted."""
         assert request.peer is not None
         plan = self._plans[request.key] = _SendPlan(request, request.peer)
+        if request.key in self._cancelled_early:
+            plan.error = _GIVEN_UP
         early = self._early.pop(request.key, None)
         if early is not None and early[0] == plan.peer:
             self._start(plan, early[1])
@@ -85,6 +126,32 @@ class HandoverSender:
             if len(self._early) > _MAX_EARLY:
                 self._early.popitem(last=False)
 
+    def watch(
+        self, rows: Sequence[Row], *, tokens_per_s: float = 0.0, bytes_per_s: float = 0.0
+    ) -> LayerWatch | None:
+        """For the launch of a step: how it shall tell what lies in the pages; None when nobody wants to know.
+
+        The rows count as computed in their requests by now. The rates are the measured ones of prefill and
+        of the channels; zero: not yet.
+        """
+        chunks = [
+            (plan, self._chunk(plan, row)) for row in rows if (plan := self._plans.get(row.request.key))
+        ]
+        if not chunks:
+            return None
+        num_tokens = sum(row.num_tokens for row in rows)
+        pages = -(-num_tokens // self._page_size)
+        groups = layer_groups(
+            PrefillStep(
+                self._store.num_layers,
+                pages * self._store.layer_page_bytes,
+                num_tokens,
+                tokens_per_s,
+                bytes_per_s,
+            )
+        )
+        return LayerWatch(groups, partial(self._reached, chunks))
+
     def tokens_made(self, request: Request, token_ids: list[int]) -> None:
         """The whole prompt is computed; `token_ids` go along with the last piece."""
         plan = self._plans.get(request.key)
@@ -101,14 +168,16 @@ class HandoverSender:
             self._cancel(plan.peer, key, code, message)
 
     def on_cancel(self, peer: PeerRef, key: OwnerKey) -> Ended | None:
-        """The decode side gave the request up."""
+        """The decode side gave the request up; maybe before our own submission arrives."""
         plan = self._plans.get(key)
+        if plan is None and key not in self._recent:
+            self._early.pop(key, None)
+            self._cancelled_early.add(key)
         if plan is None or plan.peer != peer:
             return None
         del self._plans[key]
         self._recent.add(key)
-        error = ErrorInfo("handover_cancelled", "the decode worker gave the request up", True, 503)
-        return Ended(key, error)
+        return Ended(key, _GIVEN_UP)
 
     def on_lost(self, peer: PeerRef, error: ErrorInfo) -> list[Ended]:
         """The channel broke: what was promised to this peer fails, retryably."""
@@ -120,16 +189,21 @@ class HandoverSender:
         lost_error = ErrorInfo("channel_lost", f"KV channel to {peer.worker_id}: {error.message}", True, 503)
         return [Ended(plan.request.key, lost_error) for plan in lost]
 
+    def on_admitted(self, key: OwnerKey) -> None:
+        """The decode side generates: its word ends what the client can see of the transfer."""
+        self.exposure.admitted(key, self._clock())
+
     def pump(self) -> list[Ended]:
         """Sends whatever is computed, wanted and has a staging slot; returns the hand-overs that are done."""
+        self._send_computed()
         done: list[Ended] = []
-        for plan in list(self._plans.values()):
-            try:
-                if plan.is_ready and self._send_computed(plan) and plan.made is not None:
-                    self._send_last(plan)
-                    done.append(Ended(plan.request.key, None))
-            except PhloemError as error:
-                done.append(Ended(plan.request.key, error.info))
+        for plan in self._plans.values():
+            if plan.error is None and plan.is_sent:
+                self._send_last(plan)
+            if plan.error is not None or plan.is_sent:
+                done.append(Ended(plan.request.key, plan.error))
+        if done:
+            self._store.fence()  # the pages of these requests may still be read
         for ended in done:
             self._plans.pop(ended.key)
             self._recent.add(ended.key)
@@ -148,44 +222,97 @@ class HandoverSender:
         held = [plan.request for plan in self._plans.values() if plan.made is not None and not plan.is_ready]
         return held[-1] if held else None
 
-    # -- inside ----------------------------------------------------------------------------------------
+    # -- what is computed ------------------------------------------------------------------------------
+
+    def _chunk(self, plan: _SendPlan, row: Row) -> _Chunk:
+        if row.start < plan.num_launched_tokens:
+            plan.chunks.clear()  # it was retracted, and what this step computes is not what was there
+        end = plan.num_launched_tokens = row.start + row.num_tokens
+        # The last page may be partial: what follows in it is computed on the decode side.
+        num_pages = -(-end // self._page_size) if row.samples else end // self._page_size
+        chunk = _Chunk(end, num_pages)
+        plan.chunks.append(chunk)
+        return chunk
+
+    def _reached(self, chunks: list[tuple[_SendPlan, _Chunk]], layer_end: int, mark: Pending) -> None:
+        """The runner has launched all that writes layers [0, layer_end)."""
+        for _, chunk in chunks:
+            chunk.marks.append((layer_end, mark))
+        if mark.done():  # the device computes in our own thread: send while the next layers wait for us
+            self._send_computed()
 
     def _start(self, plan: _SendPlan, ready: Ready) -> None:
-        plan.is_ready = True
+        if plan.gone is not None:
+            return
         plan.ready_at_s = self._clock()
-        plan.page = ready.num_held_pages
+        num_pages = -(-plan.request.num_submitted_tokens // self._page_size)
+        plan.gone = PageLayers(num_pages, self._store.num_layers, min(ready.num_held_pages, num_pages))
 
-    def _send_computed(self, plan: _SendPlan) -> bool:
-        """Sends the pages computed so far; True when none of them is left."""
-        request = plan.request
-        num_pages = request.num_computed_tokens // self._page_size
-        if plan.made is not None:
-            num_pages = -(-request.num_computed_tokens // self._page_size)
-        while plan.page < num_pages:
+    # -- sending ---------------------------------------------------------------------------------------
+
+    def _send_computed(self) -> None:
+        self._awaited = []
+        for plan in self._plans.values():
+            if plan.gone is not None and plan.error is None:
+                try:
+                    self._send_chunks(plan, plan.gone)
+                except PhloemError as error:
+                    plan.error = error.info
+
+    def _send_chunks(self, plan: _SendPlan, gone: PageLayers) -> None:
+        while plan.chunks:
+            chunk = plan.chunks[0]
+            if plan.request.num_computed_tokens < chunk.num_tokens:
+                return  # retracted: its pages are gone
+            self._send_groups(plan, gone, chunk)
+            if not chunk.is_sent:
+                return
+            plan.chunks.popleft()
+
+    def _send_groups(self, plan: _SendPlan, gone: PageLayers, chunk: _Chunk) -> None:
+        """Sends the groups of layers that are computed, while there are staging slots."""
+        while chunk.marks:
+            layer_end, mark = chunk.marks[0]
+            if not mark.done():
+                self._awaited.append(mark)
+                return
+            if not self._send_pages(plan, gone, chunk.num_pages, layer_end):
+                return
+            chunk.marks.popleft()
+            chunk.is_sent = layer_end == self._store.num_layers
+
+    def _send_pages(self, plan: _SendPlan, gone: PageLayers, num_pages: int, layer_end: int) -> bool:
+        """Whether layers below `layer_end` of the first pages have gone; otherwise a slot is missing."""
+        while gone.lacks(num_pages, layer_end):
             slot = self._channels.acquire_slot(plan.peer)
             if slot is None:
                 return False
-            span, next_page, next_layer = next_span(
-                self._store, slot.tensor.numel(), plan.page, plan.layer, num_pages
-            )
-            num_bytes = span_bytes(self._store, span)
-            page_ids = request.page_ids[span.page_start : span.page_start + span.num_pages]
-            digest = self._store.gather(page_ids, span.layer_start, span.layer_end, slot.tensor[:num_bytes])
-            self._channels.send_piece(
-                plan.peer, Piece(request.request_id, request.attempt, *span, num_bytes, digest), slot
-            )
-            plan.page, plan.layer = next_page, next_layer
-            plan.num_pieces += 1
-            self.num_bytes_sent += num_bytes
-            self.num_pages_sent += span.num_pages if span.layer_end == self._store.num_layers else 0
+            span = gone.next_span(num_pages, layer_end, slot.tensor.numel(), self._store.layer_page_bytes)
+            self._send_piece(plan, span, slot)
+            gone.note(span)
         return True
+
+    def _send_piece(self, plan: _SendPlan, span: Span, slot: StagingSlot) -> None:
+        request, num_bytes = plan.request, span_bytes(self._store, span)
+        gathered = self._store.gather(
+            span.of(request.page_ids), span.layer_start, span.layer_end, slot.tensor[:num_bytes]
+        )
+        piece = Piece(request.request_id, request.attempt, *span, num_bytes, digest=0)  # known when gathered
+        self._channels.send_piece(plan.peer, piece, slot, gathered)
+        plan.num_pieces += 1
+        self.num_bytes_sent += num_bytes
+        self.num_pages_sent += span.num_pages if span.layer_end == self._store.num_layers else 0
 
     def _send_last(self, plan: _SendPlan) -> None:
         assert plan.made is not None
         request = plan.request
-        self._channels.send_last(
-            plan.peer, Last(request.request_id, request.attempt, plan.num_pieces, plan.made)
-        )
+        last = Last(request.request_id, request.attempt, plan.num_pieces, plan.made)
+        try:
+            self._channels.send_last(plan.peer, last)
+        except PhloemError as error:
+            plan.error = error.info
+        else:
+            self.exposure.handed_over(request.key, plan.made_at_s)
 
     def _expired(self) -> list[Ended]:
         """Requests whose decode side has not become ready in time since token 0 was made."""
@@ -205,3 +332,6 @@ class HandoverSender:
         with contextlib.suppress(PhloemError):
             if self._channels.is_open(peer, "prefill"):
                 self._channels.send_cancel(peer, Cancel(*key, code, message), "prefill")
+
+
+_GIVEN_UP = ErrorInfo("handover_cancelled", "the decode worker gave the request up", True, 503)

@@ -1,4 +1,4 @@
-"""The KV tensors behind page ids, as hand-overs see them."""
+"""The KV tensors of a CPU behind page ids, as hand-overs see them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,41 @@ import torch
 from torch import Tensor
 
 from phloem.kernels import ops
+from phloem.shared.engine.handover import PageStore
 from phloem.shared.engine.models.kv_cache import KVCache
+from phloem.shared.transfer.pending import Moved, MovedNow
+
+
+def page_store(kv: KVCache, device: torch.device) -> PageStore:
+    """The store for where `kv` is."""
+    if device.type == "cuda":
+        from phloem.shared.engine.cuda_page_store import CudaPageStore
+
+        return CudaPageStore(kv, device)
+    return KVPageStore(kv)
 
 
 class KVPageStore:
-    """Gathers and scatters pages of one `KVCache`; the engine's thread orders this after its launches."""
+    """Gathers and scatters pages of one `KVCache` at once, in the calling thread; see `PageStore`."""
 
-    def __init__(self, kv: KVCache, device: torch.device) -> None:
+    def __init__(self, kv: KVCache) -> None:
         self._kv = kv
-        self._device = device
         self.num_layers = len(kv.k)
-        page = kv.k[0][0]
-        self.layer_page_bytes = 2 * page.numel() * page.element_size()
+        self.layer_page_bytes = layer_page_bytes(kv)
 
     @torch.inference_mode()
-    def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> int:
-        return ops.gather_pages(self._kv, self._index(page_ids), layer_start, layer_end, out)
+    def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> Moved:
+        return MovedNow(ops.gather_pages(self._kv, torch.tensor(page_ids), layer_start, layer_end, out))
 
     @torch.inference_mode()
-    def scatter(self, page_ids: Sequence[int], layer_start: int, layer_end: int, data: Tensor) -> int:
-        return ops.scatter_pages(self._kv, self._index(page_ids), layer_start, layer_end, data)
+    def scatter(self, page_ids: Sequence[int], layer_start: int, layer_end: int, data: Tensor) -> Moved:
+        return MovedNow(ops.scatter_pages(self._kv, torch.tensor(page_ids), layer_start, layer_end, data))
 
-    def _index(self, page_ids: Sequence[int]) -> Tensor:
-        return torch.tensor(page_ids, dtype=torch.int64, device=self._device)
+    def fence(self) -> None:
+        pass
+
+
+def layer_page_bytes(kv: KVCache) -> int:
+    """K and V of one page in one layer."""
+    page = kv.k[0][0]
+    return 2 * page.numel() * page.element_size()

@@ -36,7 +36,7 @@ class RequestEnds:
         if request.phase == "prefill":
             self._sender.drop(request.key, code)
         elif request.phase == "decode":
-            self._receiver.drop(request.key, code)
+            self._receiver.drop(request, code)
         self.finish(request, reason, error)
 
     def abort(self, request: Request | None) -> None:

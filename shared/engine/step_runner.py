@@ -7,7 +7,8 @@ buffer where they are still on the device.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.slot_table import SlotTable
 from phloem.shared.engine.step_plan import Row, StepPlan
+from phloem.shared.transfer.pending import DONE, Pending
 
 
 class LaunchedStep(Protocol):
@@ -30,10 +32,35 @@ class LaunchedStep(Protocol):
         """One token for each row that samples, in order of the rows; waits for the device."""
 
 
+class LayerWatch(NamedTuple):
+    """Somebody wants to know when the K and V of a step's first layers are in their pages.
+
+    `reached` is called in the course of a launch, once for each of `layer_ends` (ascending, the last is the
+    number of layers), with something that is done when layers [0, layer_end) are there.
+    """
+
+    layer_ends: Sequence[int]
+    reached: Callable[[int, Pending], None]
+
+    def on_kv(self, mark: Callable[[], Pending]) -> Callable[[int], None]:
+        """For `ForwardBatch`; `mark` makes a `Pending` of all that was launched by then."""
+
+        def written(layer_end: int) -> None:
+            if layer_end in self.layer_ends:
+                self.reached(layer_end, mark())
+
+        return written
+
+    def all_at(self, mark: Pending) -> None:
+        """For a step that is launched as a whole."""
+        for layer_end in self.layer_ends:
+            self.reached(layer_end, mark)
+
+
 class StepRunner(Protocol):
     """What the engine loop drives; the tests have one without a model."""
 
-    def launch(self, plan: StepPlan) -> LaunchedStep: ...
+    def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> LaunchedStep: ...
 
 
 class Forward(Protocol):
@@ -69,11 +96,13 @@ class SyncStepRunner:
         self._last_token = torch.zeros(num_slots, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> FinishedStep:
+    def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> FinishedStep:
         for row in plan.rows:
             self._slots.bind(row.request)
         slots = np.fromiter((row.request.slot for row in plan.rows), np.int64, len(plan.rows))
         batch = self._batch(plan.rows, slots)
+        if watch is not None:
+            batch = batch._replace(on_kv=watch.on_kv(lambda: DONE))
         logits = self._model.forward(batch, self._kv)
         sampling = [row for row in plan.rows if row.samples]
         if not sampling:

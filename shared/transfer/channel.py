@@ -23,7 +23,8 @@ from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.events import ChannelLost, ChannelOpened, Side, TransferEvent
 from phloem.shared.transfer.frames import KEEPALIVE, FrameSocket
 from phloem.shared.transfer.mailbox import Mailbox
-from phloem.shared.transfer.planes import DataPlane, Pending, PlaneSpec, open_plane
+from phloem.shared.transfer.pending import Pending
+from phloem.shared.transfer.planes import DataPlane, PlaneSpec, open_plane
 from phloem.shared.transfer.rendezvous import ControlStore
 from phloem.shared.transfer.staging import StagingSlot
 from phloem.shared.transfer.stats import PeerMeter
@@ -37,10 +38,10 @@ KEEPALIVES_PER_TIMEOUT = 4
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """`after` must be done on the device before `frame` leaves; then `slot` is emptied (decode's Credit) or
-    its first `num_bytes` are sent (prefill's Piece)."""
+    """`after` must be done on the device before the message is made and leaves; then `slot` is emptied
+    (decode's Credit) or its first `num_bytes` are sent (prefill's Piece)."""
 
-    frame: bytes
+    message: Callable[[], TransferMessage]
     after: Pending | None = None
     slot: StagingSlot | None = None
     num_bytes: int = 0
@@ -82,7 +83,7 @@ class Channel(ABC):
 
     def send(self, message: TransferMessage) -> None:
         """Queues a message that no bytes follow. Raises `channel_lost`."""
-        self._post(Outgoing(transfer_message.encode(message)))
+        self._post(Outgoing(lambda: message))
 
     @property
     def is_idle(self) -> bool:
@@ -143,7 +144,7 @@ class Channel(ABC):
 
     @abstractmethod
     def _after_sending(self, item: Outgoing, plane: DataPlane) -> None:
-        """What is due when the frame has left."""
+        """What is due when the message has left."""
 
     @abstractmethod
     def _complete(self) -> None:
@@ -192,7 +193,7 @@ class Channel(ABC):
             if item.after is not None:
                 item.after.wait(self._timeout_s)
             self._before_sending(item)
-            self._frames.write(item.frame)
+            self._frames.write(transfer_message.encode(item.message()))
             self._after_sending(item, plane)
 
     def _guarded(self, body: Callable[[], None]) -> None:
@@ -218,10 +219,6 @@ class Channel(ABC):
         except PhloemError as error:
             self.fail(error)
             raise not_open(self.peer) from error
-
-    def _work_so_far(self) -> Pending | None:
-        plane = self._plane
-        return plane.work_so_far() if plane is not None else None
 
     def _deadline_from(self, posted_at: float) -> float:
         """Seconds that an operation posted at `posted_at` (monotonic) has left."""

@@ -12,18 +12,19 @@ import torch
 
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.protocol.transfer import Cancel, Credit, Last, Piece, TransferMessage, transfer_message
+from phloem.shared.protocol.transfer import Cancel, Credit, Last, Piece, TransferMessage
 from phloem.shared.transfer.channel import Channel, Outgoing
 from phloem.shared.transfer.errors import protocol_violation
 from phloem.shared.transfer.events import CancelReceived, LastReceived, PieceReceived, TransferEvent
 from phloem.shared.transfer.frames import FrameSocket
 from phloem.shared.transfer.mailbox import Mailbox
-from phloem.shared.transfer.planes import DataPlane, Pending, PlaneSpec
+from phloem.shared.transfer.pending import Pending
+from phloem.shared.transfer.planes import DataPlane, PlaneSpec
 from phloem.shared.transfer.staging import ReceiveRing, StagingSlot, make_slots
 from phloem.shared.transfer.stats import PeerMeter
 
 _MAX_ARRIVALS = 4096  # messages and pieces that wait for bytes before them
-_ONE_CREDIT = transfer_message.encode(Credit(1))
+_ONE_CREDIT = Credit(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +58,13 @@ class DecodeChannel(Channel):
         self._ring = ReceiveRing(make_slots(self.name, staging_slots, staging_bytes, plane_spec.device))
         self._arrivals: Mailbox[_Arrival] = Mailbox(_MAX_ARRIVALS)
 
-    def release(self, piece: PieceReceived) -> None:
+    def release(self, piece: PieceReceived, after: Pending) -> None:
         """Empties the slot; one of an older channel is left alone, and so is one of a lost channel."""
         if piece.slot.channel_name != self.name:
             return
         self._ring.releasing(piece.slot)
         with contextlib.suppress(PhloemError):  # lost: its event comes
-            self._post(Outgoing(_ONE_CREDIT, self._work_so_far(), piece.slot))
+            self._post(Outgoing(lambda: _ONE_CREDIT, after, piece.slot))
 
     def _warm_up(self, plane: DataPlane) -> None:
         byte = torch.zeros(1, dtype=torch.uint8, device=self._plane_spec.device)

@@ -163,6 +163,7 @@ class Dialer:
             side="prefill",
             device=config.device,
             timeout_s=config.timeout_s,
+            max_ctas=config.max_ctas,
         )
         channel = PrefillChannel(
             self.peer,

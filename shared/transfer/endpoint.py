@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.protocol.transfer import Cancel, Last, Piece, Ready
+from phloem.shared.protocol.transfer import Admitted, Cancel, Last, Piece, Ready
 from phloem.shared.transfer.addresses import parse_address
 from phloem.shared.transfer.channel import not_open
 from phloem.shared.transfer.config import TransferConfig
@@ -22,6 +22,7 @@ from phloem.shared.transfer.dialer import Dialer
 from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.events import ChannelLost, PieceReceived, Side, TransferEvent
 from phloem.shared.transfer.listener import Listener
+from phloem.shared.transfer.pending import DONE, Moved, Pending
 from phloem.shared.transfer.prefill_channel import PrefillChannel
 from phloem.shared.transfer.staging import StagingSlot
 from phloem.shared.transfer.stats import PeerMeter, PeerStats
@@ -91,12 +92,15 @@ class TransferEndpoint:
     def send_ready(self, peer: PeerRef, message: Ready) -> None:
         self._channel(peer, "decode").send(message)
 
-    def release(self, piece: PieceReceived) -> None:
-        """The slot may be filled again once what the calling thread has launched on the device so far is
-        done. Exactly once per piece; raises nothing when the channel is lost by now."""
+    def release(self, piece: PieceReceived, after: Pending = DONE) -> None:
+        """The slot may be filled again once `after` is done. Exactly once per piece; raises nothing when the
+        channel is lost by now."""
         channel = self._decode_channel(piece.peer)
         if channel is not None:
-            channel.release(piece)
+            channel.release(piece, after)
+
+    def send_admitted(self, peer: PeerRef, message: Admitted) -> None:
+        self._channel(peer, "decode").send(message)
 
     # --- prefill side ---
 
@@ -111,10 +115,10 @@ class TransferEndpoint:
         if channel is not None:
             channel.give_back(slot)
 
-    def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot) -> None:
-        """Sends `slot.tensor[:piece.num_bytes]` once what the calling thread has launched on the device so
-        far is done. The slot is the endpoint's again."""
-        self._open_prefill_channel(peer).send_piece(piece, slot)
+    def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
+        """Sends `slot.tensor[:piece.num_bytes]` once `gathered` is done, whose digest goes into the header.
+        The slot is the endpoint's again."""
+        self._open_prefill_channel(peer).send_piece(piece, slot, gathered)
 
     def send_last(self, peer: PeerRef, message: Last) -> None:
         """Arrives after all pieces sent before."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from phloem.shared.errors import ErrorInfo
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.protocol.transfer import Cancel, Last, Piece, Ready
+from phloem.shared.protocol.transfer import Admitted, Cancel, Last, Piece, Ready
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +49,14 @@ class ReadyReceived:
 
     peer: PeerRef
     message: Ready
+
+
+@dataclass(frozen=True, slots=True)
+class AdmittedReceived:
+    """Prefill side."""
+
+    peer: PeerRef
+    message: Admitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +100,7 @@ TransferEvent: TypeAlias = (
     ChannelOpened
     | ChannelLost
     | ReadyReceived
+    | AdmittedReceived
     | SlotAvailable
     | PieceReceived
     | LastReceived

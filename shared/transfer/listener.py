@@ -193,6 +193,7 @@ class Listener:
             side="decode",
             device=config.device,
             timeout_s=config.timeout_s,
+            max_ctas=config.max_ctas,
         )
         return DecodeChannel(
             request.prefill,

@@ -11,41 +11,36 @@ from typing import Protocol
 
 from torch import Tensor
 
+from phloem.shared.transfer.config import MAX_CTAS
 from phloem.shared.transfer.events import Side
+from phloem.shared.transfer.pending import Pending
 from phloem.shared.transfer.rendezvous import ControlStore
 
 RANKS: dict[Side, int] = {"decode": 0, "prefill": 1}
 
 
-class Pending(Protocol):
-    """Something that the device will have done."""
-
-    def wait(self, timeout_s: float) -> None:
-        """Returns when it is done. Raises `transfer_timeout` or `channel_lost`; the plane is broken then."""
-
-
 class DataPlane(Protocol):
-    """`post_*` never block for the peer; `abort` may be called from any thread, and wakes every wait."""
+    """`post_*` never block for the peer; `abort` may be called from any thread, and wakes every wait. After a
+    wait that raised, the plane is broken."""
 
     def post_send(self, data: Tensor) -> Pending: ...
 
     def post_receive(self, slot: Tensor, num_bytes: int) -> Pending:
         """Receives the first `num_bytes` of `slot`."""
 
-    def work_so_far(self) -> Pending:
-        """What the calling thread has launched on the device until now (gathers, scatters)."""
-
     def abort(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class PlaneSpec:
-    """One rank's part of a plane; `host` is the own address that its sockets bind to."""
+    """One rank's part of a plane; `host` is the own address that its sockets bind to, `max_ctas` bounds the
+    streaming multiprocessors that NCCL may use at a time."""
 
     host: str
     side: Side
     device: str
     timeout_s: float
+    max_ctas: int = MAX_CTAS
 
 
 def open_plane(spec: PlaneSpec, store: ControlStore) -> DataPlane:

@@ -6,17 +6,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.protocol.transfer import Cancel, Credit, Piece, Ready, TransferMessage, transfer_message
+from phloem.shared.protocol.transfer import Admitted, Cancel, Credit, Piece, Ready, TransferMessage
 from phloem.shared.transfer.channel import Channel, Outgoing, not_open
 from phloem.shared.transfer.errors import protocol_violation
-from phloem.shared.transfer.events import CancelReceived, ReadyReceived, SlotAvailable, TransferEvent
+from phloem.shared.transfer.events import (
+    AdmittedReceived,
+    CancelReceived,
+    ReadyReceived,
+    SlotAvailable,
+    TransferEvent,
+)
 from phloem.shared.transfer.frames import FrameSocket
 from phloem.shared.transfer.mailbox import Mailbox
-from phloem.shared.transfer.planes import DataPlane, Pending, PlaneSpec
+from phloem.shared.transfer.pending import Moved, Pending
+from phloem.shared.transfer.planes import DataPlane, PlaneSpec
 from phloem.shared.transfer.staging import SendRing, StagingSlot, make_slots
 from phloem.shared.transfer.stats import PeerMeter
 
@@ -60,14 +68,17 @@ class PrefillChannel(Channel):
         if slot.channel_name == self.name:
             self._tell_if(self._ring.give_back(slot))
 
-    def send_piece(self, piece: Piece, slot: StagingSlot) -> None:
+    def send_piece(self, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
         """Raises `channel_lost`, also when the slot is of an older channel."""
         if slot.channel_name != self.name:
             raise not_open(self.peer)
         assert 0 < piece.num_bytes <= slot.tensor.numel(), "the piece doesn't fit into the slot"
-        frame = transfer_message.encode(piece)
         self._ring.sending(slot)
-        self._post(Outgoing(frame, self._work_so_far(), slot, piece.num_bytes))
+
+        def header() -> Piece:
+            return msgspec.structs.replace(piece, digest=gathered.digest())
+
+        self._post(Outgoing(header, gathered, slot, piece.num_bytes))
 
     @property
     def is_idle(self) -> bool:
@@ -84,6 +95,8 @@ class PrefillChannel(Channel):
                 if message.num_held_pages < 0:
                     raise protocol_violation(f"{message.num_held_pages} held pages")
                 self._emit(ReadyReceived(self.peer, message))
+            case Admitted():
+                self._emit(AdmittedReceived(self.peer, message))
             case Credit():
                 self._tell_if(self._ring.credit(message.num_slots))
             case Cancel():

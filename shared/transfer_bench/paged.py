@@ -16,8 +16,9 @@ from phloem.shared.engine.handover import Ended
 from phloem.shared.engine.handover_receive import HandoverReceiver
 from phloem.shared.engine.handover_send import HandoverSender
 from phloem.shared.engine.models.kv_cache import KVCache
-from phloem.shared.engine.page_store import KVPageStore
+from phloem.shared.engine.page_store import page_store
 from phloem.shared.engine.requests import Request
+from phloem.shared.engine.step_plan import Row
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import PeerRef, Phase, SamplingParams, Submit
 from phloem.shared.transfer.config import TransferConfig
@@ -31,6 +32,7 @@ from phloem.shared.transfer.events import (
     ReadyReceived,
     TransferEvent,
 )
+from phloem.shared.transfer.pending import DONE
 from phloem.shared.transfer_bench.rank_protocol import KvShape, PagesRun
 
 PREFILL, DECODE = PeerRef("bench-prefill", 1), PeerRef("bench-decode", 1)
@@ -49,7 +51,7 @@ class PagedSide:
         self._page_size = shape.page_size
         self.device = torch.device(config.device)
         self.kv = _allocate(shape, pool_pages, self.device)
-        self.store = KVPageStore(self.kv, self.device)
+        self.store = page_store(self.kv, self.device)
         self.events: SimpleQueue[TransferEvent] = SimpleQueue()
         self.endpoint = TransferEndpoint(config, self.events.put)
         generator = torch.Generator().manual_seed(1 + len(self.phase))
@@ -144,6 +146,9 @@ class SendingSide(PagedSide):
         for request in requests:
             self._sender.begin(request)
             request.num_computed_tokens = request.num_prompt_tokens
+            watch = self._sender.watch([Row(request, 0, request.num_prompt_tokens, True, False)])
+            assert watch is not None, "the request has begun"
+            watch.all_at(DONE)
             self._sender.tokens_made(request, [_TOKEN])
         while len(self._readies) < len(requests):
             self._stash(self.next_event(deadline))
@@ -180,23 +185,22 @@ class ReceivingSide(PagedSide):
             _check([self._receiver.reserved(request)])
         admitted = 0
         while admitted < len(requests):
-            admitted += self._take(self.next_event(deadline))
+            self._take(self.next_event(deadline))
+            arrived, failed = self._receiver.poll()
+            _check(failed)
+            admitted += len(arrived)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.monotonic()
 
-    def _take(self, event: TransferEvent | None) -> int:
-        """How many requests it completed."""
+    def _take(self, event: TransferEvent | None) -> None:
         match event:
             case PieceReceived():
                 _check([self._receiver.on_piece(event)])
             case LastReceived(peer, last):
-                request, ended = self._receiver.on_last(peer, last)
-                _check([ended])
-                return int(request is not None)
+                _check([self._receiver.on_last(peer, last)])
             case _:
                 pass
-        return 0
 
 
 def _check(ended: list[Ended | None] | list[Ended]) -> int:

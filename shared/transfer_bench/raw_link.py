@@ -11,7 +11,8 @@ from torch import Tensor
 from phloem.shared.errors import PhloemError
 from phloem.shared.transfer.events import Side
 from phloem.shared.transfer.frames import FrameSocket
-from phloem.shared.transfer.planes import Pending, PlaneSpec, open_plane
+from phloem.shared.transfer.pending import Pending
+from phloem.shared.transfer.planes import PlaneSpec, open_plane
 from phloem.shared.transfer.rendezvous import ControlStore
 
 _POSTED = b"posted"

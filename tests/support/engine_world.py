@@ -15,6 +15,7 @@ from phloem.shared.engine.limits import Limits
 from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.radix_tree import RadixTree
 from phloem.shared.engine.step_plan import Row, StepPlan
+from phloem.shared.engine.step_runner import LayerWatch
 from phloem.shared.protocol.engine import (
     AuditReply,
     AuditRequest,
@@ -24,6 +25,7 @@ from phloem.shared.protocol.engine import (
     StepReport,
 )
 from phloem.shared.protocol.session import PeerRef, Phase, SamplingParams, Submit
+from phloem.shared.transfer.pending import DONE, Moved, MovedNow
 from tests.support.handover_wire import Wire
 from tests.support.streams import Stream
 
@@ -85,29 +87,35 @@ class FakeDevice:
         self.num_collected = 0
         self.most_in_flight = 0
         self.num_rows = 0
+        self.num_fences = 0
         self.plans: list[StepPlan] = []
         self._page_size = page_size
         self._kv = np.full((num_pages, page_size), -1, dtype=np.int64)
         self._last_token = [-1] * num_slots
 
-    def launch(self, plan: StepPlan) -> FakeStep:
+    def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> FakeStep:
         assert plan.rows
         self.num_launched += 1
         self.num_rows += len(plan.rows)
         self.most_in_flight = max(self.most_in_flight, self.num_launched - self.num_collected)
         self.plans.append(plan)
         made = [self._compute(row) for row in plan.rows]
+        if watch is not None:
+            watch.all_at(DONE)
         return FakeStep(self, [token for token, row in zip(made, plan.rows, strict=True) if row.samples])
 
-    def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> int:
+    def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> Moved:
         data = np.ascontiguousarray(self._kv[list(page_ids)])
         out.copy_(torch.from_numpy(data.view(np.uint8).reshape(-1)))
-        return int(data.sum())
+        return MovedNow(int(data.sum()))
 
-    def scatter(self, page_ids: Sequence[int], layer_start: int, layer_end: int, data: Tensor) -> int:
+    def scatter(self, page_ids: Sequence[int], layer_start: int, layer_end: int, data: Tensor) -> Moved:
         pages = data.numpy().copy().view(np.int64).reshape(len(page_ids), self._page_size)
         self._kv[list(page_ids)] = pages
-        return int(pages.sum())
+        return MovedNow(int(pages.sum()))
+
+    def fence(self) -> None:
+        self.num_fences += 1
 
     def _compute(self, row: Row) -> int:
         request = row.request

@@ -208,7 +208,7 @@ class LocalEngine:
             account=PageAccount(KVPool(spec.num_pages), tree, BlockHasher(SECRET)),
             runner=SyncStepRunner(decoder, kv, CPU, num_slots=spec.max_slots, max_pages=max_pages),
             channels=self.endpoint,
-            store=KVPageStore(kv, CPU),
+            store=KVPageStore(kv),
             send=self._take,
             dials_peers=spec.role != "decode",
             eos_token_ids=spec.eos_token_ids,

@@ -7,14 +7,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+import msgspec
 import torch
 from torch import Tensor
 
 from phloem.shared.errors import ErrorInfo
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.protocol.transfer import Cancel, Last, Piece, Ready
+from phloem.shared.protocol.transfer import Admitted, Cancel, Last, Piece, Ready
 from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.events import (
+    AdmittedReceived,
     CancelReceived,
     ChannelLost,
     ChannelOpened,
@@ -25,12 +27,31 @@ from phloem.shared.transfer.events import (
     SlotAvailable,
     TransferEvent,
 )
+from phloem.shared.transfer.pending import DONE, Moved, Pending
 from phloem.shared.transfer.staging import StagingSlot
 
 P = PeerRef("prefill", 1)
 D = PeerRef("decode", 1)
 
 Deliver: TypeAlias = Callable[[TransferEvent], None]
+
+
+class HeldBack:
+    """See `Moved`; done when the test says so."""
+
+    def __init__(self, digest: int = 0) -> None:
+        self.is_done = False
+        self._digest = digest
+
+    def done(self) -> bool:
+        return self.is_done
+
+    def wait(self, timeout_s: float) -> None:
+        raise AssertionError("an engine's turn waits for nothing")
+
+    def digest(self) -> int:
+        assert self.is_done, "the digest is not known yet"
+        return self._digest
 
 
 class FakePageStore:
@@ -40,22 +61,41 @@ class FakePageStore:
         self.num_layers = num_layers
         self.layer_page_bytes = layer_page_bytes
         self.planes: dict[tuple[int, int], bytes] = {}
+        self.num_fences = 0
+        self.holds_back = False  # a device that takes its time
+        self._held: list[HeldBack] = []
 
-    def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> int:
+    def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> Moved:
         wanted = [(page, layer) for layer in range(layer_start, layer_end) for page in page_ids]
         data = b"".join(self.planes[plane] for plane in wanted)
         assert len(data) == out.numel()
         out.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        return zlib.crc32(data)
+        return self._moved(zlib.crc32(data))
 
-    def scatter(self, page_ids: Sequence[int], layer_start: int, layer_end: int, data: Tensor) -> int:
+    def scatter(self, page_ids: Sequence[int], layer_start: int, layer_end: int, data: Tensor) -> Moved:
         raw = bytes(data.tolist())
         size = self.layer_page_bytes
         wanted = [(page, layer) for layer in range(layer_start, layer_end) for page in page_ids]
         assert len(raw) == size * len(wanted)
         for index, plane in enumerate(wanted):
             self.planes[plane] = raw[index * size : (index + 1) * size]
-        return zlib.crc32(raw)
+        return self._moved(zlib.crc32(raw))
+
+    def fence(self) -> None:
+        self.num_fences += 1
+
+    def finish(self) -> None:
+        """The device is done with all that it was given."""
+        for moved in self._held:
+            moved.is_done = True
+        self._held.clear()
+
+    def _moved(self, digest: int) -> Moved:
+        moved = HeldBack(digest)
+        self._held.append(moved)
+        if not self.holds_back:
+            self.finish()
+        return moved
 
     def fill(self, page_ids: Sequence[int], name: str) -> None:
         """Makes up KV of pages: a function of `name`, the place among `page_ids`, and the layer."""
@@ -147,10 +187,11 @@ class Wire:
         self._acquired = self._free.pop()
         return self._acquired
 
-    def send_piece(self, piece: Piece, slot: StagingSlot) -> None:
+    def send_piece(self, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
         assert slot is self._acquired, "a slot is acquired for exactly one piece"
         assert piece.num_bytes <= slot.tensor.numel()
         self._acquired = None
+        piece = msgspec.structs.replace(piece, digest=gathered.digest())
         self.to_decode.append(PieceReceived(P, piece, slot.tensor[: piece.num_bytes].clone(), slot))
 
     def release(self, piece: PieceReceived) -> None:
@@ -191,9 +232,9 @@ class WireEnd:
         self._check(peer, "prefill")
         return self._wire.acquire()
 
-    def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot) -> None:
+    def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
         self._check(peer, "prefill")
-        self._wire.send_piece(piece, slot)
+        self._wire.send_piece(piece, slot, gathered)
 
     def send_last(self, peer: PeerRef, message: Last) -> None:
         self._check(peer, "prefill")
@@ -203,6 +244,10 @@ class WireEnd:
         self._check(peer, "decode")
         self._wire.to_prefill.append(ReadyReceived(D, message))
 
+    def send_admitted(self, peer: PeerRef, message: Admitted) -> None:
+        self._check(peer, "decode")
+        self._wire.to_prefill.append(AdmittedReceived(D, message))
+
     def send_cancel(self, peer: PeerRef, message: Cancel, side: Side) -> None:
         self._check(peer, side)
         if side == "prefill":
@@ -210,7 +255,7 @@ class WireEnd:
         else:
             self._wire.to_prefill.append(CancelReceived(D, "prefill", message))
 
-    def release(self, piece: PieceReceived) -> None:
+    def release(self, piece: PieceReceived, after: Pending = DONE) -> None:
         assert self._side == "decode"
         self._wire.release(piece)
 

@@ -7,9 +7,12 @@ from phloem.shared.engine.handover_receive import HandoverReceiver
 from phloem.shared.engine.handover_send import HandoverSender
 from phloem.shared.engine.kv_pool import OwnerKey
 from phloem.shared.engine.requests import Request
+from phloem.shared.engine.step_plan import Row
+from phloem.shared.engine.step_runner import LayerWatch
 from phloem.shared.errors import ErrorInfo
 from phloem.shared.protocol.session import PeerRef, Phase, SamplingParams, Submit
 from phloem.shared.transfer.events import (
+    AdmittedReceived,
     CancelReceived,
     ChannelLost,
     ChannelOpened,
@@ -19,6 +22,7 @@ from phloem.shared.transfer.events import (
     SlotAvailable,
     TransferEvent,
 )
+from phloem.shared.transfer.pending import DONE
 from tests.support.handover_wire import D, FakePageStore, P, Wire
 
 PAGE = 4  # tokens
@@ -44,9 +48,19 @@ class Job:
     def begin(self) -> None:
         self._world.sender.begin(self.sent)
 
-    def compute(self, num_tokens: int) -> None:
-        """The prefill side has launched the first `num_tokens` tokens."""
+    def launch(self, num_tokens: int) -> LayerWatch | None:
+        """The prefill side launches a step that computes the first `num_tokens` tokens to the end."""
+        start = self.sent.num_computed_tokens
         self.sent.num_computed_tokens = num_tokens
+        row = Row(self.sent, start, num_tokens - start, num_tokens == self.num_tokens, False)
+        return self._world.sender.watch([row])
+
+    def compute(self, num_tokens: int) -> None:
+        """The device has computed the first `num_tokens` tokens."""
+        if num_tokens > self.sent.num_computed_tokens:
+            watch = self.launch(num_tokens)
+            if watch is not None:
+                watch.all_at(DONE)
 
     def make_token(self, token_id: int = 7) -> None:
         self.compute(self.num_tokens)
@@ -62,7 +76,7 @@ class Job:
         self._world.sender.drop(self.key, code)
 
     def drop_received(self, code: str = "aborted") -> None:
-        self._world.receiver.drop(self.key, code)
+        self._world.receiver.drop(self.received, code)
 
     @property
     def kv_arrived(self) -> bool:
@@ -109,6 +123,15 @@ class HandoverWorld:
         for ended in self.sender.pump():
             self.note_sent(ended)
 
+    def poll(self) -> None:
+        """The decode side looks what its device has done."""
+        arrived, failed = self.receiver.poll()
+        for ended in failed:
+            self.note_received(ended)
+        for request, token_ids in arrived:
+            assert request.key not in self.failed.keys() | self.admitted.keys()
+            self.admitted[request.key] = token_ids
+
     def run(self) -> None:
         """Pumps and passes messages until nothing moves any more."""
         self.pump()
@@ -144,6 +167,8 @@ class HandoverWorld:
             case ChannelLost(peer, _, error):
                 for ended in self.sender.on_lost(peer, error):
                     self.note_sent(ended)
+            case AdmittedReceived(_, admitted):
+                self.sender.on_admitted((admitted.request_id, admitted.attempt))
             case SlotAvailable() | ChannelOpened():
                 pass
             case _:
@@ -153,11 +178,10 @@ class HandoverWorld:
         match event:
             case PieceReceived():
                 self.note_received(self.receiver.on_piece(event))
+                self.poll()
             case LastReceived(peer, last):
-                request, ended = self.receiver.on_last(peer, last)
-                self.note_received(ended)
-                if request is not None:
-                    self.admitted[request.key] = last.token_ids
+                self.note_received(self.receiver.on_last(peer, last))
+                self.poll()
             case CancelReceived(peer, _, cancel):
                 self.note_received(self.receiver.on_cancel(peer, cancel))
             case ChannelLost(peer, _, error):

@@ -25,6 +25,7 @@ from phloem.shared.transfer.handshake import (
     prove_as_listener,
     transfer_key,
 )
+from phloem.shared.transfer.pending import MovedNow
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec, open_plane
 from phloem.shared.transfer.rendezvous import ControlStore
 from phloem.shared.transfer.staging import StagingSlot
@@ -112,7 +113,7 @@ class Pair:
 
     def send_in(self, slot: StagingSlot, header: Piece, fill: int) -> None:
         slot.tensor[: header.num_bytes] = fill
-        self.prefill.endpoint.send_piece(DECODE, header, slot)
+        self.prefill.endpoint.send_piece(DECODE, header, slot, MovedNow(header.digest))
 
     def close(self) -> None:
         self.prefill.endpoint.close(0.0)

@@ -13,6 +13,7 @@ import psutil
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.events import ChannelOpened, PieceReceived
+from phloem.shared.transfer.pending import MovedNow
 from tests.support.transfer import Recorded, piece
 
 
@@ -43,7 +44,7 @@ def run_prefill(config: TransferConfig, pipe: Connection, peer: PeerRef, address
         slot = recorded.endpoint.acquire_slot(peer)
         assert slot is not None
         slot.tensor.fill_(fill)
-        recorded.endpoint.send_piece(peer, piece("r", 0, slot.tensor.numel()), slot)
+        recorded.endpoint.send_piece(peer, piece("r", 0, slot.tensor.numel()), slot, MovedNow(0))
 
 
 class Child:

@@ -206,7 +206,7 @@ def test_outputs_of_all_requests_of_a_step_are_in_one_report_by_gateway() -> Non
 def test_failure_of_the_device_ends_the_loop_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     world = EngineWorld()
 
-    def broken(plan: StepPlan) -> FakeStep:
+    def broken(plan: StepPlan, watch: object = None) -> FakeStep:
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(world.device, "launch", broken)

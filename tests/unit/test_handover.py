@@ -45,12 +45,12 @@ def test_submission_and_ready_may_come_in_either_order(first: str) -> None:
     assert world.sender.num_pages_sent == 2
 
 
-def test_full_pages_go_while_the_rest_is_computed_and_the_partial_one_with_the_token() -> None:
+def test_full_pages_go_while_the_rest_is_computed_and_the_partial_one_with_the_last_chunk() -> None:
     world = HandoverWorld()
     job = world.job(num_tokens=10)
     job.begin()
     job.reserve()
-    for num_tokens, num_pages in ((0, 0), (PAGE - 1, 0), (PAGE, 1), (PAGE + 1, 1), (10, 2)):
+    for num_tokens, num_pages in ((0, 0), (PAGE - 1, 0), (PAGE, 1), (PAGE + 1, 1), (9, 2), (10, 3)):
         job.compute(num_tokens)
         world.run()
         assert world.receiver.num_pages_received == num_pages
@@ -135,7 +135,7 @@ def test_messages_of_another_epoch_or_worker_change_nothing() -> None:
     job.make_token()
     old = PeerRef(P.worker_id, P.epoch + 1)
     assert world.receiver.on_cancel(old, Cancel(*job.key)) is None
-    assert world.receiver.on_last(old, Last(*job.key, 0, [1])) == (None, None)
+    assert world.receiver.on_last(old, Last(*job.key, 0, [1])) is None
     assert world.sender.on_cancel(old, job.key) is None
     assert (
         world.receiver.on_lost(old, ErrorInfo("x", "")) == world.sender.on_lost(old, ErrorInfo("x", "")) == []

@@ -77,7 +77,6 @@ def _piece(**changes: int) -> Callable[[TransferEvent], TransferEvent]:
         pytest.param(_piece(layer_start=1, num_bytes=24), id="layers left out"),
         pytest.param(_piece(layer_end=5, num_bytes=40), id="more layers than there are"),
         pytest.param(_piece(layer_start=0, layer_end=0, num_bytes=0), id="no layer"),
-        pytest.param(_piece(num_pages=2, layer_end=2), id="groups of layers of two pages"),
         pytest.param(_piece(num_bytes=31), id="short"),
         pytest.param(_piece(num_bytes=33), id="oversized"),
     ],
@@ -115,6 +114,15 @@ def test_group_of_layers_must_go_on_where_the_last_one_ended() -> None:
     del world.wire.to_decode[1]
     world.run()
     assert error_of(world.failed[job.key]) == ("kv_bad_piece", True)
+
+
+def test_pieces_must_fit_together_whatever_their_shape() -> None:
+    """Half the layers of two pages are as many bytes as a page, and as good a piece, but not here."""
+    world, job = sending()
+    world.wire.to_decode[0] = _piece(num_pages=2, layer_end=2)(world.wire.to_decode[0])
+    world.run()
+    assert error_of(world.failed[job.key]) == ("kv_bad_piece", True)
+    assert_settled(world)
 
 
 @pytest.mark.parametrize(

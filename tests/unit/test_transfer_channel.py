@@ -19,6 +19,7 @@ from phloem.shared.transfer.events import (
     ReadyReceived,
     SlotAvailable,
 )
+from phloem.shared.transfer.pending import MovedNow
 from tests.support.transfer import (
     DECODE,
     NUM_SLOTS,
@@ -46,7 +47,7 @@ def test_bytes_arrive_equal_and_in_order(pair: Pair) -> None:
         slot = pair.prefill.endpoint.acquire_slot(DECODE)
         assert slot is not None
         slot.tensor[: data.numel()] = data
-        pair.prefill.endpoint.send_piece(DECODE, piece("r", page, data.numel()), slot)
+        pair.prefill.endpoint.send_piece(DECODE, piece("r", page, data.numel()), slot, MovedNow(page))
     for page, data in enumerate(sent):
         received = pair.decode.next(PieceReceived)
         assert (received.peer, received.header) == (PREFILL, piece("r", page, data.numel()))
@@ -138,7 +139,7 @@ def test_calls_without_an_open_channel_raise_channel_lost(pair: Pair) -> None:
     stranger = PeerRef("decode-b", 1)
     calls: list[Callable[[], object]] = [
         lambda: pair.prefill.endpoint.acquire_slot(DECODE),
-        lambda: pair.prefill.endpoint.send_piece(DECODE, piece("r"), slot),
+        lambda: pair.prefill.endpoint.send_piece(DECODE, piece("r"), slot, MovedNow(0)),
         lambda: pair.prefill.endpoint.send_last(DECODE, Last("r", 1, 0, [])),
         lambda: pair.prefill.endpoint.send_cancel(stranger, Cancel("r", 1), "prefill"),
         lambda: pair.prefill.endpoint.send_cancel(DECODE, Cancel("r", 1), "decode"),
@@ -162,7 +163,7 @@ def test_slot_and_piece_of_an_older_channel_do_not_touch_the_new_one(pair: Pair)
     pair.decode.next(ChannelOpened)
 
     with pytest.raises(PhloemError):
-        pair.prefill.endpoint.send_piece(DECODE, piece("r"), old_slot)
+        pair.prefill.endpoint.send_piece(DECODE, piece("r"), old_slot, MovedNow(0))
     pair.prefill.endpoint.give_back(DECODE, old_slot)
     pair.decode.endpoint.release(old_piece)
     for page in range(NUM_SLOTS):

@@ -14,6 +14,7 @@ import pytest
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.events import ChannelLost, ChannelOpened, PieceReceived
+from phloem.shared.transfer.pending import MovedNow
 from tests.support.transfer import (
     DECODE,
     NUM_SLOTS,
@@ -66,7 +67,7 @@ def sent(prefill: Recorded, page: int) -> bool:
     if slot is None:
         return False
     slot.tensor.fill_(page + 1)
-    prefill.endpoint.send_piece(DECODE, piece("r", page, BIG), slot)
+    prefill.endpoint.send_piece(DECODE, piece("r", page, BIG), slot, MovedNow(page))
     return True
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,3 +26,5 @@ class ForwardBatch(NamedTuple):
     logits_index: Tensor | None = None  # int64 [L], rows of T whose logits are wanted; None: all
     # By window, from a backend that plans for itself; then the lengths and the page table are not needed.
     plans: Mapping[int, DevicePlan] | None = None
+    # Called after each layer's K and V were written (launched), with the number of layers that have theirs.
+    on_kv: Callable[[int], None] | None = None

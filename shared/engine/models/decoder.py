@@ -55,6 +55,8 @@ class Decoder:
         for index, layer in enumerate(parameters.layers):
             plan = step.plans[self.config.layer_windows[index]]
             x = self._attention(x, layer, step, plan, kv.k[index], kv.v[index])
+            if batch.on_kv is not None:
+                batch.on_kv(index + 1)
             x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
             x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up)), layer.down)
             if index < last:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from phloem.shared.engine.step_plan import StepPlan
-from phloem.shared.engine.step_runner import LaunchedStep, StepRunner
+from phloem.shared.engine.step_runner import LaunchedStep, LayerWatch, StepRunner
 
 
 class Launch(NamedTuple):
@@ -27,7 +27,9 @@ class TimedStep:
         self._timer = timer
 
     def ready(self) -> bool:
-        return self._step.ready()
+        ready = self._step.ready()
+        self._timer.polled(ready)
+        return ready
 
     def token_ids(self) -> list[int]:
         start = time.perf_counter()
@@ -42,6 +44,7 @@ class TimedRunner:
     def __init__(self, runner: StepRunner, device: torch.device) -> None:
         self._runner = runner
         self._cuda = device.type == "cuda"
+        self._waiting_since_s: float | None = None
         self.waited_s = 0.0
         self.launches: list[Launch] = []
 
@@ -49,11 +52,21 @@ class TimedRunner:
         self.waited_s = 0.0
         self.launches = []
 
-    def launch(self, plan: StepPlan) -> TimedStep:
+    def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> TimedStep:
+        self._waiting_since_s = None  # whoever polled before has worked since
         begin = self._mark()
-        step = self._runner.launch(plan)
+        step = self._runner.launch(plan, watch)
         self.launches.append(Launch(plan.num_rows, begin, self._mark()))
         return TimedStep(step, self)
+
+    def polled(self, ready: bool) -> None:
+        """A step was asked whether it is ready: from the first no to the yes the engine waits."""
+        now_s = time.perf_counter()
+        if not ready:
+            self._waiting_since_s = self._waiting_since_s or now_s
+        elif self._waiting_since_s is not None:
+            self.waited_s += now_s - self._waiting_since_s
+            self._waiting_since_s = None
 
     def idle_percent(self, num_rows: int) -> float | None:
         """Share of the device's time between the starts of full steps in which it had nothing to do; None

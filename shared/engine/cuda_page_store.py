@@ -1,0 +1,93 @@
+"""The KV tensors of a CUDA device behind page ids, as hand-overs see them.
+
+Pages move on a stream of their own with a high priority: a gather need not wait for the matmuls of the step
+that runs, nor a decode step for a scatter. The digest goes to pinned memory, and nobody waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phloem.kernels import ops
+from phloem.shared.engine.models.kv_cache import KVCache
+from phloem.shared.engine.page_store import layer_page_bytes
+from phloem.shared.transfer.device_event import HIGH_PRIORITY, DeviceEvent
+from phloem.shared.transfer.pending import Moved
+
+
+class CudaPageStore:
+    """See `PageStore`. For the engine's thread only, whose current stream is the steps'."""
+
+    def __init__(self, kv: KVCache, device: torch.device) -> None:
+        self._kv = kv
+        self._device = device
+        self._addresses = ops.plane_addresses(kv)
+        # Any: torch does not type its streams.
+        self._stream: Any = torch.cuda.Stream(device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
+        self._latest: DeviceEvent | None = None
+        self.num_layers = len(kv.k)
+        self.layer_page_bytes = layer_page_bytes(kv)
+        self._warm_up()
+
+    def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> Moved:
+        return self._move(ops.gather_pages_async, page_ids, layer_start, layer_end, out)
+
+    def scatter(self, page_ids: Sequence[int], layer_start: int, layer_end: int, data: Tensor) -> Moved:
+        return self._move(ops.scatter_pages_async, page_ids, layer_start, layer_end, data)
+
+    def fence(self) -> None:
+        if self._latest is not None and not self._latest.done():
+            self._latest.hold_back(torch.cuda.current_stream(self._device))
+
+    def _warm_up(self) -> None:
+        """Compiles the kernels for the shapes of page counts that Triton tells apart. What is written to the
+        pages was read from them."""
+        for num_pages in (1, 2, 16):
+            if num_pages <= len(self._kv.k[0]):
+                staging = torch.empty(
+                    num_pages * self.layer_page_bytes, dtype=torch.uint8, device=self._device
+                )
+                self.gather(range(num_pages), 0, 1, staging)
+                self.scatter(range(num_pages), 0, 1, staging)
+        torch.cuda.synchronize(self._device)
+
+    @torch.inference_mode()
+    def _move(
+        self,
+        move: Callable[[KVCache, Tensor, Tensor, int, int, Tensor], Tensor],
+        page_ids: Sequence[int],
+        layer_start: int,
+        layer_end: int,
+        staging: Tensor,
+    ) -> Moved:
+        on_host = torch.tensor(page_ids, dtype=torch.int64, pin_memory=True)
+        digest = torch.empty(1, dtype=torch.int64, pin_memory=True)
+        with torch.cuda.stream(self._stream):
+            index = on_host.to(self._device, non_blocking=True)
+            made = move(self._kv, self._addresses, index, layer_start, layer_end, staging)
+            digest.copy_(made, non_blocking=True)
+            # A channel that breaks drops its slots at once: nobody gets their memory before this is done.
+            staging.record_stream(self._stream)
+            self._latest = DeviceEvent(self._device)
+        return _Moved(self._latest, digest)
+
+
+class _Moved:
+    """Holds the pinned digest until it is read."""
+
+    def __init__(self, event: DeviceEvent, digest: Tensor) -> None:
+        self._event = event
+        self._digest = digest
+
+    def done(self) -> bool:
+        return self._event.done()
+
+    def wait(self, timeout_s: float) -> None:
+        self._event.wait(timeout_s)
+
+    def digest(self) -> int:
+        return int(self._digest)

@@ -1,0 +1,46 @@
+"""A place in a CUDA stream that can be waited for with a deadline."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from phloem.shared.transfer.errors import channel_lost, transfer_timeout
+
+HIGH_PRIORITY = -1  # of CUDA streams: short work that should not queue behind matmuls
+_SPIN_S = 0.001
+_POLL_S = 0.000_05
+_SLOW_POLL_S = 0.000_5
+
+
+class DeviceEvent:
+    """All that the calling thread's stream of `device` was given until now; see `Pending`.
+
+    Polls: `cudaEventSynchronize` knows no deadline.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            # Any: torch does not type its events.
+            self._event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def done(self) -> bool:
+        try:
+            return bool(self._event.query())
+        except RuntimeError as error:
+            raise channel_lost(f"the device failed: {error}") from error
+
+    def wait(self, timeout_s: float) -> None:
+        started = time.monotonic()
+        while not self.done():
+            waited_s = time.monotonic() - started
+            if waited_s >= timeout_s:
+                raise transfer_timeout(f"no data moved for {timeout_s:.1f} s")
+            time.sleep(_POLL_S if waited_s < _SPIN_S else _SLOW_POLL_S)
+
+    def hold_back(self, stream: torch.cuda.Stream) -> None:
+        """What `stream` is given from now on begins after this, on the device."""
+        stream.wait_event(self._event)
