@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 
 import msgspec
 
@@ -20,29 +21,26 @@ class Outbox:
 
     def __init__(self, send: Callable[[EngineUp], None]) -> None:
         self._send = send
-        self._outputs: dict[int, list[Output]] = {}
+        self._outputs: defaultdict[int, list[Output]] = defaultdict(list)
         self._last_load = WorkerLoad()
 
     @property
     def has_outputs(self) -> bool:
         return bool(self._outputs)
 
-    def tokens(self, made: Sequence[Made], now_s: float) -> None:
+    def tokens(self, made: Made, now_s: float) -> None:
         """Tokens that were just appended to their requests."""
-        for request, token_id, finish_reason in made:
-            num_tokens = len(request.token_ids)
+        outputs = self._outputs
+        for request, token_id in zip(made.requests, made.token_ids, strict=True):
+            index = len(request.token_ids) - 1
             output = TokensOut(
-                request.request_id,
-                request.attempt,
-                num_tokens - 1 - request.num_prompt_tokens,
-                [token_id],
-                finish_reason,
+                request.request_id, request.attempt, index - request.num_prompt_tokens, [token_id]
             )
-            if num_tokens == request.num_submitted_tokens + 1:  # the first that was made here
-                output = msgspec.structs.replace(
-                    output, num_cached_tokens=request.num_cached_tokens, timeline=_timeline(request, now_s)
-                )
-            self._add(request.gateway, output)
+            if index == request.num_submitted_tokens:
+                output = _as_first(output, request, now_s)
+            if request in made.finished:
+                output = msgspec.structs.replace(output, finish_reason=made.finished[request])
+            outputs[request.gateway].append(output)
 
     def ended(self, request: Request, reason: EndReason, error: ErrorInfo | None = None) -> None:
         self.refused(request.gateway, request.request_id, request.attempt, reason, error)
@@ -58,16 +56,18 @@ class Outbox:
         if not (self._outputs or events.stored or events.removed or load != self._last_load):
             return
         outputs = [GatewayOutputs(gateway, items) for gateway, items in self._outputs.items()]
-        self._outputs = {}
+        self._outputs.clear()
         self._last_load = load
         self._send(StepReport(step, outputs, events.stored, events.removed, load))
 
     def _add(self, gateway: int, output: Output) -> None:
-        self._outputs.setdefault(gateway, []).append(output)
+        self._outputs[gateway].append(output)
 
 
-def _timeline(request: Request, now_s: float) -> dict[str, float]:
-    return {
+def _as_first(output: TokensOut, request: Request, now_s: float) -> TokensOut:
+    """The first token of this attempt says what was cached, and when things happened."""
+    timeline = {
         "queued": round(request.admitted_s - request.arrived_s, 6),
         "first_token": round(now_s - request.arrived_s, 6),
     }
+    return msgspec.structs.replace(output, num_cached_tokens=request.num_cached_tokens, timeline=timeline)

@@ -12,7 +12,7 @@ import enum
 
 from phloem.shared.engine.kv_pool import OwnerKey
 from phloem.shared.engine.radix_tree import Node
-from phloem.shared.protocol.session import FinishReason, PeerRef, Phase, SamplingParams, Submit
+from phloem.shared.protocol.session import PeerRef, Phase, SamplingParams, Submit
 
 
 class Status(enum.Enum):
@@ -133,9 +133,3 @@ class Request:
         if self.phase == "prefill" and self.num_made:
             return False
         return self.num_computed_tokens < self.num_known_tokens < self.token_limit
-
-    def finish_reason(self, token_id: int) -> FinishReason | None:
-        """Whether `token_id`, just appended, ends the request."""
-        if token_id in self.stop_token_ids:
-            return "stop"
-        return "length" if len(self.token_ids) >= self.token_limit else None

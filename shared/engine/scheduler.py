@@ -40,11 +40,16 @@ class Scheduled(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A token that a collected step made; `finish_reason` when it is the request's last."""
+    """What a collected step made: `token_ids[i]` is the newest token of `requests[i]`.
 
-    request: Request
-    token_id: int
-    finish_reason: FinishReason | None
+    finished: requests of which that is the last token, and why; they have ended. prefilled: requests of
+    phase "prefill" that have their token now and wait to be handed over.
+    """
+
+    requests: list[Request]
+    token_ids: list[int]
+    finished: dict[Request, FinishReason]
+    prefilled: list[Request]
 
 
 class Scheduler:
@@ -151,7 +156,7 @@ class Scheduler:
         for row in plan.chunks:
             self._account.share_prefix(row.request)
 
-    def collect(self, plan: StepPlan, token_ids: list[int]) -> list[Made]:
+    def collect(self, plan: StepPlan, token_ids: list[int]) -> Made:
         """Takes a finished step's tokens, one for each row that samples, in order of the rows."""
         if plan.decode is not None:
             sampled = plan.decode.batch.requests
@@ -161,15 +166,26 @@ class Scheduler:
                 if not row.samples:
                     row.request.num_in_flight -= 1
                     self._settle(row.request)
-        made: list[Made] = []
+        made = Made([], [], {}, [])
+        running, ended = Status.RUNNING, Status.ENDED
         for request, token_id in zip(sampled, token_ids, strict=True):
             request.num_in_flight -= 1
             request.num_pending -= 1
-            if request.status is not Status.ENDED:
-                made.append(self._take_token(request, token_id))
-            if request.status is not Status.RUNNING:
+            if request.status is not ended:
+                known = request.token_ids
+                known.append(token_id)
+                made.requests.append(request)
+                made.token_ids.append(token_id)
+                if token_id in request.stop_token_ids or len(known) >= request.token_limit:
+                    made.finished[request] = "stop" if token_id in request.stop_token_ids else "length"
+                    self.end(request)
+                elif request.phase == "prefill":
+                    made.prefilled.append(request)
+                    self._running.remove(request)
+                    request.status = Status.SENDING
+            if request.status is not running:
                 self._settle(request)
-        self._running.made(len(made))
+        self._running.made(len(made.requests))
         return made
 
     # -- planning --------------------------------------------------------------------------------------
@@ -267,16 +283,6 @@ class Scheduler:
             row.request.num_pending += row.samples
 
     # -- results ---------------------------------------------------------------------------------------
-
-    def _take_token(self, request: Request, token_id: int) -> Made:
-        request.token_ids.append(token_id)
-        reason = request.finish_reason(token_id)
-        if reason is not None:
-            self.end(request)
-        elif request.phase == "prefill":
-            self._running.remove(request)
-            request.status = Status.SENDING
-        return Made(request, token_id, reason)
 
     def _settle(self, request: Request) -> None:
         """Lets go of what no launched step uses any more."""

@@ -16,7 +16,7 @@ from phloem.shared.engine.limits import Limits
 from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.radix_tree import RadixTree
 from phloem.shared.engine.requests import Request, Status
-from phloem.shared.engine.scheduler import Made, Scheduler
+from phloem.shared.engine.scheduler import Scheduler
 from phloem.shared.engine.step_plan import StepPlan
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import Phase, SamplingParams, Submit
@@ -81,13 +81,11 @@ class World:
         if self.in_flight:
             plan = self.in_flight.popleft()
             tokens = [(row.start + row.num_tokens) % 97 + 1 for row in plan.rows if row.samples]
-            for made in self.scheduler.collect(plan, tokens):
-                self.note(made)
-
-    def note(self, made: Made) -> None:
-        self.made.setdefault(made.request.request_id, []).append(made.token_id)
-        if made.finish_reason is not None:
-            self.finished[made.request.request_id] = made.finish_reason
+            made = self.scheduler.collect(plan, tokens)
+            for request, token_id in zip(made.requests, made.token_ids, strict=True):
+                self.made.setdefault(request.request_id, []).append(token_id)
+            for request, reason in made.finished.items():
+                self.finished[request.request_id] = reason
 
     def audit(self) -> None:
         assert self.account.audit(self.scheduler.requests()) == []

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from phloem.shared.engine.engine_loop import Engine
 from phloem.shared.errors import PhloemError
-from phloem.shared.protocol.engine import EngineSubmit, EngineUp, FlushCache, StepReport
+from phloem.shared.protocol.engine import EngineSubmit, EngineUp, FlushCache, StepReport, engine_up
 from phloem.shared.protocol.session import Ended, SamplingParams, Submit, TokensOut
 
 
@@ -32,11 +32,20 @@ class Driver:
         self._open: set[str] = set()
         self._count = 0
         self.steps: list[StepTime] = []
+        self.noting_s = 0.0
 
     def attach(self, engine: Engine) -> None:
         self._engine = engine
 
     def receive(self, message: EngineUp) -> None:
+        """The engine's `send`: encodes as its socket would."""
+        engine_up.encode(message)
+        start = time.perf_counter()
+        self.note(message)
+        self.noting_s += time.perf_counter() - start
+
+    def note(self, message: EngineUp) -> None:
+        """Takes what a message says about the requests; no work of the engine."""
         if not isinstance(message, StepReport):
             return
         num_tokens = 0
@@ -58,14 +67,25 @@ class Driver:
         self.run_until(lambda: False)
 
     def start_batch(
-        self, batch: int, prompt_tokens: int, new_tokens: int, *, temperature: float = 0.0
+        self,
+        batch: int,
+        prompt_tokens: int,
+        new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        staggered: bool = False,
     ) -> None:
-        """Submits `batch` equal requests to an empty cache; `run_until` runs them."""
+        """Submits `batch` equal requests to an empty cache; `run_until` runs them.
+
+        `staggered`: prompts are up to 8 tokens shorter or longer than that, so that not all requests need
+        their next page in the same step.
+        """
         engine = self._attached()
         engine.deliver(FlushCache(0))
         self.steps = []
-        for _ in range(batch):
-            engine.deliver(EngineSubmit(0, self._submit(prompt_tokens, new_tokens, temperature)))
+        for index in range(batch):
+            length = max(1, prompt_tokens + (index % 17 - 8 if staggered else 0))
+            engine.deliver(EngineSubmit(0, self._submit(length, new_tokens, temperature)))
 
     def run_until(self, enough: Callable[[], bool]) -> None:
         """Turns the engine until `enough`, or until all requests have ended."""
