@@ -10,10 +10,12 @@ from litestar.types import ASGIApp
 import phloem
 from phloem.services.gateway.api.access import AccessLayer
 from phloem.services.gateway.api.auth import Authenticator
+from phloem.services.gateway.api.debug_routes import get_request
 from phloem.services.gateway.api.errors import exception_handlers
 from phloem.services.gateway.api.health_routes import health, health_generate, metrics
 from phloem.services.gateway.api.native_routes import flush_cache, generate, get_model_info
 from phloem.services.gateway.api.openai_routes import chat_completions, completions, get_model, list_models
+from phloem.services.gateway.api.route_header import RouteHeaderLayer
 from phloem.services.gateway.gateway import Gateway
 
 
@@ -35,6 +37,7 @@ def create_app(gateway: Gateway, cluster_secret: bytes) -> ASGIApp:
             health,
             health_generate,
             metrics,
+            get_request,
         ],
         guards=[authenticator.guard],
         exception_handlers=exception_handlers(),
@@ -44,4 +47,5 @@ def create_app(gateway: Gateway, cluster_secret: bytes) -> ASGIApp:
         request_max_body_size=None,
         logging_config=None,
     )
-    return AccessLayer(app, gateway.metrics)
+    explained = RouteHeaderLayer(app, lambda request_id: gateway.generator.route_report(request_id))
+    return AccessLayer(explained, gateway.metrics)

@@ -52,7 +52,7 @@ class GatewayConfig(LogOptions, frozen=True, kw_only=True):
         Meta(description="bearer keys, one per tenant; when any is set every route but /health asks for one"),
     ] = ()
     admin_api_key: Annotated[
-        str, Meta(description="bearer key for /flush_cache; may do all that an API key may")
+        str, Meta(description="bearer key for /flush_cache and /debug; may do all that an API key may")
     ] = ""
 
     cluster: ClusterOptions = ClusterOptions()

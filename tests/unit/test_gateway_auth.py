@@ -36,6 +36,7 @@ ROUTES = [
     ("POST", "/flush_cache"),
     ("GET", "/health_generate"),
     ("GET", "/metrics"),
+    ("GET", "/debug/requests/req-1"),
     ("GET", "/schema"),
     ("GET", "/schema/openapi.json"),
 ]

@@ -11,6 +11,7 @@ from typing import Any
 from litestar.connection import ASGIConnection
 from litestar.handlers.base import BaseRouteHandler
 
+from phloem.services.gateway.api.route_header import asks_why
 from phloem.services.gateway.tenant import Tenant, tenant_of_key
 from phloem.shared.errors import PhloemError
 
@@ -20,7 +21,7 @@ ADMIN = {"access": "admin"}
 
 class Authenticator:
     """Knows the keys as digests. Without keys all routes are open but the admin's, which an `admin_key`
-    closes; with keys, the admin routes take only the admin key."""
+    closes; with keys, the admin routes, and requests that want to be explained, take only the admin key."""
 
     def __init__(self, api_keys: Sequence[str], admin_key: str, cluster_secret: bytes) -> None:
         self._tenants = {_digest(key): tenant_of_key(key, cluster_secret) for key in api_keys}
@@ -34,7 +35,8 @@ class Authenticator:
         if access == "public":
             return
         shown = _bearer(connection.headers.get("authorization"))
-        tenant = self._admin_only(shown) if access == "admin" else self._any_key(shown)
+        explain = asks_why(connection.scope["headers"])  # it tells of workers and of others' load
+        tenant = self._admin_only(shown) if access == "admin" or explain else self._any_key(shown)
         connection.scope["state"]["tenant"] = tenant
 
     def _any_key(self, shown: str | None) -> Tenant:
@@ -52,7 +54,8 @@ class Authenticator:
         if tenant is None:
             raise _unauthorized()
         if self._admin is None or tenant is not self._admin_tenant:
-            raise PhloemError("admin_key_required", "this route needs the admin key", http_status=403)
+            message = "this route, or a header of the request, needs the admin key"
+            raise PhloemError("admin_key_required", message, http_status=403)
         return tenant
 
     def _find(self, shown: str | None) -> Tenant | None:
