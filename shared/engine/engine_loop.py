@@ -1,6 +1,7 @@
 """The engine: one thread that takes messages, plans steps, launches them and reports what they made.
 
-    turn:  take the inbox -> collect a finished step -> report -> send computed KV -> plan and launch a step
+    turn:  take the inbox -> collect a finished step -> report -> send computed KV, admit arrived KV
+           -> plan and launch a step
 
 With a device that runs ahead (CUDA), a turn launches step N + 1 while step N runs, and collects N after,
 unless a message comes first: then the next turn sees to that and goes on waiting. With a synchronous one
@@ -19,7 +20,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from phloem.shared.engine.engine_socket import FrontGone
 from phloem.shared.engine.engine_status import EngineStatus
-from phloem.shared.engine.handover import Channels, Ended, PageStore
+from phloem.shared.engine.handover import Channels, PageStore
 from phloem.shared.engine.handover_receive import HandoverReceiver
 from phloem.shared.engine.handover_send import HandoverSender
 from phloem.shared.engine.intake import Intake
@@ -28,10 +29,9 @@ from phloem.shared.engine.outbox import Outbox
 from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.rates import Rates
 from phloem.shared.engine.request_ends import RequestEnds
-from phloem.shared.engine.requests import Request
 from phloem.shared.engine.scheduler import Scheduler
 from phloem.shared.engine.step_plan import StepPlan
-from phloem.shared.engine.step_runner import LaunchedStep, StepRunner
+from phloem.shared.engine.step_runner import LaunchedStep, LayerWatch, StepRunner
 from phloem.shared.errors import ErrorInfo
 from phloem.shared.protocol.engine import (
     AbortGateway,
@@ -50,6 +50,7 @@ from phloem.shared.protocol.engine import (
 )
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.transfer.events import (
+    AdmittedReceived,
     CancelReceived,
     ChannelLost,
     ChannelOpened,
@@ -168,6 +169,7 @@ class Engine:
         self._tick()
         self._flush()
         self._ends.handovers(self._sender.pump())
+        self._take_arrived()
         launched = len(self._in_flight) < _MAX_IN_FLIGHT and self._launch()
         overdue = len(self._in_flight) > (1 if launched else 0)
         if overdue and self._await_device(self._in_flight[0].step):
@@ -175,15 +177,35 @@ class Engine:
         return launched or overdue
 
     def _await_device(self, step: LaunchedStep) -> bool:
-        """Whether the step is ready now. A message that comes before it is handled and ends the wait: what
-        it wants (KV to send, a request to launch behind the running step) must not wait for a whole step."""
+        """Whether the step is ready now. A message that comes before it is handled and ends the wait, and so
+        do KV that was computed or has arrived: a request to launch behind the running step, or pages to send,
+        must not wait for a whole step."""
         while not step.ready():
+            if self._sender.has_news or self._receiver.has_news:
+                return False
             try:
                 self._handle(self._inbox.get(timeout=_POLL_S))
             except queue.Empty:
                 continue
             return False
         return True
+
+    def _take_arrived(self) -> None:
+        """Requests whose KV has come join the running batch."""
+        arrived, failed = self._receiver.poll()
+        self._ends.handovers(failed)
+        for request, token_ids in arrived:
+            self._scheduler.received(request, token_ids)
+
+    def _watch(self, plan: StepPlan) -> LayerWatch | None:
+        """For a step that computes KV to be sent."""
+        if not self._sender.active:
+            return None
+        return self._sender.watch(
+            plan.rows,
+            tokens_per_s=self._rates.prefill_tokens_per_s,
+            bytes_per_s=self._status.transfer_bytes_per_s,
+        )
 
     def _launch(self) -> bool:
         scheduled = self._scheduler.schedule()
@@ -198,7 +220,8 @@ class Engine:
         plan = scheduled.plan
         if not plan.num_rows:
             return False
-        self._in_flight.append(_InFlight(plan, self._parts.runner.launch(plan), now_s))
+        step = self._parts.runner.launch(plan, self._watch(plan))
+        self._in_flight.append(_InFlight(plan, step, now_s))
         self._status.num_steps += 1
         self._scheduler.launched(plan)
         return True
@@ -239,7 +262,8 @@ class Engine:
     def _take_inbox(self, *, wait: bool) -> None:
         """Handles all that is there; with `wait`, sleeps until something is or a deadline may be due."""
         try:
-            item = self._inbox.get(timeout=_TICK_S) if wait else self._inbox.get_nowait()
+            until_s = _POLL_S if self._receiver.is_moving else _TICK_S
+            item = self._inbox.get(timeout=until_s) if wait else self._inbox.get_nowait()
             self._handle(item)
             while not self._stopped:
                 self._handle(self._inbox.get_nowait())
@@ -290,18 +314,15 @@ class Engine:
             case PieceReceived():
                 self._ends.handovers([self._receiver.on_piece(event)])
             case LastReceived(peer, last):
-                self._received(*self._receiver.on_last(peer, last), token_ids=last.token_ids)
+                self._ends.handovers([self._receiver.on_last(peer, last)])
+            case AdmittedReceived(_, admitted):
+                self._sender.on_admitted((admitted.request_id, admitted.attempt))
             case CancelReceived(peer, side, cancel):
                 if side == "decode":
                     self._ends.handovers([self._receiver.on_cancel(peer, cancel)])
                 else:
                     ended = self._sender.on_cancel(peer, (cancel.request_id, cancel.attempt))
                     self._ends.handovers([ended])
-
-    def _received(self, request: Request | None, ended: Ended | None, *, token_ids: list[int]) -> None:
-        self._ends.handovers([ended])
-        if request is not None:
-            self._scheduler.received(request, token_ids)
 
     def _channel_lost(self, peer: PeerRef, side: str, error: ErrorInfo) -> None:
         log.warning("KV channel with %s (as %s) is lost: %s", peer.worker_id, side, error.message)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from phloem.shared.engine.step_plan import StepPlan
-from phloem.shared.engine.step_runner import LaunchedStep, StepRunner
+from phloem.shared.engine.step_runner import LaunchedStep, LayerWatch, StepRunner
 
 
 class Launch(NamedTuple):
@@ -52,10 +52,10 @@ class TimedRunner:
         self.waited_s = 0.0
         self.launches = []
 
-    def launch(self, plan: StepPlan) -> TimedStep:
+    def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> TimedStep:
         self._waiting_since_s = None  # whoever polled before has worked since
         begin = self._mark()
-        step = self._runner.launch(plan)
+        step = self._runner.launch(plan, watch)
         self.launches.append(Launch(plan.num_rows, begin, self._mark()))
         return TimedStep(step, self)
 
