@@ -76,9 +76,12 @@ class Gateway:
         default). Raises `PhloemError` (400): `empty_prompt`, `context_length_exceeded`.
         """
         made = []
+        context_length = self.context_length
         for prompt_index, prompt in enumerate(prompts):
             where = param if len(prompts) == 1 else f"{param}[{prompt_index}]"
-            max_tokens = self._max_tokens(len(prompt), sampling.max_tokens, default_max_tokens, where)
+            max_tokens = self._max_tokens(
+                len(prompt), sampling.max_tokens, default_max_tokens, context_length, where
+            )
             for choice in range(sampling.n):
                 index = prompt_index * sampling.n + choice
                 request = GenerationRequest(
@@ -117,7 +120,10 @@ class Gateway:
         """
         try:
             async with asyncio.timeout(self.config.request_timeout_s + self.deadline_slack_s):
-                await self._run_all(sequences, on_delta)
+                if len(sequences) == 1:
+                    await sequences[0].run(self.generator, self.metrics, on_delta)
+                else:
+                    await self._run_all(sequences, on_delta)
         except TimeoutError as error:
             raise PhloemError(
                 "request_timeout",
@@ -126,8 +132,6 @@ class Gateway:
             ) from error
 
     async def _run_all(self, sequences: Sequence[RunningSequence], on_delta: OnDelta) -> None:
-        if len(sequences) == 1:
-            return await sequences[0].run(self.generator, self.metrics, on_delta)
         try:
             async with asyncio.TaskGroup() as group:
                 for sequence in sequences:
@@ -135,12 +139,14 @@ class Gateway:
         except BaseExceptionGroup as errors:
             raise _first(errors) from errors
 
-    def _max_tokens(self, num_prompt: int, asked: int | None, default: int, param: str) -> int:
+    def _max_tokens(
+        self, num_prompt: int, asked: int | None, default: int, context_length: int, param: str
+    ) -> int:
         if num_prompt == 0:
             raise invalid_request(f"{param} is empty", param=param, code="empty_prompt")
-        room = self.context_length - num_prompt
+        room = context_length - num_prompt
         if room < 1 or (asked is not None and asked > room):
-            raise context_length_exceeded(num_prompt, asked, self.context_length, param)
+            raise context_length_exceeded(num_prompt, asked, context_length, param)
         return asked if asked is not None else min(room, default or self.config.default_max_tokens or room)
 
 

@@ -23,6 +23,7 @@ class GatewayMetrics:
             ("route", "status"),
             registry=self.registry,
         )
+        self._requests_by: dict[tuple[str, int], Counter] = {}  # looked up faster than labels
         self.inflight_sequences = Gauge(
             "phloem_gateway_inflight_sequences", "Sequences under way.", registry=self.registry
         )
@@ -36,7 +37,10 @@ class GatewayMetrics:
         self._generated_tokens = self._counter("generated_tokens", "Tokens generated.")
 
     def request_answered(self, route: str, status: int) -> None:
-        self._requests.labels(route, str(status)).inc()
+        counter = self._requests_by.get((route, status))
+        if counter is None:
+            counter = self._requests_by[route, status] = self._requests.labels(route, str(status))
+        counter.inc()
 
     def first_token(self, seconds: float) -> None:
         self._time_to_first_token.observe(seconds)

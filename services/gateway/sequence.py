@@ -50,6 +50,7 @@ class RunningSequence:
         self.timeline: dict[str, float] = {}
         self._pieces: list[str] = []
         self._stop = StopMatcher(stops)
+        self._is_plain = not stops
         self._detokenizer = detokenizer
         self._received_at = received_at
         self._submitted_s = 0.0
@@ -113,7 +114,7 @@ class RunningSequence:
         """The text that the arrival adds, and the finish reason when it ends the sequence."""
         if arrival.finish_reason == "abort":
             raise PhloemError("aborted", "the generation was aborted", retryable=True, http_status=503)
-        if arrival.finish_reason is None and not self._stop.watches:
+        if arrival.finish_reason is None and self._is_plain:
             self.token_ids += arrival.token_ids
             return "".join(map(self._detokenizer.push, arrival.token_ids))
         # The engine knows no stop strings: with "stop" its last token is an end or stop token, not text.

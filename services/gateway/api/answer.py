@@ -32,26 +32,20 @@ async def answer(
     gateway: Gateway, sequences: Sequence[RunningSequence], dialect: Dialect, reply: Reply, *, stream: bool
 ) -> None:
     """Raises `PhloemError`, also when events have been sent already."""
+
+    def say(sequence: RunningSequence, delta: TextDelta) -> Awaitable[None]:
+        return reply.events(dialect.chunks(sequence, delta))
+
     try:
+        await gateway.run(sequences, say if stream else _ignore)
         if stream:
-            await _stream(gateway, sequences, dialect, reply)
+            await reply.events([*dialect.closing(sequences), DONE])
+            await reply.end()
         else:
-            await gateway.run(sequences, _ignore)
             await reply.json(dialect.whole(sequences))
     finally:
         reply.log_fields["prompt_tokens"] = sum(len(one.request.token_ids) for one in sequences)
         reply.log_fields["generated_tokens"] = sum(one.num_generated_tokens for one in sequences)
-
-
-async def _stream(
-    gateway: Gateway, sequences: Sequence[RunningSequence], dialect: Dialect, reply: Reply
-) -> None:
-    def say(sequence: RunningSequence, delta: TextDelta) -> Awaitable[None]:
-        return reply.events(dialect.chunks(sequence, delta))
-
-    await gateway.run(sequences, say)
-    await reply.events([*dialect.closing(sequences), DONE])
-    await reply.end()
 
 
 async def _ignore(sequence: RunningSequence, delta: TextDelta) -> None:

@@ -29,8 +29,10 @@ class Authenticator:
         self._admin_tenant = tenant_of_key(admin_key, cluster_secret) if admin_key else Tenant()
 
     # Any: user, auth and state types of Litestar that this app doesn't use.
-    def guard(self, connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
-        """Litestar's guard for every route: leaves the tenant in the state. Raises 401 or 403."""
+    async def guard(self, connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+        """Litestar's guard for every route: leaves the tenant in the state. Raises 401 or 403.
+
+        Waits for nothing; but Litestar calls guards that are plain functions on a thread."""
         access = handler.opt.get("access")
         if access == "public":
             return

@@ -8,7 +8,7 @@ that an error is the last event of the stream.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeAlias
 
 from litestar.types import HTTPResponseStartEvent, Receive, Scope, Send
@@ -37,11 +37,11 @@ class Reply:
         await self._start(status, [(b"content-type", JSON), (b"content-length", str(len(body)).encode())])
         await self._write({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def events(self, events: Iterable[bytes]) -> None:
+    async def events(self, events: Sequence[bytes]) -> None:
         """Sends `events`, each the data of one, in one write; waits while the client is slow to read."""
-        data = b"".join([b"data: %b\n\n" % event for event in events])
-        if not data:
+        if not events:
             return
+        data = b"data: " + b"\n\ndata: ".join(events) + b"\n\n"
         if not self.started:
             await self._start(200, [(b"content-type", EVENT_STREAM), (b"cache-control", b"no-cache")])
         await self._write({"type": "http.response.body", "body": data, "more_body": True})

@@ -155,8 +155,10 @@ class ClusterClient:
                 elif live.state.failure is not None:
                     self._check_may_retry(live)
                     await self._start_attempt(live)
-                elif await live.wait(self._options.handover_grace_s):
-                    self._table.settle(live)
+                else:
+                    await live.news(self._options.handover_grace_s)
+                    if live.check_limits():
+                        self._table.settle(live)
         except PhloemError as error:
             self._metrics.failures.labels(error.code).inc()
             raise

@@ -40,21 +40,29 @@ class LiveRequest:
 
     def wake(self) -> None:
         """Something in `state` may have changed."""
-        self._news = True
         if self._sleeper is not None and not self._sleeper.done():
             self._sleeper.set_result(None)
+        else:
+            self._news = True
 
-    async def wait(self, grace_s: float) -> bool:
-        """Returns False after the next `wake`, True when a worker in grace has used up its `grace_s` seconds
-        (then the attempt has failed).
+    def news(self, grace_s: float) -> asyncio.Future[None]:
+        """To be awaited: done with the next `wake`, or with one that nobody awaited. `check_limits` after it:
+        it may have been the deadline's, or that of a worker which was in grace for `grace_s` seconds.
+
+        A future and not a coroutine: this is awaited for every token."""
+        if self.state.in_grace or self._grace is not None:
+            self._watch_grace(grace_s)
+        self._sleeper = asyncio.get_running_loop().create_future()
+        if self._news:
+            self._sleeper.set_result(None)
+        self._news = False
+        return self._sleeper
+
+    def check_limits(self) -> bool:
+        """Whether a worker in grace has used up its time; then the attempt has failed.
 
         Raises `PhloemError` (`request_timeout`) past the request's own deadline.
         """
-        self._watch_grace(grace_s)
-        if not self._news:
-            self._sleeper = asyncio.get_running_loop().create_future()
-            await self._sleeper
-        self._news = False
         if self._timed_out:
             raise request_timeout(self.state.request.timeout_s)
         if self._grace_over and self.state.in_grace:

@@ -155,10 +155,10 @@ class RequestState:
 
     def take(self) -> GeneratedTokens | None:
         """What became known since the last call; None when there is nothing new."""
+        if len(self.emitted) == self._num_taken and not self.finished:
+            return None
         tokens = self.emitted[self._num_taken :]
         reason = self._finish[1] if self._finish is not None and self.finished else None
-        if not tokens and reason is None:
-            return None
         self._num_taken = len(self.emitted)
         news = len(self.timeline) > self._timeline_taken
         self._timeline_taken = len(self.timeline)

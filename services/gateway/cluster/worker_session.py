@@ -63,6 +63,7 @@ class WorkerSession:
         self._gateway_id = gateway_id
         self._options = options
         self._metrics = metrics
+        self._messages_received = metrics.session_messages.labels(record.worker_id)
         self._on_step = on_step
         self._on_lost = on_lost
         self._on_change = on_change
@@ -188,5 +189,5 @@ class WorkerSession:
         self.heard_at = time.monotonic()
         if isinstance(message, StepMessage) and message.epoch == self.ref.epoch:
             self.num_messages += 1
-            self._metrics.session_messages.labels(self.ref.worker_id).inc()
+            self._messages_received.inc()
             self._on_step(self.ref, message)

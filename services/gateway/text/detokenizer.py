@@ -29,15 +29,20 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty while it doesn't."""
-        self._held.append(token_id)
         try:
             text = self._stream.step(self._backend, token_id)
         except Exception:  # the library raises bare Exception
             # A run of invalid bytes changed what was returned before: give up on joining the two.
+            self._held.append(token_id)
             return self._restart()
         if not text:
+            self._held.append(token_id)
             return ""
-        self._said, self._held = self._held, []
+        if self._held:
+            self._said = [*self._held, token_id]
+            self._held = []
+        else:
+            self._said = [token_id]
         return text
 
     def flush(self) -> str:

@@ -20,11 +20,6 @@ class StopMatcher:
         self._held = ""
         self.matched: str | None = None
 
-    @property
-    def watches(self) -> bool:
-        """Whether there is anything to find."""
-        return bool(self._stops)
-
     def push(self, text: str) -> str:
         """The text that is safe to show now. Call it no more once `matched` is set."""
         if not self._stops:
