@@ -42,10 +42,12 @@ class PhloemError(Exception):
         super().__init__(message)
         self.info = ErrorInfo(code, message, retryable, http_status, param, retry_after_s)
 
-    @classmethod
-    def from_info(cls, info: ErrorInfo) -> PhloemError:
-        """The error that a peer sent, to be raised here."""
-        return cls(
+    @staticmethod
+    def from_info(info: ErrorInfo) -> PhloemError:
+        """The error that a peer sent, to be raised here; a `ConfigError` stays one."""
+        if info.code == ConfigError.CODE:
+            return ConfigError(info.message, param=info.param)
+        return PhloemError(
             info.code,
             info.message,
             retryable=info.retryable,
@@ -81,5 +83,7 @@ def unavailable(message: str, *, code: str = "unavailable", retry_after_s: float
 class ConfigError(PhloemError):
     """A flag, file or environment variable is wrong; the process prints `message` and exits with 2."""
 
+    CODE = "invalid_config"
+
     def __init__(self, message: str, *, param: str | None = None) -> None:
-        super().__init__("invalid_config", message, http_status=500, param=param)
+        super().__init__(self.CODE, message, http_status=500, param=param)

@@ -43,13 +43,14 @@ def load_model(options: EngineOptions, device: torch.device, send: Send) -> tupl
 
     Raises `PhloemError` with a remedy: a backend that can't run, bad weights, `out_of_memory`.
     """
-    return ModelLoading(options, device, send).run()
+    gauge: MemoryGauge = CudaGauge(device) if device.type == "cuda" else HostGauge()
+    return ModelLoading(options, device, send, gauge).run()
 
 
 class ModelLoading:
     """One run of `load_model`, and what its stages share."""
 
-    def __init__(self, options: EngineOptions, device: torch.device, send: Send) -> None:
+    def __init__(self, options: EngineOptions, device: torch.device, send: Send, gauge: MemoryGauge) -> None:
         self._options = options
         self._device = device
         self._send = send
@@ -57,13 +58,13 @@ class ModelLoading:
         self._config = load_model_config(self._model_dir)
         self._dtype = resolve_dtype(options.dtype, self._model_dir, device)
         self._length = context_length(options, self._config)
-        self._gauge: MemoryGauge = CudaGauge(device) if device.type == "cuda" else HostGauge()
+        self._gauge = gauge
 
     def run(self) -> tuple[LoadedModel, StepRunner]:
         facts = ModelFacts(str(self._dtype).removeprefix("torch."), self._config.head_dim)
         backend = pick_backend(self._options, self._device, facts, self._send)
         decoder = self._weights(facts.dtype)
-        model = self._allocate(decoder, self._num_pages(decoder, backend))
+        model = self._allocate(decoder, self.num_pages_of_pool(decoder, backend))
         runner = self._runner(model, backend, self._send)
         self._send(Progress("warmup", 0, 1))
         self._warm_up(model, runner)
@@ -86,7 +87,8 @@ class ModelLoading:
                 progress=_by_percent(self._send),
             )
 
-    def _num_pages(self, decoder: Decoder, backend: Backend) -> int:
+    def num_pages_of_pool(self, decoder: Decoder, backend: Backend) -> int:
+        """How many pages requests get, once the weights are loaded."""
         options = self._options
         page_bytes = bytes_per_page(self._config, options.page_size, self._dtype)
         if self._device.type != "cuda":

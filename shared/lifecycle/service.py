@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 EXIT_RUNTIME_ERROR = 1
 EXIT_CONFIG_ERROR = 2
+ERROR_PREFIX = "phloem: error: "  # of the line that says why a process ends
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -121,7 +122,7 @@ def report_error(error: BaseException) -> int:
         log.critical("unexpected error", exc_info=error)
         return EXIT_RUNTIME_ERROR
     for message in dict.fromkeys(str(leaf) for leaf in typed):
-        print(f"phloem: error: {message}", file=sys.stderr, flush=True)
+        print(f"{ERROR_PREFIX}{message}", file=sys.stderr, flush=True)
     return EXIT_CONFIG_ERROR if isinstance(typed[0], ConfigError) else EXIT_RUNTIME_ERROR
 
 

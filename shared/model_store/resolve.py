@@ -12,6 +12,7 @@ from phloem.shared.model_store.files import has_weights, is_gguf
 from phloem.shared.model_store.hub import fetch_from_hub
 from phloem.shared.model_store.progress import Progress, silent
 from phloem.shared.model_store.pull import pull
+from phloem.shared.model_store.shapes import is_shape, shape_dir
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -28,12 +29,14 @@ def resolve_model(
 
     model_path: a known short name (fetched), a GGUF file (converted once), a Hugging Face directory, or a
     hub id (fetched). A path that exists is never taken for a name. With `need_weights` false a directory
-    may lack safetensors (dummy weights, the gateway).
+    may lack safetensors (dummy weights, the gateway), and a shape for benchmarks gets its tokenizer.
 
     Raises PhloemError: `model_not_found`, `not_a_model`, and those of `pull` and `convert_gguf`.
     """
     path = Path(model_path).expanduser()
     if path.is_dir():
+        if is_shape(path):
+            return _shape(path, cache_dir, progress, need_weights)
         return _checked_dir(path, need_weights)
     if path.exists():
         return _checked_gguf(path, cache_dir, progress)
@@ -44,6 +47,13 @@ def resolve_model(
     if _HUB_ID.fullmatch(model_path):
         return _checked_dir(fetch_from_hub(model_path, cache_dir, progress), need_weights)
     raise _not_found(model_path)
+
+
+def _shape(path: Path, cache_dir: Path, progress: Progress, need_weights: bool) -> Path:
+    if need_weights:
+        message = f"{path} is a shape for benchmarks, without weights: give --load-format dummy with it"
+        raise PhloemError("not_a_model", message, param="model_path")
+    return shape_dir(path, cache_dir, progress)
 
 
 def _checked_dir(path: Path, need_weights: bool) -> Path:

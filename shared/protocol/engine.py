@@ -87,8 +87,8 @@ class EngineDown(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
-    """Start-up progress, `done` of `total`; `stage` is one of "imports", "weights", "kv_pool", "cuda_graphs",
-    "warmup"."""
+    """Start-up progress, `done` of `total`; `stage` is one of "imports", "flashinfer_kernels" (compiled),
+    "weights", "memory" (measured), "cuda_graphs", "warmup"."""
 
     stage: str
     done: int

@@ -23,6 +23,7 @@ from phloem.shared.engine.config import EngineConfig, EngineOptions
 from phloem.shared.model_store.resolve import default_cache_dir, resolve_model
 from phloem.shared.protocol.cluster import Role
 from phloem.shared.protocol.session import PeerRef
+from phloem.shared.telemetry.logs import LogOptions
 from phloem.shared.worker.accelerator import claimed_gpu, host_gpus
 from phloem.shared.worker.config import WorkerConfig
 from phloem.shared.worker.engine_env import engine_environment
@@ -73,6 +74,7 @@ def _engine_config(
         host=config.host,
         cluster_secret=secret,
         options=msgspec.structs.replace(config.engine, model_path=str(model_dir)),
+        logs=LogOptions(log_level=config.log_level, log_format=config.log_format),
     )
 
 

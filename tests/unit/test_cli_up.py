@@ -238,6 +238,27 @@ async def test_death_before_the_cluster_is_up_is_fatal_and_shows_the_log(tmp_pat
             await asyncio.wait_for(supervisor.failure(), DEADLINE_S)
 
 
+async def test_what_a_child_said_was_wrong_is_told_in_one_sentence(tmp_path: Path) -> None:
+    program = "import sys; print('line of a log'); sys.exit('phloem: error: the weights need 9 GB')"
+    async with Supervisor(tmp_path, print, 5.0) as supervisor:
+        await supervisor.start(python_child("a", program))
+        with pytest.raises(PhloemError) as caught:
+            await asyncio.wait_for(supervisor.failure(), DEADLINE_S)
+    assert str(caught.value) == f"a: the weights need 9 GB (its log: {tmp_path / 'a.log'})"
+
+
+async def test_child_whose_flags_were_refused_is_not_started_again(tmp_path: Path) -> None:
+    lines: list[str] = []
+    program = "import sys; print('phloem: error: --page-size 3'); sys.exit(2)"
+    async with Supervisor(tmp_path, lines.append, 5.0) as supervisor:
+        supervisor.settle()
+        child = await supervisor.start(python_child("a", program))
+        await eventually(lambda: len(lines) == 2)
+        assert child.process is not None and await child.process.wait() == 2
+        assert child.num_restarts == 0
+    assert lines == [f"a: --page-size 3 (its log: {child.log.path})", "a is not started again"]
+
+
 async def test_death_later_is_reported_and_repaired(tmp_path: Path) -> None:
     lines: list[str] = []
     async with Supervisor(tmp_path, lines.append, 5.0) as supervisor:

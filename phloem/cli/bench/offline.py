@@ -37,6 +37,7 @@ def offline(
     from phloem.shared.engine.offline.bench import run_offline
 
     console = Console()
+    load_format = _load_format(model_path, load_format)
     options = EngineOptions(
         model_path=str(_resolve(model_path, load_format)),
         load_format=load_format,
@@ -81,12 +82,18 @@ def offline(
     return 0
 
 
+def _load_format(model_path: str, load_format: LoadFormat) -> LoadFormat:
+    """A shape has no weights to load: random ones are meant."""
+    from phloem.shared.model_store.shapes import is_shape
+
+    return "dummy" if load_format == "auto" and is_shape(Path(model_path)) else load_format
+
+
 def _resolve(model_path: str, load_format: str) -> Path:
-    if load_format == "dummy":
-        return Path(model_path)
     from phloem.shared.model_store.resolve import default_cache_dir, resolve_model
 
-    return resolve_model(model_path, cache_dir=default_cache_dir())
+    need_weights = load_format != "dummy"
+    return resolve_model(model_path, cache_dir=default_cache_dir(), need_weights=need_weights)
 
 
 def _positive(text: str) -> int:

@@ -10,8 +10,7 @@ from pathlib import Path
 from phloem.cli.up.child_log import Stage, stage_in
 from phloem.shared.errors import PhloemError
 from phloem.shared.lifecycle.child_process import ChildProcess, spawn_child
-
-_ERROR_PREFIX = "phloem: error: "
+from phloem.shared.lifecycle.service import ERROR_PREFIX
 
 
 async def prepare_model(model_path: str, *, need_weights: bool, on_stage: Callable[[Stage], None]) -> Path:
@@ -34,7 +33,7 @@ async def prepare_model(model_path: str, *, need_weights: bool, on_stage: Callab
         child.kill()
     if code != 0:
         raise PhloemError(
-            "model_unavailable", last_line.removeprefix(_ERROR_PREFIX) or "the model can't be read"
+            "model_unavailable", last_line.removeprefix(ERROR_PREFIX) or "the model can't be read"
         )
     return Path(last_line)
 

@@ -19,8 +19,10 @@ from phloem.cli.up.plan import STOP_ORDER, ChildSpec, Kind
 from phloem.cli.up.restart_policy import next_restart
 from phloem.shared.errors import PhloemError
 from phloem.shared.lifecycle.child_process import ChildProcess, spawn_child
+from phloem.shared.lifecycle.service import ERROR_PREFIX, EXIT_CONFIG_ERROR
 
 _TAIL_LINES = 12
+_LAST_WORDS = 3  # lines: what is further up belongs to an earlier life of the child
 _FIRST_TAIL_LINES = 25
 
 
@@ -128,9 +130,12 @@ class Supervisor:
             if not self._settled:
                 self._fail(child, code)
                 return
+            self._report(obituary(child, code, _TAIL_LINES))
+            if code == EXIT_CONFIG_ERROR:  # the same flags would be refused again
+                self._report(f"{child.name} is not started again")
+                return
             restart = next_restart(attempt, time.monotonic() - started)
             attempt = restart.attempt
-            self._report(obituary(child, code, _TAIL_LINES))
             self._report(f"{child.name} starts again in {restart.delay_s:g} s")
             child.process = None
             await asyncio.sleep(restart.delay_s)
@@ -145,10 +150,14 @@ class Supervisor:
 
 
 def obituary(child: Child, code: int, num_lines: int) -> str:
-    """How the child died, and the end of its log."""
+    """What the child itself said was wrong; else how it died, and the end of its log."""
+    lines = child.log.tail(num_lines)
+    said = next((line for line in reversed(lines[-_LAST_WORDS:]) if line.startswith(ERROR_PREFIX)), None)
+    if said is not None and code > 0:
+        return f"{child.name}: {said.removeprefix(ERROR_PREFIX)} (its log: {child.log.path})"
     how = f"exited with code {code}"
     if code < 0:
         with contextlib.suppress(ValueError):
             how = f"was killed by {signal.Signals(-code).name}"
-    tail = "".join(f"\n    {line}" for line in child.log.tail(num_lines))
+    tail = "".join(f"\n    {line}" for line in lines)
     return f"{child.name} {how}; the end of its log ({child.log.path}):{tail or ' (empty)'}"
