@@ -15,6 +15,8 @@ from hashlib import blake2b
 BLOCK_TOKENS = 64
 HASH_BYTES = 16
 
+LANDMARK_STRIDE = 16
+
 _ROOT = b"\0" * HASH_BYTES
 
 
@@ -51,3 +53,15 @@ class BlockHasher:
             parent = state.digest()
             hashes.append(parent)
         return hashes
+
+
+def landmarks(num_blocks: int) -> list[int]:
+    """Indices of the blocks of a chain under which an announcement of it is found, ascending.
+
+    1, 2, 4, 8, 16, 32, 48, ... blocks deep, and the last one: a chain that shares a prefix is found to within
+    16 blocks, and an equal one exactly, at the price of a sixteenth of its blocks.
+    """
+    if num_blocks <= 0:
+        return []
+    depths = {1, 2, 4, 8, *range(LANDMARK_STRIDE, num_blocks, LANDMARK_STRIDE), num_blocks}
+    return sorted(depth - 1 for depth in depths if depth <= num_blocks)

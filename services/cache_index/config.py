@@ -52,6 +52,21 @@ class CacheIndexConfig(LogOptions, frozen=True, kw_only=True):
     publish_timeout_s: Annotated[
         float, Meta(gt=0.0, le=60.0, description="deadline of one write of up to 256 blocks to Redis")
     ] = 1.0
+    near_cache_ttl_s: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=5.0,
+            description="how long hot blocks are answered from memory, so how old an answer may be; 0: never",
+        ),
+    ] = 0.5
+    near_cache_blocks: Annotated[
+        int, Meta(ge=1, le=10_000_000, description="most hot blocks in memory, about 200 bytes each")
+    ] = 65_536
+    announce_ttl_s: Annotated[
+        float,
+        Meta(gt=0.0, le=60.0, description="how long a gateway's routing decision is known to other gateways"),
+    ] = 5.0
     slot_grace_s: Annotated[
         float,
         Meta(ge=0.0, le=3600.0, description="how long a worker may be lost before its blocks are forgotten"),

@@ -3,8 +3,10 @@
 | key | type | meaning |
 | --- | --- | --- |
 | phloem:ix:b:HASH | string | one block: bit s is set when the worker of slot s holds it |
+| phloem:ix:a:HASH | string, PX | "EPOCH WORKER": was just sent a prompt with this block to compute |
 | phloem:ix:slots | hash | slot -> "EPOCH WORKER": leased slots |
 | phloem:ix:seq | hash | slot -> last sequence number applied |
+| phloem:ix:digest | hash | slot -> "BLOCKS DIGEST" of the bits set in it (`shared/tree_digest.py`) |
 | phloem:ix:retired | hash | slot -> stamp: its bits are being cleared |
 | phloem:ix:free | zset | cleared slots, lowest first, so that bitmaps stay short |
 | phloem:ix:high | string | slots 0 .. high-1 have ever been leased: each is leased, retired or free |
@@ -14,11 +16,14 @@
 
 from __future__ import annotations
 
+from phloem.shared.block_hash import HASH_BYTES
 from phloem.shared.discovery.redis_link import Script
 from phloem.shared.protocol.session import PeerRef
+from phloem.shared.tree_digest import DIGEST_BYTES, digest_text
 
 SLOTS = "phloem:ix:slots"
 SEQ = "phloem:ix:seq"
+DIGESTS = "phloem:ix:digest"
 RETIRED = "phloem:ix:retired"
 FREE = "phloem:ix:free"
 HIGH = "phloem:ix:high"
@@ -27,10 +32,18 @@ SWEEPER = "phloem:ix:sweeper"
 
 _BLOCK_PREFIX = b"phloem:ix:b:"
 BLOCK_PATTERN = _BLOCK_PREFIX + b"*"
+_ANNOUNCEMENT_PREFIX = b"phloem:ix:a:"
+_EMPTY_DIGEST = digest_text(0, 0)
+# Where the digested end of a block's hash begins in its key; Lua counts from 1.
+_DIGESTED_FROM = len(_BLOCK_PREFIX) + HASH_BYTES - DIGEST_BYTES + 1
 
 
 def block_key(block_hash: bytes) -> bytes:
     return _BLOCK_PREFIX + block_hash
+
+
+def announcement_key(block_hash: bytes) -> bytes:
+    return _ANNOUNCEMENT_PREFIX + block_hash
 
 
 def bit_offset(slot: int) -> int:
@@ -52,14 +65,14 @@ def worker_of(owner_text: str) -> PeerRef:
     return PeerRef(worker_id, int(epoch))
 
 
-# KEYS: slots, seq, retired, free, high, version, fence. ARGV: epoch, worker, max slots, nonce.
+# KEYS: slots, seq, retired, free, high, version, fence, digests. ARGV: epoch, worker, max slots, nonce.
 # Returns the slot, -1 when a newer epoch of the worker is known, -2 when no slot is left.
 # What the worker had before is retired in the same step, so that no bit outlives the tree it spoke for.
 ATTACH = Script(
-    """
+    f"""
 local epoch = tonumber(ARGV[1])
 if tonumber(redis.call('GET', KEYS[7]) or '0') > epoch then return -1 end
-local owned = {}
+local owned = {{}}
 local slots = redis.call('HGETALL', KEYS[1])
 for i = 1, #slots, 2 do
   local other, worker = string.match(slots[i + 1], '^(%d+) (.*)$')
@@ -71,6 +84,7 @@ end
 for _, slot in ipairs(owned) do
   redis.call('HDEL', KEYS[1], slot)
   redis.call('HDEL', KEYS[2], slot)
+  redis.call('HDEL', KEYS[8], slot)
   redis.call('HSET', KEYS[3], slot, ARGV[4])
 end
 redis.call('SET', KEYS[6], ARGV[4])
@@ -83,6 +97,7 @@ if not slot then
 end
 redis.call('HSET', KEYS[1], slot, ARGV[1] .. ' ' .. ARGV[2])
 redis.call('HSET', KEYS[2], slot, '0')
+redis.call('HSET', KEYS[8], slot, '{_EMPTY_DIGEST}')
 return tonumber(slot)
 """
 )
@@ -96,30 +111,58 @@ return reply
 """
 )
 
-# KEYS: slots, seq, blocks. ARGV: slot, owner, seq, bit, how many of the blocks are removed (the first ones),
-# whether this is the last part. Returns 1, or 0 when the worker must resync. A repeated seq was applied.
+# KEYS: slots, seq, digests, blocks. ARGV: slot, owner, seq, bit, how many of the blocks are removed (the
+# first ones), whether this is the last part. Returns 1, or 0 when the worker must resync. A repeated seq was
+# applied. The digest follows the bits as they are found, not the message.
 PUBLISH = Script(
-    """
+    f"""
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
 local last = tonumber(redis.call('HGET', KEYS[2], ARGV[1]))
 local seq = tonumber(ARGV[3])
 if last == seq then return 1 end
 if last ~= seq - 1 then return 0 end
-local bit = ARGV[4]
+local bit_offset = ARGV[4]
 local num_removed = tonumber(ARGV[5])
-for i = 3, num_removed + 2 do
-  if redis.call('GETBIT', KEYS[i], bit) == 1 then
-    redis.call('SETBIT', KEYS[i], bit, 0)
-    if redis.call('BITCOUNT', KEYS[i]) == 0 then redis.call('DEL', KEYS[i]) end
+local digest = redis.call('HGET', KEYS[3], ARGV[1]) or '{_EMPTY_DIGEST}'
+local count, high, low = string.match(digest, '^(%d+) (%x%x%x%x%x%x%x%x)(%x+)$')
+high, low = tonumber(high, 16), tonumber(low, 16)
+for i = 4, num_removed + 3 do
+  local block = KEYS[i]
+  if redis.call('GETBIT', block, bit_offset) == 1 then
+    redis.call('SETBIT', block, bit_offset, 0)
+    if redis.call('BITCOUNT', block) == 0 then redis.call('DEL', block) end
+    local block_high, block_low = struct.unpack('>I4I4', block, {_DIGESTED_FROM})
+    count, high, low = count - 1, bit.bxor(high, block_high), bit.bxor(low, block_low)
   end
 end
-for i = num_removed + 3, #KEYS do redis.call('SETBIT', KEYS[i], bit, 1) end
+for i = num_removed + 4, #KEYS do
+  local block = KEYS[i]
+  if redis.call('SETBIT', block, bit_offset, 1) == 0 then
+    local block_high, block_low = struct.unpack('>I4I4', block, {_DIGESTED_FROM})
+    count, high, low = count + 1, bit.bxor(high, block_high), bit.bxor(low, block_low)
+  end
+end
+redis.call('HSET', KEYS[3], ARGV[1], string.format('%d ', count) .. bit.tohex(high) .. bit.tohex(low))
 if ARGV[6] == '1' then redis.call('HSET', KEYS[2], ARGV[1], ARGV[3]) end
 return 1
 """
 )
 
-# KEYS: slots, seq, retired, version, lease, fence. ARGV: slot, owner, epoch, nonce.
+# KEYS: slots, seq, digests, blocks. ARGV: slot, owner, seq, digest, bit. Returns 1 when the slot is its
+# owner's, is as far as seq, has this digest, and holds all these blocks.
+VERIFY = Script(
+    """
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+if redis.call('HGET', KEYS[2], ARGV[1]) ~= ARGV[3] then return 0 end
+if redis.call('HGET', KEYS[3], ARGV[1]) ~= ARGV[4] then return 0 end
+for i = 4, #KEYS do
+  if redis.call('GETBIT', KEYS[i], ARGV[5]) == 0 then return 0 end
+end
+return 1
+"""
+)
+
+# KEYS: slots, seq, retired, version, lease, fence, digests. ARGV: slot, owner, epoch, nonce.
 # Returns 1 when the slot was its owner's and the owner is dead.
 RETIRE = Script(
     """
@@ -127,6 +170,7 @@ if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
 if redis.call('EXISTS', KEYS[5]) == 1 and redis.call('GET', KEYS[6]) == ARGV[3] then return 0 end
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('HDEL', KEYS[2], ARGV[1])
+redis.call('HDEL', KEYS[7], ARGV[1])
 redis.call('HSET', KEYS[3], ARGV[1], ARGV[4])
 redis.call('SET', KEYS[4], ARGV[4])
 return 1

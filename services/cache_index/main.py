@@ -9,9 +9,11 @@ from contextlib import AsyncExitStack, aclosing
 
 from prometheus_client import CollectorRegistry
 
+from phloem.services.cache_index.announcer import Announcer
 from phloem.services.cache_index.config import CacheIndexConfig
 from phloem.services.cache_index.matcher import Matcher
 from phloem.services.cache_index.metrics import IndexMetrics
+from phloem.services.cache_index.near_cache import NearCache
 from phloem.services.cache_index.service import IndexService
 from phloem.services.cache_index.slots import Slots
 from phloem.services.cache_index.store import BlockStore
@@ -70,11 +72,13 @@ class Replica:
             link, read_timeout_s=config.match_timeout_s, write_timeout_s=config.publish_timeout_s
         )
         slots = Slots(link, config.max_slots)
-        self._matcher = Matcher(store, slots, timeout_s=config.match_timeout_s)
+        near = NearCache(max_blocks=config.near_cache_blocks, ttl_s=config.near_cache_ttl_s)
+        self._matcher = Matcher(store, slots, near, metrics, timeout_s=config.match_timeout_s)
+        self._announcer = Announcer(store, metrics, ttl_s=config.announce_ttl_s)
         self._sweeper = Sweeper(
             store, slots, metrics, interval_s=config.sweep_interval_s, grace_s=config.slot_grace_s
         )
-        self.service = IndexService(store, slots, self._matcher, metrics)
+        self.service = IndexService(store, slots, self._matcher, near, self._announcer, metrics)
         self._regained = asyncio.Event()
 
     async def look_around(self) -> None:
@@ -94,7 +98,8 @@ class Replica:
         await keeper.acquire()
         try:
             async with asyncio.TaskGroup() as tasks:
-                jobs = [keeper.run(), self._watch(), self._sweeper.run(), self._keep_secret(secret)]
+                jobs = [keeper.run(), self._watch(), self._sweeper.run(), self._announcer.run()]
+                jobs.append(self._keep_secret(secret))
                 running = [tasks.create_task(job) for job in jobs]
                 await stop.wait()
                 for task in running:

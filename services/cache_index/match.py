@@ -17,8 +17,8 @@ from itertools import pairwise
 from typing import TypeAlias
 
 STRIDE = 16
-# Shorter chains are read whole: a second round trip costs more than these keys.
-READ_WHOLE = 32
+# Shorter chains are read whole: a second round trip costs more than these keys (8,192 tokens).
+READ_WHOLE = 128
 
 # Yields indices of blocks to read, is sent their bitmaps in that order; returns slot -> k, for k > 0.
 Matching: TypeAlias = Generator[Sequence[int], Sequence[int], dict[int, int]]

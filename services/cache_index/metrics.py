@@ -30,6 +30,18 @@ class IndexMetrics:
         self.published_blocks = Counter(
             "phloem_index_published_blocks", "blocks that workers reported", ("change",), registry=registry
         )
+        self.read_blocks = Counter(
+            "phloem_index_read_blocks",
+            "blocks that lookups read, by where they were",
+            ("source",),
+            registry=registry,
+        )
+        self.announcements = Counter(
+            "phloem_index_announcements",
+            "announcements of gateways, written or dropped",
+            ("result",),
+            registry=registry,
+        )
         self.retired_slots = Counter(
             "phloem_index_retired_slots", "slots taken from dead workers by this replica", registry=registry
         )

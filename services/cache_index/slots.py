@@ -55,6 +55,7 @@ class Slots:
                     layout.HIGH,
                     layout.VERSION,
                     keys.fence(member),
+                    layout.DIGESTS,
                 ),
                 (worker.epoch, worker.worker_id, self._max_slots, _nonce()),
             )
@@ -93,6 +94,7 @@ class Slots:
             layout.VERSION,
             keys.lease(member),
             keys.fence(member),
+            layout.DIGESTS,
         )
         args = (slot, layout.owner(worker), worker.epoch, _nonce())
         return bool(await self._link.script(layout.RETIRE, names, args))

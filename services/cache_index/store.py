@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import msgspec
@@ -11,7 +11,9 @@ import msgspec
 from phloem.services.cache_index import layout
 from phloem.shared.discovery.redis_link import Argument, RedisLink
 from phloem.shared.errors import PhloemError
-from phloem.shared.protocol.index import Publish
+from phloem.shared.protocol.index import Publish, Verify
+from phloem.shared.protocol.session import PeerRef
+from phloem.shared.tree_digest import digest_text
 
 # One script call blocks Redis for about a microsecond per block. A lookup waits for those sent before it, so
 # they are short, and few are under way at once, however many workers publish.
@@ -21,10 +23,12 @@ KEYS_PER_SCAN = 512
 
 
 class Blocks(msgspec.Struct, frozen=True):
-    """Bitmaps over slots, in the order asked for, and the version of the slot table that they belong to."""
+    """Bitmaps over slots and announced workers, in the order asked for, and the version of the slot table
+    that the bitmaps belong to."""
 
     version: bytes | None
     bitmaps: list[int]
+    announced: list[PeerRef | None] = []
 
 
 class ScanBatch(msgspec.Struct, frozen=True):
@@ -43,11 +47,28 @@ class BlockStore:
         self._write_timeout_s = write_timeout_s
         self._writes = asyncio.Semaphore(_PARALLEL_WRITES)
 
-    async def read(self, block_hashes: Sequence[bytes]) -> Blocks:
-        """The blocks and the slot table's version, all of one instant."""
-        names: list[Argument] = [layout.VERSION, *map(layout.block_key, block_hashes)]
+    async def read(self, block_hashes: Sequence[bytes], landmarks: Sequence[bytes] = ()) -> Blocks:
+        """The blocks, whom the landmarks were announced for, and the slot table's version, of one instant."""
+        names: list[Argument] = [
+            layout.VERSION,
+            *map(layout.block_key, block_hashes),
+            *map(layout.announcement_key, landmarks),
+        ]
         reply = await self._link.command("MGET", *names, timeout_s=self._read_timeout_s)
-        return Blocks(reply[0], [layout.bitmap(value) for value in reply[1:]])
+        end = 1 + len(block_hashes)
+        announced = [None if value is None else layout.worker_of(value.decode()) for value in reply[end:]]
+        return Blocks(reply[0], [layout.bitmap(value) for value in reply[1:end]], announced)
+
+    async def announce(self, placements: Iterable[tuple[bytes, PeerRef]], ttl_s: float) -> None:
+        """Notes for each block the worker that is about to compute it; the last word counts."""
+        ttl_ms = max(1, round(ttl_s * 1000))
+        await self._link.pipeline(
+            [
+                ("SET", layout.announcement_key(block), layout.owner(worker), "PX", ttl_ms)
+                for block, worker in placements
+            ],
+            self._write_timeout_s,
+        )
 
     async def publish(self, message: Publish) -> None:
         """Applies one message in parts of bounded size; each part checks that the slot is still the worker's.
@@ -57,7 +78,7 @@ class BlockStore:
         """
         owner = layout.owner(message.worker)
         for removed, stored, is_last in _parts(message):
-            names: list[Argument] = [layout.SLOTS, layout.SEQ, *map(layout.block_key, (*removed, *stored))]
+            names = _slot_keys((*removed, *stored))
             args = (
                 message.slot,
                 owner,
@@ -70,7 +91,27 @@ class BlockStore:
             async with self._writes:
                 applied = await self._link.script(layout.PUBLISH, names, args, self._write_timeout_s)
             if not applied:
-                raise _resync_needed(message)
+                raise _resync_needed(
+                    message.worker, f"slot {message.slot} does not continue with {message.seq}"
+                )
+
+    async def verify(self, message: Verify) -> None:
+        """Compares what the slot holds with what its worker published.
+
+        Raises `PhloemError` `resync_needed` (retryable) when they differ, or the slot is not the worker's.
+        """
+        args = (
+            message.slot,
+            layout.owner(message.worker),
+            message.seq,
+            digest_text(message.num_blocks, message.digest),
+            layout.bit_offset(message.slot),
+        )
+        async with self._writes:
+            names = _slot_keys(message.sample)
+            equal = await self._link.script(layout.VERIFY, names, args, self._write_timeout_s)
+        if not equal:
+            raise _resync_needed(message.worker, f"slot {message.slot} does not hold what was published")
 
     async def scan(self, cursor: int) -> ScanBatch:
         """The next batch of a walk over all blocks, from cursor 0. A block that exists during the whole walk
@@ -111,11 +152,14 @@ def _parts(message: Publish) -> Iterator[tuple[list[bytes], list[bytes], bool]]:
             return
 
 
-def _resync_needed(message: Publish) -> PhloemError:
+def _slot_keys(block_hashes: Sequence[bytes]) -> list[Argument]:
+    return [layout.SLOTS, layout.SEQ, layout.DIGESTS, *map(layout.block_key, block_hashes)]
+
+
+def _resync_needed(worker: PeerRef, reason: str) -> PhloemError:
     return PhloemError(
         "resync_needed",
-        f"slot {message.slot} does not continue with seq {message.seq} of worker {message.worker.worker_id} "
-        f"at epoch {message.worker.epoch}: attach anew and publish the whole tree",
+        f"{reason} (worker {worker.worker_id}, epoch {worker.epoch}): attach anew and publish the whole tree",
         retryable=True,
         http_status=409,
     )

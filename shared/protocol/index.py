@@ -1,14 +1,18 @@
 """Worker, gateway <-> cache_index.
 
 A worker attaches once per epoch and is given a slot; then it publishes, in order, what its radix tree
-stored and removed. A gateway asks which workers hold how much of a prompt. Block hashes are 16 bytes each
+stored and removed, and now and then a digest of all that it published. A gateway keeps one stream per
+replica: look-ups and announcements go down, answers come up, in any order. Block hashes are 16 bytes each
 (`shared/block_hash.py`).
 """
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import msgspec
 
+from phloem.shared.errors import ErrorInfo
 from phloem.shared.protocol.codec import Codec
 from phloem.shared.protocol.session import PeerRef
 
@@ -43,6 +47,22 @@ class Published(msgspec.Struct, frozen=True):
     seq: int
 
 
+class Verify(msgspec.Struct, frozen=True, kw_only=True):
+    """What the worker published to this slot up to `seq`, as a digest (`shared/tree_digest.py`), and some of
+    these blocks by name. If the slot holds anything else, the answer is `resync_needed`."""
+
+    worker: PeerRef
+    slot: int
+    seq: int
+    num_blocks: int
+    digest: int
+    sample: list[bytes] = []
+
+
+class Verified(msgspec.Struct, frozen=True):
+    seq: int
+
+
 class Match(msgspec.Struct, frozen=True):
     """Which live workers hold a prefix of this chain of block hashes?"""
 
@@ -55,12 +75,46 @@ class Holder(msgspec.Struct, frozen=True):
 
 
 class Matched(msgspec.Struct, frozen=True):
+    """`holders` is what the workers' trees hold. `announced` is what gateways have just sent them to compute:
+    it may never come true, and is for routing alone."""
+
     holders: list[Holder]
+    announced: list[Holder] = []
+
+
+class Lookup(msgspec.Struct, frozen=True, tag=True):
+    """A `Match` on the stream; `id` is the gateway's own and names the answer."""
+
+    id: int
+    block_hashes: list[bytes]
+
+
+class Announce(msgspec.Struct, frozen=True, tag=True):
+    """A gateway has just sent `worker` a prompt to compute. `block_hashes` are the landmarks of its chain
+    (`shared/block_hash.py`). Not answered."""
+
+    worker: PeerRef
+    block_hashes: list[bytes]
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """To one `Lookup`: either `matched` or `error`."""
+
+    id: int
+    matched: Matched | None = None
+    error: ErrorInfo | None = None
+
+
+IndexDown: TypeAlias = Lookup | Announce
 
 
 attach: Codec[Attach] = Codec(Attach)
 attached: Codec[Attached] = Codec(Attached)
 publish: Codec[Publish] = Codec(Publish)
 published: Codec[Published] = Codec(Published)
+verify: Codec[Verify] = Codec(Verify)
+verified: Codec[Verified] = Codec(Verified)
 match: Codec[Match] = Codec(Match)
 matched: Codec[Matched] = Codec(Matched)
+index_down: Codec[list[IndexDown]] = Codec(list[IndexDown])
+index_up: Codec[list[Answer]] = Codec(list[Answer])

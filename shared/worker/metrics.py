@@ -39,6 +39,9 @@ class WorkerMetrics:
         self.sessions = gauge("sessions", "gateways connected")
         self.requests = gauge("requests_in_flight", "requests passed on to the engine and not ended")
         self.index_resyncs = counter("index_resyncs", "times that the whole tree was published")
+        self.index_digests = counter(
+            "index_digests", "digests compared with the index: equal, different or failed", "result"
+        )
         self.index_blocks = counter("index_blocks_published", "block changes published", "change")
         self._load = {name: gauge(f"engine_{name}", text) for name, text in _LOAD_GAUGES.items()}
 

@@ -6,8 +6,10 @@ from hashlib import blake2b
 
 from prometheus_client import CollectorRegistry
 
+from phloem.services.cache_index.announcer import Announcer
 from phloem.services.cache_index.matcher import Matcher
 from phloem.services.cache_index.metrics import IndexMetrics
+from phloem.services.cache_index.near_cache import NearCache
 from phloem.services.cache_index.service import IndexService
 from phloem.services.cache_index.slots import Slots
 from phloem.services.cache_index.store import BlockStore
@@ -23,15 +25,21 @@ from phloem.shared.protocol.session import PeerRef
 class IndexReplica:
     """Sees who lives only when told to (`observe`), and sweeps only when told to."""
 
-    def __init__(self, redis_url: str, *, max_slots: int = 64, grace_s: float = 0.0) -> None:
+    def __init__(
+        self, redis_url: str, *, max_slots: int = 64, grace_s: float = 0.0, near_ttl_s: float = 0.0
+    ) -> None:
         self.link = RedisLink(redis_url, timeout_s=2.0)
         self.prometheus = CollectorRegistry()
         self.metrics = IndexMetrics(self.prometheus)
         self.store = BlockStore(self.link, read_timeout_s=0.5, write_timeout_s=2.0)
         self.slots = Slots(self.link, max_slots)
-        self.matcher = Matcher(self.store, self.slots, timeout_s=0.5)
+        self.near = NearCache(max_blocks=1024, ttl_s=near_ttl_s)
+        self.matcher = Matcher(self.store, self.slots, self.near, self.metrics, timeout_s=0.5)
+        self.announcer = Announcer(self.store, self.metrics, ttl_s=60.0)
         self.sweeper = Sweeper(self.store, self.slots, self.metrics, interval_s=60.0, grace_s=grace_s)
-        self.service = IndexService(self.store, self.slots, self.matcher, self.metrics)
+        self.service = IndexService(
+            self.store, self.slots, self.matcher, self.near, self.announcer, self.metrics
+        )
 
     def observe(self, snapshot: ClusterSnapshot) -> None:
         self.matcher.set_snapshot(snapshot)

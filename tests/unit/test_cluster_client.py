@@ -20,9 +20,9 @@ from phloem.shared.discovery.lease import LeaseKeeper, ServiceLease
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.cluster import Role, ServiceRecord
-from phloem.shared.protocol.index import INDEX_SERVICE, Holder, Match, Matched, match, matched
+from phloem.shared.protocol.index import Holder, Matched
 from phloem.shared.protocol.session import SamplingParams
-from phloem.shared.rpc.server import RpcServer
+from tests.support.fake_index import FakeIndex
 from tests.support.fake_worker import FIRST_TOKEN, FakeWorker, fake_worker
 from tests.support.valkey import ValkeyServer
 from tests.support.waiting import until
@@ -70,25 +70,18 @@ def request(request_id: str = "r", max_tokens: int = 4, timeout_s: float = 30.0)
 
 
 @asynccontextmanager
-async def index_that_answers(registry: Registry, answer: Matched) -> AsyncIterator[None]:
+async def index_that_answers(registry: Registry, answer: Matched) -> AsyncIterator[FakeIndex]:
     """A registered cache index with one answer to everything."""
 
-    async def on_match(message: Match) -> Matched:
-        return answer
-
-    server = RpcServer(SECRET.encode())
-    server.add_unary(INDEX_SERVICE, "Match", match, matched, on_match)
-    address = f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
-    lease = ServiceLease(
-        registry, ServiceRecord(kind="cache_index", service_id="i", epoch=1, address=address)
-    )
-    keeper = LeaseKeeper(lease, heartbeat_s=0.2)
-    await keeper.acquire()
-    beating = asyncio.create_task(keeper.run())
-    yield
-    await keeper.close()
-    await beating
-    await server.stop(0)
+    index = FakeIndex(answer)
+    async with index.serving(SECRET.encode()):
+        record = ServiceRecord(kind="cache_index", service_id="i", epoch=1, address=index.address)
+        keeper = LeaseKeeper(ServiceLease(registry, record), heartbeat_s=0.2)
+        await keeper.acquire()
+        beating = asyncio.create_task(keeper.run())
+        yield index
+        await keeper.close()
+        await beating
 
 
 class Consumer:

@@ -75,6 +75,7 @@ async def replicas(valkey: ValkeyServer, registry: Registry, count: int) -> Asyn
         redis_url=valkey.url,
         redis_wait_s=5.0,
         match_timeout_s=MATCH_TIMEOUT_S,
+        near_cache_ttl_s=0.0,
         sweep_interval_s=0.05,
         slot_grace_s=0.0,
     )

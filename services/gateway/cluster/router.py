@@ -72,13 +72,17 @@ class Router:
         decision = await self._decide(live, cached)
         prefiller = decision.prefill or decision.decode
         self._recent.note(live.block_hashes, prefiller)
+        self._index.announce(live.block_hashes, prefiller)
         return decision, max(1, len(live.state.token_ids) - cached.get(prefiller, 0))
 
     async def _cached_tokens(self, block_hashes: list[bytes]) -> dict[PeerRef, int]:
-        """What each worker holds of the prompt, as the index says, or will hold soon."""
-        cached = await self._index.cached_tokens(block_hashes)
-        for worker, num_tokens in self._recent.cached_tokens(block_hashes).items():
-            cached[worker] = max(num_tokens, cached.get(worker, 0))
+        """What each worker holds of the prompt, as the index says, or will hold soon, as gateways
+        routed."""
+        known = await self._index.lookup(block_hashes)
+        cached = dict(known.held)
+        for soon in (known.announced, self._recent.cached_tokens(block_hashes)):
+            for worker, num_tokens in soon.items():
+                cached[worker] = max(num_tokens, cached.get(worker, 0))
         return cached
 
     async def _decide(self, live: LiveRequest, cached: dict[PeerRef, int]) -> Decision:
