@@ -1,14 +1,44 @@
-"""How much of its KV transfer a request's client can see."""
+"""How much of its KV transfer a request's client can see, and when each part of a hand-over happened."""
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, deque
+from dataclasses import dataclass
 
 from phloem.shared.engine.kv_pool import OwnerKey
+
+log = logging.getLogger(__name__)
 
 _MAX_OPEN = 4096
 _MAX_LATEST = 1024
 _WEIGHT = 0.2  # of the newest sample in the average
+
+
+@dataclass
+class SendTimes:
+    """Of one request at the prefill side, in seconds of the engine's clock; zero: not yet."""
+
+    begun_s: float
+    ready_s: float = 0.0  # the decode side has room
+    launched_s: float = 0.0  # the first step that computes some of it
+    first_piece_s: float = 0.0
+    last_piece_s: float = 0.0
+    made_s: float = 0.0  # token 0 was known
+    last_s: float = 0.0  # nothing more was to be sent
+
+    def line(self, admitted_s: float) -> str:
+        """Milliseconds since the submission, but the exposed part: from token 0 on."""
+        at = {
+            "ready": self.ready_s,
+            "launched": self.launched_s,
+            "first piece": self.first_piece_s,
+            "last piece": self.last_piece_s,
+            "token": self.made_s,
+            "last": self.last_s,
+        }
+        parts = [f"{name} {1e3 * (when - self.begun_s):.1f}" for name, when in at.items()]
+        return f"{', '.join(parts)}; exposed {1e3 * (admitted_s - self.made_s):.1f} ms"
 
 
 class Exposure:
@@ -16,7 +46,7 @@ class Exposure:
     admitted the request, which is one message later than it did."""
 
     def __init__(self) -> None:
-        self._since_s: OrderedDict[OwnerKey, float] = OrderedDict()
+        self._open: OrderedDict[OwnerKey, SendTimes] = OrderedDict()
         self._latest: deque[float] = deque(maxlen=_MAX_LATEST)
         self.average_s = 0.0  # moving; zero: none yet
 
@@ -25,15 +55,16 @@ class Exposure:
         """The last thousand or so, oldest first."""
         return list(self._latest)
 
-    def handed_over(self, key: OwnerKey, token_made_at_s: float) -> None:
-        self._since_s[key] = token_made_at_s
-        if len(self._since_s) > _MAX_OPEN:  # their decode sides are gone
-            self._since_s.popitem(last=False)
+    def handed_over(self, key: OwnerKey, times: SendTimes) -> None:
+        self._open[key] = times
+        if len(self._open) > _MAX_OPEN:  # their decode sides are gone
+            self._open.popitem(last=False)
 
     def admitted(self, key: OwnerKey, now_s: float) -> None:
-        since_s = self._since_s.pop(key, None)
-        if since_s is None:
+        times = self._open.pop(key, None)
+        if times is None:
             return
-        exposed_s = now_s - since_s
+        exposed_s = now_s - times.made_s
         self.average_s += (exposed_s - self.average_s) * (_WEIGHT if self._latest else 1.0)
         self._latest.append(exposed_s)
+        log.debug("hand-over of %s: %s", key[0], times.line(now_s))

@@ -10,6 +10,7 @@ the gateway has the prompt prefilled again.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Admitted, Cancel, Last, Ready
 from phloem.shared.transfer.events import PieceReceived
 from phloem.shared.transfer.pending import Moved
+
+log = logging.getLogger(__name__)
 
 
 class _Scattering(NamedTuple):
@@ -38,6 +41,8 @@ class _ReceivePlan:
         self.arrived = PageLayers(len(request.page_ids), num_layers, request.num_tree_pages)
         self.announced = False
         self.since_s = now_s  # reserved, then announced
+        self.first_piece_s = 0.0
+        self.last_piece_s = 0.0
         self.num_pieces = 0
         self.scattering: deque[_Scattering] = deque()
         self.last: Last | None = None
@@ -137,6 +142,8 @@ class HandoverReceiver:
         self._channels.release(event, moved)
         plan.arrived.note(span)
         plan.num_pieces += 1
+        plan.last_piece_s = self._heard_s[event.peer]
+        plan.first_piece_s = plan.first_piece_s or plan.last_piece_s
         plan.scattering.append(_Scattering(moved, header.digest))
         self._moving[plan.key] = plan
         self.num_bytes_received += header.num_bytes
@@ -228,6 +235,13 @@ class HandoverReceiver:
 
     def _admit(self, plan: _ReceivePlan, last: Last) -> Arrived:
         self._forget(plan)
+        log.debug(
+            "KV of %s has arrived: since Ready, in ms: first piece %.1f, last piece %.1f, admitted %.1f",
+            plan.request.request_id,
+            1e3 * (plan.first_piece_s - plan.since_s),
+            1e3 * (plan.last_piece_s - plan.since_s),
+            1e3 * (self._clock() - plan.since_s),
+        )
         with contextlib.suppress(PhloemError):  # it only measures
             self._channels.send_admitted(plan.peer, Admitted(*plan.key))
         return Arrived(plan.request, last.token_ids)

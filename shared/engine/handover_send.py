@@ -12,7 +12,7 @@ sent. The request keeps its pages until `pump` reports it done.
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -22,6 +22,7 @@ from phloem.shared.engine.kv_pool import OwnerKey
 from phloem.shared.engine.layer_groups import PrefillStep, layer_groups
 from phloem.shared.engine.page_layers import PageLayers, Span
 from phloem.shared.engine.requests import Request, Status
+from phloem.shared.engine.send_plan import Chunk, SendPlan
 from phloem.shared.engine.step_plan import Row
 from phloem.shared.engine.step_runner import LayerWatch
 from phloem.shared.errors import ErrorInfo, PhloemError
@@ -32,40 +33,6 @@ from phloem.shared.transfer.staging import StagingSlot
 
 _MAX_EARLY = 4096
 _STARVED_S = 1.0  # a request that decode has room for waits at most this long for pages held in vain
-
-
-class _Chunk:
-    """What one launched step computes of a request: afterwards the KV of its first `num_tokens` tokens, in
-    `num_pages` pages, is there. `marks`: of the layer groups launched, those that were not sent yet."""
-
-    def __init__(self, num_tokens: int, num_pages: int) -> None:
-        self.num_tokens = num_tokens
-        self.num_pages = num_pages
-        self.marks: deque[tuple[int, Pending]] = deque()
-        self.is_sent = False
-
-
-class _SendPlan:
-    def __init__(self, request: Request, peer: PeerRef) -> None:
-        self.request = request
-        self.peer = peer
-        self.ready_at_s = 0.0
-        self.gone: PageLayers | None = None  # what was sent, of all pages; None until decode is ready
-        self.chunks: deque[_Chunk] = deque()
-        self.num_launched_tokens = 0
-        self.num_pieces = 0
-        self.made: list[int] | None = None  # the tokens made here, once the prompt is computed
-        self.made_at_s = 0.0
-        self.error: ErrorInfo | None = None
-
-    @property
-    def is_ready(self) -> bool:
-        return self.gone is not None
-
-    @property
-    def is_sent(self) -> bool:
-        """The whole prompt is computed, and all of it that decode lacks has gone."""
-        return self.made is not None and self.gone is not None and not self.chunks and self.gone.is_complete
 
 
 class HandoverSender:
@@ -85,7 +52,7 @@ class HandoverSender:
         self._page_size = page_size
         self._timeout_s = timeout_s
         self._clock = clock
-        self._plans: dict[OwnerKey, _SendPlan] = {}
+        self._plans: dict[OwnerKey, SendPlan] = {}
         self._early: OrderedDict[OwnerKey, tuple[PeerRef, Ready]] = OrderedDict()
         self._cancelled_early = RecentKeys()
         self._recent = RecentKeys()
@@ -106,7 +73,7 @@ class HandoverSender:
     def begin(self, request: Request) -> None:
         """A request of phase "prefill" was accepted."""
         assert request.peer is not None
-        plan = self._plans[request.key] = _SendPlan(request, request.peer)
+        plan = self._plans[request.key] = SendPlan(request, request.peer, self._clock())
         if request.key in self._cancelled_early:
             plan.error = _GIVEN_UP
         early = self._early.pop(request.key, None)
@@ -157,7 +124,7 @@ class HandoverSender:
         plan = self._plans.get(request.key)
         if plan is not None:
             plan.made = token_ids
-            plan.made_at_s = self._clock()
+            plan.times.made_s = self._clock()
 
     def drop(self, key: OwnerKey, code: str, message: str = "") -> None:
         """The request ended here for another reason: the decode side is told, nothing more is sent."""
@@ -216,7 +183,7 @@ class HandoverSender:
         wait here for pages, not for their turn."""
         ready = [plan for plan in self._plans.values() if plan.is_ready]
         before_s = self._clock() - _STARVED_S
-        starved = any(plan.ready_at_s < before_s for plan in ready)
+        starved = any(plan.times.ready_s < before_s for plan in ready)
         if not starved or any(plan.request.status is not Status.WAITING for plan in ready):
             return None
         held = [plan.request for plan in self._plans.values() if plan.made is not None and not plan.is_ready]
@@ -224,27 +191,30 @@ class HandoverSender:
 
     # -- what is computed ------------------------------------------------------------------------------
 
-    def _chunk(self, plan: _SendPlan, row: Row) -> _Chunk:
+    def _chunk(self, plan: SendPlan, row: Row) -> Chunk:
         if row.start < plan.num_launched_tokens:
             plan.chunks.clear()  # it was retracted, and what this step computes is not what was there
+        plan.times.launched_s = plan.times.launched_s or self._clock()
         end = plan.num_launched_tokens = row.start + row.num_tokens
         # The last page may be partial: what follows in it is computed on the decode side.
         num_pages = -(-end // self._page_size) if row.samples else end // self._page_size
-        chunk = _Chunk(end, num_pages)
+        chunk = Chunk(end, num_pages)
         plan.chunks.append(chunk)
         return chunk
 
-    def _reached(self, chunks: list[tuple[_SendPlan, _Chunk]], layer_end: int, mark: Pending) -> None:
+    def _reached(self, chunks: list[tuple[SendPlan, Chunk]], layer_end: int, mark: Pending) -> None:
         """The runner has launched all that writes layers [0, layer_end)."""
         for _, chunk in chunks:
             chunk.marks.append((layer_end, mark))
-        if mark.done():  # the device computes in our own thread: send while the next layers wait for us
+        # Done at once: the device computes in our own thread, and the next layers wait for us. News: it has
+        # got on with the step before while this one is being launched.
+        if mark.done() or self.has_news:
             self._send_computed()
 
-    def _start(self, plan: _SendPlan, ready: Ready) -> None:
+    def _start(self, plan: SendPlan, ready: Ready) -> None:
         if plan.gone is not None:
             return
-        plan.ready_at_s = self._clock()
+        plan.times.ready_s = self._clock()
         num_pages = -(-plan.request.num_submitted_tokens // self._page_size)
         plan.gone = PageLayers(num_pages, self._store.num_layers, min(ready.num_held_pages, num_pages))
 
@@ -259,7 +229,7 @@ class HandoverSender:
                 except PhloemError as error:
                     plan.error = error.info
 
-    def _send_chunks(self, plan: _SendPlan, gone: PageLayers) -> None:
+    def _send_chunks(self, plan: SendPlan, gone: PageLayers) -> None:
         while plan.chunks:
             chunk = plan.chunks[0]
             if plan.request.num_computed_tokens < chunk.num_tokens:
@@ -269,7 +239,7 @@ class HandoverSender:
                 return
             plan.chunks.popleft()
 
-    def _send_groups(self, plan: _SendPlan, gone: PageLayers, chunk: _Chunk) -> None:
+    def _send_groups(self, plan: SendPlan, gone: PageLayers, chunk: Chunk) -> None:
         """Sends the groups of layers that are computed, while there are staging slots."""
         while chunk.marks:
             layer_end, mark = chunk.marks[0]
@@ -281,7 +251,7 @@ class HandoverSender:
             chunk.marks.popleft()
             chunk.is_sent = layer_end == self._store.num_layers
 
-    def _send_pages(self, plan: _SendPlan, gone: PageLayers, num_pages: int, layer_end: int) -> bool:
+    def _send_pages(self, plan: SendPlan, gone: PageLayers, num_pages: int, layer_end: int) -> bool:
         """Whether layers below `layer_end` of the first pages have gone; otherwise a slot is missing."""
         while gone.lacks(num_pages, layer_end):
             slot = self._channels.acquire_slot(plan.peer)
@@ -292,7 +262,7 @@ class HandoverSender:
             gone.note(span)
         return True
 
-    def _send_piece(self, plan: _SendPlan, span: Span, slot: StagingSlot) -> None:
+    def _send_piece(self, plan: SendPlan, span: Span, slot: StagingSlot) -> None:
         request, num_bytes = plan.request, span_bytes(self._store, span)
         gathered = self._store.gather(
             span.of(request.page_ids), span.layer_start, span.layer_end, slot.tensor[:num_bytes]
@@ -300,10 +270,12 @@ class HandoverSender:
         piece = Piece(request.request_id, request.attempt, *span, num_bytes, digest=0)  # known when gathered
         self._channels.send_piece(plan.peer, piece, slot, gathered)
         plan.num_pieces += 1
+        plan.times.last_piece_s = self._clock()
+        plan.times.first_piece_s = plan.times.first_piece_s or plan.times.last_piece_s
         self.num_bytes_sent += num_bytes
         self.num_pages_sent += span.num_pages if span.layer_end == self._store.num_layers else 0
 
-    def _send_last(self, plan: _SendPlan) -> None:
+    def _send_last(self, plan: SendPlan) -> None:
         assert plan.made is not None
         request = plan.request
         last = Last(request.request_id, request.attempt, plan.num_pieces, plan.made)
@@ -312,7 +284,8 @@ class HandoverSender:
         except PhloemError as error:
             plan.error = error.info
         else:
-            self.exposure.handed_over(request.key, plan.made_at_s)
+            plan.times.last_s = self._clock()
+            self.exposure.handed_over(request.key, plan.times)
 
     def _expired(self) -> list[Ended]:
         """Requests whose decode side has not become ready in time since token 0 was made."""
@@ -320,7 +293,7 @@ class HandoverSender:
         late = [
             plan
             for plan in self._plans.values()
-            if plan.made is not None and not plan.is_ready and plan.made_at_s < before_s
+            if plan.made is not None and not plan.is_ready and plan.times.made_s < before_s
         ]
         error = ErrorInfo("handover_timeout", "the decode worker had no room in time", True, 503)
         for plan in late:

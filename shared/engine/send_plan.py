@@ -1,0 +1,47 @@
+"""What the prefill side knows of one hand-over."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from phloem.shared.engine.exposure import SendTimes
+from phloem.shared.engine.page_layers import PageLayers
+from phloem.shared.engine.requests import Request
+from phloem.shared.errors import ErrorInfo
+from phloem.shared.protocol.session import PeerRef
+from phloem.shared.transfer.pending import Pending
+
+
+class Chunk:
+    """What one launched step computes of a request: afterwards the KV of its first `num_tokens` tokens, in
+    `num_pages` pages, is there. `marks`: of the layer groups launched, those that were not sent yet."""
+
+    def __init__(self, num_tokens: int, num_pages: int) -> None:
+        self.num_tokens = num_tokens
+        self.num_pages = num_pages
+        self.marks: deque[tuple[int, Pending]] = deque()
+        self.is_sent = False
+
+
+class SendPlan:
+    """One request that is handed over, from its submission to its end."""
+
+    def __init__(self, request: Request, peer: PeerRef, now_s: float) -> None:
+        self.request = request
+        self.peer = peer
+        self.times = SendTimes(now_s)
+        self.gone: PageLayers | None = None  # what was sent, of all pages; None until decode is ready
+        self.chunks: deque[Chunk] = deque()
+        self.num_launched_tokens = 0
+        self.num_pieces = 0
+        self.made: list[int] | None = None  # the tokens made here, once the prompt is computed
+        self.error: ErrorInfo | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.gone is not None
+
+    @property
+    def is_sent(self) -> bool:
+        """The whole prompt is computed, and all of it that decode lacks has gone."""
+        return self.made is not None and self.gone is not None and not self.chunks and self.gone.is_complete
