@@ -110,6 +110,7 @@ def _wire(
                 options.max_running_requests,
                 options.max_queued_requests,
                 options.schedule_policy == "lpm",
+                options.max_mixed_prefill_tokens,
             ),
             account=account,
             runner=runner,

@@ -47,6 +47,14 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
         int,
         Meta(ge=0, le=1_048_576, description="most tokens of one engine step; 0: 8192 on CUDA, else 2048"),
     ] = 0
+    max_mixed_prefill_tokens: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1_048_576,
+            description="most prompt tokens of a step that decodes too; 0: 1024 on CUDA, unbounded on a CPU",
+        ),
+    ] = 0
     max_running_requests: Annotated[
         int, Meta(ge=0, le=4096, description="most requests with a slot at once; 0: 256 on CUDA, else 64")
     ] = 0

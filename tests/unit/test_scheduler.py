@@ -151,6 +151,18 @@ def test_step_never_exceeds_its_token_budget_and_mixes_decode_with_chunks() -> N
     world.drain()
 
 
+def test_prompt_tokens_beside_decode_rows_have_a_bound_of_their_own() -> None:
+    world = World(num_pages=200, limits=Limits(64, 8, 100, max_mixed_tokens=8))
+    world.add([5] * 3, 40)
+    world.add([6] * 50, 20)
+    assert world.step().num_tokens == 53, "nobody decodes yet"
+    world.add([7] * 20, 20)
+    world.add([8] * 5, 20)
+    for expected in ([1, 1, 8], [1, 1, 8], [1, 1, 4, 4], [1, 1, 1, 1], [1, 1, 1, 1]):
+        assert [row.num_tokens for row in world.step().rows] == expected
+    world.drain()
+
+
 def test_overlap_feeds_the_unknown_token_from_the_device() -> None:
     world = World(depth=2)
     world.add([5] * 3, 4)

@@ -73,6 +73,8 @@ def run_offline(
         torch.cuda.empty_cache()
     progress("engine")
     began_s = time.perf_counter()
+    # Batches are static: their prompts need not be gentle with those that decode already.
+    options = msgspec.structs.replace(options, max_mixed_prefill_tokens=1 << 20)
     driver = Driver(config.vocab_size)
     timers: list[TimedRunner] = []
 
