@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +74,7 @@ class Lab:
         *,
         name: str = "",
         faults: Faults | None = None,
-        **changes: object,
+        changes: Mapping[str, object] | None = None,
     ) -> EngineClient:
         """An engine that serves, on GPU number `gpu` of the host or a CPU (None). Its epoch is newer than
         those of all started before; `changes` are to the options."""
@@ -88,7 +88,7 @@ class Lab:
             host=HOST,
             cluster_secret=_SECRET,
             options=msgspec.structs.replace(
-                self.options, device="cpu" if gpu is None else "cuda:0", **changes
+                self.options, device="cpu" if gpu is None else "cuda:0", **(changes or {})
             ),
             faults=faults or Faults(),
         )

@@ -72,48 +72,52 @@ class LossRun:
         """Raises `PhloemError` when a bound is not kept, a token is wrong, or an audit is not clean."""
         plan = self.plan
         self._rng = random.Random(plan.seed)
-        self._survivor = await self.lab.start(plan.survivor, plan.survivor_gpu, name="survivor")
+        self._num_peers = 0
         self._spares: list[asyncio.Task[EngineClient]] = []
+        survivor = self.lab.start(plan.survivor, plan.survivor_gpu, name="survivor")
+        self._starting = asyncio.create_task(survivor)
         try:
-            self._top_up()
-            victim = await self._next_peer()
+            self._top_up(plan.count + 1)
+            self._survivor = await self._starting
+            victim = await self._next_peer(plan.count)
             while len(self.losses) < plan.count:
                 self.num_tries += 1
                 if self.num_tries > _MAX_TRIES_PER_LOSS * plan.count:
                     raise PhloemError("bench_failed", "transfers end before they can be interrupted")
-                spare = await self._next_peer()
+                spare = await self._next_peer(plan.count - len(self.losses) - 1)
                 await self._lose(victim, spare)
                 victim = spare
         finally:
-            for task in self._spares:
+            for task in (self._starting, *self._spares):
                 task.cancel()
-            await asyncio.gather(*self._spares, return_exceptions=True)
+            await asyncio.gather(self._starting, *self._spares, return_exceptions=True)
         return self.losses
 
     # -- peers ---------------------------------------------------------------------------------------------
 
-    def _top_up(self) -> None:
-        while len(self._spares) < self.plan.num_spares:
-            number = self.lab.num_started + len(self._spares)
-            self._spares.append(asyncio.create_task(self._start_peer(number)))
+    def _top_up(self, wanted: int) -> None:
+        while len(self._spares) < min(wanted, self.plan.num_spares):
+            staging = self.plan.staging[self._num_peers % len(self.plan.staging)]
+            self._num_peers += 1
+            self._spares.append(asyncio.create_task(self._start_peer(*staging)))
 
-    async def _start_peer(self, number: int) -> EngineClient:
+    async def _start_peer(self, staging_bytes: int, staging_slots: int) -> EngineClient:
+        """A peer whose channel works."""
         role: Role = "prefill" if self.plan.survivor == "decode" else "decode"
-        staging_bytes, staging_slots = self.plan.staging[number % len(self.plan.staging)]
-        peer = await self.lab.start(
-            role, self.plan.peer_gpu, staging_bytes=staging_bytes, staging_slots=staging_slots
-        )
-        await self._dialer(peer).peer_up(self._survivor if peer is self._dialer(peer) else peer)
-        await prove_channel(*self._sides(peer), f"channel of {peer.ref.worker_id}")
+        staging = {"staging_bytes": staging_bytes, "staging_slots": staging_slots}
+        peer = await self.lab.start(role, self.plan.peer_gpu, changes=staging)
+        self._survivor = await self._starting
+        prefill, decode = self._sides(peer)
+        await prefill.peer_up(decode)
+        await prove_channel(prefill, decode, f"channel of {peer.ref.worker_id}")
         return peer
 
-    async def _next_peer(self) -> EngineClient:
+    async def _next_peer(self, wanted_after: int) -> EngineClient:
+        if not self._spares:
+            self._top_up(1)
         peer = await self._spares.pop(0)
-        self._top_up()
+        self._top_up(wanted_after)
         return peer
-
-    def _dialer(self, peer: EngineClient) -> EngineClient:
-        return peer if self.plan.survivor == "decode" else self._survivor
 
     def _sides(self, peer: EngineClient) -> tuple[EngineClient, EngineClient]:
         """Prefill, decode."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 
 import torch
@@ -145,22 +146,27 @@ class SendingSide(PagedSide):
         deadline = self._deadline()
         for request in requests:
             self._sender.begin(request)
-            request.num_computed_tokens = request.num_prompt_tokens
-            watch = self._sender.watch([Row(request, 0, request.num_prompt_tokens, True, False)])
-            assert watch is not None, "the request has begun"
-            watch.all_at(DONE)
-            self._sender.tokens_made(request, [_TOKEN])
         while len(self._readies) < len(requests):
             self._stash(self.next_event(deadline))
         began_s = time.monotonic()
-        for _ in requests:
+        for request in requests:
             ready = self._readies.popleft()
             self._sender.on_ready(ready.peer, ready.message)
+            self._count_as_computed(request)
         done = _check(self._sender.pump())
         while done < len(requests):
             self._stash(self.next_event(deadline))
             done += _check(self._sender.pump())
         return began_s
+
+    def _count_as_computed(self, request: Request) -> None:
+        """As if a step had computed the whole prompt, all layers at once, and made token 0."""
+        num_tokens = request.num_computed_tokens = request.num_prompt_tokens
+        row = Row(request, 0, num_tokens, samples=True, from_device=False)
+        watch = self._sender.watch([row])
+        assert watch is not None
+        watch.reached(self.store.num_layers, DONE)
+        self._sender.tokens_made(request, [_TOKEN])
 
     def _stash(self, event: TransferEvent | None) -> None:
         """Keeps the go-ahead of a later turn; other events only say that pumping is worth while."""
@@ -203,7 +209,7 @@ class ReceivingSide(PagedSide):
                 pass
 
 
-def _check(ended: list[Ended | None] | list[Ended]) -> int:
+def _check(ended: Sequence[Ended | None]) -> int:
     """How many ended well. Raises `PhloemError` for one that did not."""
     over = [item for item in ended if item is not None]
     for item in over:

@@ -80,6 +80,7 @@ class Rank:
                 device_name="cpu" if setup.device == "cpu" else torch.cuda.get_device_name(setup.device),
                 staging_bytes=config.staging_bytes,
                 staging_slots=config.staging_slots,
+                max_ctas=config.max_ctas,
             )
         )
         return paged, raw
@@ -101,7 +102,7 @@ def _transfer_config(setup: RankSetup) -> TransferConfig:
     """What the command left open is the product's default."""
     chosen = {
         name: value
-        for name in ("staging_bytes", "staging_slots")
+        for name in ("staging_bytes", "staging_slots", "max_ctas")
         if (value := getattr(setup, name))
     }
     return TransferConfig(
@@ -123,6 +124,7 @@ def _plane_spec(setup: RankSetup, config: TransferConfig) -> PlaneSpec:
         side=setup.side,
         device=setup.device,
         timeout_s=setup.timeout_s,
+        max_ctas=config.max_ctas,
     )
 
 

@@ -52,7 +52,7 @@ class Joined(msgspec.Struct, frozen=True, tag="joined"):
     device_name: str
     staging_bytes: int
     staging_slots: int
-    max_ctas: int = 0
+    max_ctas: int
 
 
 class RawRun(msgspec.Struct, frozen=True, tag="raw"):

@@ -53,7 +53,7 @@ def transfer(
     window_s: Annotated[float, Parameter(help="seconds of each round of decode")] = 3.0,
     staging_mib: Annotated[int, Parameter(help="size of a staging slot; 0: the product's default")] = 0,
     staging_slots: Annotated[int, Parameter(help="0: the product's default")] = 0,
-    max_ctas: Annotated[int, Parameter(help="bound of both ways on NCCL's CTAs; 0: the default")] = 0,
+    max_ctas: Annotated[int, Parameter(help="bound on NCCL's CTAs; 0: the default")] = 0,
     output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="write it all as JSON")] = None,
     check: Annotated[bool, Parameter(help="exit with 1 when a bar is missed")] = False,
 ) -> int:
@@ -149,7 +149,9 @@ def _print_bandwidth(report: BandwidthReport, console: Console) -> None:
 
 
 def _print_engines(report: TransferReport, console: Console) -> None:
-    table = Table("prompt", "MiB", "prefill ms", "token 0 to 1 ms", "step ms", "exposed ms: median", "max")
+    table = Table(
+        "prompt", "MiB", "prefill ms", "token 0 to 1", "step", "beyond it", "exposed: median", "max"
+    )
     for item in report.exposed:
         table.add_row(
             str(item.prompt_tokens),
@@ -157,6 +159,7 @@ def _print_engines(report: TransferReport, console: Console) -> None:
             f"{item.prefill_ms.median:.2f}",
             f"{item.first_gap_ms.median:.2f}",
             f"{item.step_ms:.2f}",
+            f"{item.beyond_step_ms.median:.2f}",
             f"{item.exposed_ms.median:.2f}",
             f"{item.exposed_ms.max:.2f}",
         )
