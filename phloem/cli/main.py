@@ -30,6 +30,7 @@ def build_app() -> App:
     app.command("phloem.cli.pull:pull", name="pull", help="Fetch a model into the model cache.")
     app.command("phloem.cli.chat:chat", name="chat", help="Talk to a running cluster.")
     app.command(bench_app())
+    app.command("phloem.cli.simulate:simulate", name="simulate", help="Replay a trace on modelled workers.")
     app.command("phloem.cli.doctor:doctor", name="doctor", help="Check what this machine has.")
     return app
 

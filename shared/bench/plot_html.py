@@ -61,7 +61,7 @@ def render_html(result: RunResult) -> str:
     env = result.environment
     problems = "".join(f'<p class="bad">INVALID: {escape(problem)}</p>' for problem in result.problems)
     remarks = "".join(f"<p>note: {escape(remark)}</p>" for remark in result.remarks)
-    charts = "".join(_svg(chart) for chart in charts_of(result))
+    charts = "".join(chart_svg(chart) for chart in charts_of(result))
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>phloem bench</title>'
         f"<style>{_STYLE}</style><h1>phloem bench serve</h1>"
@@ -89,7 +89,8 @@ def _number(value: float | int | str | None) -> str:
     return f"{value:,}" if isinstance(value, int) else "-"
 
 
-def _svg(chart: Chart) -> str:
+def chart_svg(chart: Chart) -> str:
+    """One chart; its text and grid lines want the classes of the page's style."""
     x_axis, y_axis = _axes(chart)
     parts = [f'<text class="t" x="{_LEFT}" y="18">{escape(chart.title)}</text>', *_grid(x_axis, y_axis)]
     middle_y = (_TOP + _HEIGHT - _BOTTOM) / 2

@@ -1,0 +1,107 @@
+"""The bars of routing, measured: `phloem simulate TRACE --check`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from phloem.simulate.options import SimulationOptions
+from phloem.simulate.oracle import lru_hit_rate
+from phloem.simulate.result import SimulationResult
+from phloem.simulate.study import Progress, find_rate_scale, run_all
+from phloem.simulate.workload import SimRequest
+
+BUSY_P90_S = (2.0, 4.0)  # round robin's p90 TTFT at the load that policies are compared at
+GATEWAY_COUNTS = (1, 2, 4, 8)
+COMPARED = ("random", "least_loaded", "cache_aware")
+
+
+class Bar(msgspec.Struct, frozen=True, kw_only=True):
+    """A measured value beside its bound; `at_most` says on which side of it the value must lie."""
+
+    name: str
+    value: float
+    bound: float
+    at_most: bool
+
+    @property
+    def is_met(self) -> bool:
+        return self.value <= self.bound if self.at_most else self.value >= self.bound
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """All runs, the hit rates of ideal caches by name, and the bars."""
+
+    results: list[SimulationResult]
+    ideal_hit_rates: dict[str, float]
+    bars: list[Bar]
+
+    @property
+    def is_met(self) -> bool:
+        return all(bar.is_met for bar in self.bars) and not any(result.problems for result in self.results)
+
+
+def check(
+    trace: Sequence[SimRequest],
+    shared_prefix: Sequence[SimRequest],
+    options: SimulationOptions,
+    *,
+    jobs: int,
+    progress: Progress,
+) -> Check:
+    """Finds the load where round robin is busy, runs the policies there, `cost` with 1 to 8 gateways, and
+    `cost` on the workload where one prefix takes half of the requests."""
+    low_s, high_s = BUSY_P90_S
+    start = msgspec.structs.replace(options, policy="round_robin")
+    busy = find_rate_scale(trace, start, low_s=low_s, high_s=high_s, progress=progress)
+    at_load = msgspec.structs.replace(options, rate_scale=busy.options.rate_scale)
+    others = [msgspec.structs.replace(at_load, policy=policy) for policy in COMPARED]
+    several = [_with_gateways(at_load, count) for count in GATEWAY_COUNTS]
+    results = run_all(trace, others + several, jobs=jobs, progress=progress)
+    by_policy = {result.options.policy: result for result in results[: len(COMPARED)]}
+    by_gateways = results[len(COMPARED) :]
+    balance = run_all(shared_prefix, [_with_gateways(options, 1)], jobs=jobs, progress=progress)[0]
+    ideal = ideal_hit_rates(trace, options)
+    cost = by_gateways[0]
+    bars = [
+        _at_least(
+            "hit rate / one LRU cache of the prefill pool", cost.hit_rate / ideal["prefill pool"], 0.92
+        ),
+        _at_least("round_robin's p90 TTFT, s: at least", busy.ttft_p90_s, low_s),
+        _at_most("round_robin's p90 TTFT, s: at most", busy.ttft_p90_s, high_s),
+        _at_most("p90 TTFT: cost / round_robin", cost.ttft_p90_s / busy.ttft_p90_s, 0.60),
+        _at_most("p90 TTFT: cost / cache_aware", cost.ttft_p90_s / by_policy["cache_aware"].ttft_p90_s, 0.90),
+        _at_most("1 to 8 gateways: spread of p90 TTFT", _spread([r.ttft_p90_s for r in by_gateways]), 0.03),
+        _at_most("1 to 8 gateways: spread of the hit rate", _spread([r.hit_rate for r in by_gateways]), 0.03),
+        _at_most("shared prefix: CoV of the workers' load", balance.load_cov, 0.25),
+    ]
+    return Check(results=[busy, *results, balance], ideal_hit_rates=ideal, bars=bars)
+
+
+def ideal_hit_rates(requests: Sequence[SimRequest], options: SimulationOptions) -> dict[str, float]:
+    """Of one LRU cache with the memory of all workers that prefill, of all workers, and without end."""
+    shape = options.shape
+    prefilling = shape.num_prefill or shape.num_unified or shape.num_decode
+    return {
+        "prefill pool": lru_hit_rate(requests, prefilling * shape.kv_tokens),
+        "all workers": lru_hit_rate(requests, shape.num_workers * shape.kv_tokens),
+        "infinite": lru_hit_rate(requests, None),
+    }
+
+
+def _with_gateways(options: SimulationOptions, count: int) -> SimulationOptions:
+    shape = msgspec.structs.replace(options.shape, num_gateways=count)
+    return msgspec.structs.replace(options, policy="cost", shape=shape)
+
+
+def _spread(values: Sequence[float]) -> float:
+    return max(values) / min(values) - 1 if min(values) else 0.0
+
+
+def _at_least(name: str, value: float, bound: float) -> Bar:
+    return Bar(name=name, value=value, bound=bound, at_most=False)
+
+
+def _at_most(name: str, value: float, bound: float) -> Bar:
+    return Bar(name=name, value=value, bound=bound, at_most=True)

@@ -1,0 +1,61 @@
+"""The TTFTs of several runs as one SVG file that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+from phloem.shared.bench.plot_data import Chart, Curve, cdf_points
+from phloem.shared.bench.plot_html import chart_svg
+from phloem.shared.errors import ConfigError
+from phloem.simulate.result import SimulationResult
+
+_WIDTH, _HEIGHT, _GAP = 560, 300, 8
+_LEAST_MS = 1.0
+_STYLE = (
+    "text{font:11px system-ui,sans-serif;fill:#4b5563}"
+    ".t{font-size:13px;font-weight:600;fill:#111827}.g{stroke:#e5e7eb}"
+)
+
+
+def write_plot(results: Sequence[SimulationResult], title: str, path: Path) -> None:
+    """Distributions of TTFT, whole and its slowest tenth. Raises `ConfigError` when it can't be written."""
+    if path.suffix != ".svg":
+        raise ConfigError(f"--plot {path}: the name must end in .svg")
+    try:
+        path.write_text(render(results, title), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"can't write {path}: {error.strerror}") from error
+
+
+def render(results: Sequence[SimulationResult], title: str) -> str:
+    """The file's text."""
+    curves = [_curve(result) for result in results]
+    charts = [
+        Chart("TTFT", "ms", "share below", True, curves),
+        Chart("TTFT: the slowest tenth", "ms", "share below", True, [_tail(curve) for curve in curves]),
+    ]
+    height = _HEIGHT + 30
+    parts = [
+        f'<svg x="{n * (_WIDTH + _GAP)}" y="30" {chart_svg(chart).removeprefix("<svg ")}'
+        for n, chart in enumerate(charts)
+    ]
+    width = len(charts) * (_WIDTH + _GAP)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">'
+        f'<style>{_STYLE}</style><rect width="{width}" height="{height}" fill="#fff"/>'
+        f'<text class="t" x="12" y="20">{escape(title)}</text>{"".join(parts)}</svg>\n'
+    )
+
+
+def _curve(result: SimulationResult) -> Curve:
+    xs, ys = cdf_points([max(ttft_s * 1e3, _LEAST_MS) for ttft_s in result.ttfts_s])
+    gateways = result.options.shape.num_gateways
+    name = result.options.policy if gateways == 1 else f"{result.options.policy} {gateways}G"
+    return Curve(name, xs, ys)
+
+
+def _tail(curve: Curve) -> Curve:
+    first = next((n for n, y in enumerate(curve.ys) if y >= 0.9), 0)
+    return Curve(curve.name, curve.xs[first:], curve.ys[first:])
