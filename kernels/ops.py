@@ -9,7 +9,7 @@ unless an op says otherwise; ids, bytes and digests agree exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,10 @@ from phloem.kernels.reference import norm as _norm
 from phloem.kernels.reference import pages as _pages
 from phloem.kernels.reference import rope as _rope
 from phloem.kernels.reference import sampling as _sampling
-from phloem.kernels.types import AttentionPlan, DevicePlan, LinearWeight, PagedKV
+from phloem.kernels.types import AttentionPlan, DecodeShape, DevicePlan, LinearWeight, PagedKV
+
+if TYPE_CHECKING:
+    from phloem.kernels.triton_ops.decode_kernels import DecodeKernels
 
 
 class SamplingHints(NamedTuple):
@@ -217,3 +220,18 @@ def sample(
             no_filters=known.no_filters,
         )
     return _sampling.sample(logits, temperature, top_k, top_p, min_p, seed, position)
+
+
+def decode_kernels(
+    shape: DecodeShape, dtype: torch.dtype, device: torch.device, max_rows: int
+) -> DecodeKernels | None:
+    """The kernels that make a whole decode step of up to `max_rows` sequences, or None where they can't run.
+
+    They compute what `Decoder.forward` does for one token per sequence, with fewer roundings in between.
+    """
+    halves = dtype in (torch.bfloat16, torch.float16)
+    if device.type != "cuda" or not halves or shape.head_dim not in (64, 128, 256):
+        return None
+    from phloem.kernels.triton_ops.decode_kernels import DecodeKernels
+
+    return DecodeKernels(shape, device, max_rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -67,3 +67,42 @@ class DevicePlan(Protocol):
 
     def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float) -> Tensor:
         """As `ops.paged_attention`."""
+
+
+class DecodeShape(NamedTuple):
+    """What the kernels of a decode step need to know of a model."""
+
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def products(self) -> tuple[tuple[Literal["normed", "gated", "adds"], int, int], ...]:
+        """Each matrix product of a step: what it does besides, outputs, inputs."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return (
+            ("normed", q + 2 * kv, self.hidden_size),
+            ("adds", self.hidden_size, q),
+            ("gated", self.intermediate_size, self.hidden_size),
+            ("adds", self.hidden_size, self.intermediate_size),
+            ("normed", self.vocab_size, self.hidden_size),
+        )
+
+
+class DecodeRows(NamedTuple):
+    """B sequences with one new token each, on the device; all that changes from step to step.
+
+    token, slot, position, write_index: int64 `[B]`; a negative token stands for `last_token[slot]` (int64
+    `[num_slots]`). page_table: int32 `[num_slots, max_pages]`, by slot. cos, sin: `[max_position, D / 2]`.
+    """
+
+    token: Tensor
+    slot: Tensor
+    position: Tensor
+    write_index: Tensor
+    last_token: Tensor
+    page_table: Tensor
+    cos: Tensor
+    sin: Tensor

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_PARTS = 32
+from phloem.kernels.triton_ops.tilings import MAX_PARTS
 
 
 @triton.jit
@@ -34,19 +34,6 @@ def _rotated_halves(
     cos = tl.load(table_cos + dim).to(tl.float32)[None, :]
     sin = tl.load(table_sin + dim).to(tl.float32)[None, :]
     return low * cos - high * sin, high * cos + low * sin
-
-
-@triton.jit
-def _prefetch(places, num_bytes: tl.constexpr):
-    """Asks for `num_bytes` from each place on into L2."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [places, tl.full(places.shape, num_bytes, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -94,12 +81,6 @@ def _decode_attention_kernel(
     begin = part * share
     end = tl.minimum(begin + share, position)
     if pdl:
-        # The first keys and values were written by steps before this one: they need not wait.
-        ahead = begin + tl.arange(0, block_n)
-        ahead_page = tl.load(table + ahead // page_size, mask=ahead < end, other=0).to(tl.int64)
-        ahead_place = ((ahead_page * page_size + ahead % page_size) * num_kv_heads + kv_head) * head_dim
-        _prefetch(k_pages + ahead_place, 2 * head_dim)
-        _prefetch(v_pages + ahead_place, 2 * head_dim)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if part < used_parts:
@@ -208,7 +189,7 @@ def _decode_attention_kernel(
 
 
 class Joints:
-    """Where the parts of a sequence meet. One for a stream of launches; a captured graph keeps its addresses."""
+    """Where the parts of a sequence meet. One for a stream of launches; a graph keeps its addresses."""
 
     def __init__(
         self, device: torch.device, *, max_rows: int, num_heads: int, num_kv_heads: int, head_dim: int
@@ -242,9 +223,11 @@ def decode_attention(
     warps: int = 4,
     pdl: bool = False,
 ) -> None:
-    """See the module. qkv `[B, H + 2 * H_kv, D]` dense: query, key and value heads of one new token each; cos,
-    sin `[max_position, D / 2]`; positions, write_index, slots int64 `[B]`; page_table int32
-    `[num_slots, max_pages]`; out `[B, H, D]`. D is a power of two of at least 32."""
+    """See the module. qkv `[B, H + 2 * H_kv, D]`, dense: query, key and value heads of one new token each.
+
+    cos, sin `[max_position, D / 2]`; positions, write_index, slots int64 `[B]`; page_table int32
+    `[num_slots, max_pages]`; out `[B, H, D]`. D is a power of two of at least 32.
+    """
     batch, num_heads, head_dim = out.shape
     num_kv_heads = k_pages.shape[2]
     group = num_heads // num_kv_heads

@@ -6,10 +6,10 @@ What stands between two products of a layer is done in their epilogues, and noth
     squares of a row (from the kernel before)  ->  the row's RMS norm, as a factor of the sums
     bias; silu(gate) * up; or residual +=, times the next norm's gain, and squares of the new residual
 
-With programmatic dependent launch a kernel starts while the one before still runs, and asks for its first
-weights into the L2 cache until it may read that one's results (CUDA programming guide, "Programmatic
-Dependent Launch"). Where one tile per column block would not fill the device, the sum over k is split; the
-last block to arrive adds the parts, always in the same order.
+With programmatic dependent launch a kernel is resident before the one before it has ended, and waits there
+for its results (CUDA programming guide, "Programmatic Dependent Launch"). Where one tile per column block
+would not fill the device, the sum over k is split; the last block to arrive adds the parts, always in the
+same order.
 """
 
 from __future__ import annotations
@@ -22,41 +22,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-
-class Tiling(NamedTuple):
-    """block_n: rows of the weight in a tile; block_k: its columns at a time; split_k: blocks that share a
-    tile's sum; prefetch_k: columns asked for before the kernel before has ended."""
-
-    block_n: int
-    block_k: int
-    split_k: int
-    stages: int
-    warps: int
-    prefetch_k: int = 0
-    late: bool = True  # the next kernel starts when the sums are done, not at once
-    tma: bool = False  # tiles of the weight come by the tensor memory accelerator (Hopper and later)
-
-
-@triton.jit
-def _prefetch_rows(w, row, k: tl.constexpr, begin, width: tl.constexpr):
-    """Asks for `width` neighbouring columns of the weight's rows into L2: one instruction for each row."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [w + row.to(tl.int64) * k + begin, tl.full(row.shape, 2 * width, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+from phloem.kernels.triton_ops.tilings import Tiling
 
 
 @triton.jit
 def _finish(
     sums,
     up_sums,
-    squares,
-    before,
-    eps,
+    factor,
     bias,
     residual,
     gain,
@@ -68,7 +41,6 @@ def _finish(
     in_m,
     row_stride: tl.constexpr,
     n: tl.constexpr,
-    k: tl.constexpr,
     gated: tl.constexpr,
     normed: tl.constexpr,
     adds: tl.constexpr,
@@ -76,7 +48,6 @@ def _finish(
 ):
     """What follows the sums: `[block_n, block_m]`, float32."""
     if normed:
-        factor = tl.rsqrt(tl.sum(squares, axis=0) / k + eps)
         sums = sums * factor[None, :]
     if has_bias:
         sums += tl.load(bias + column).to(tl.float32)[:, None]
@@ -88,7 +59,7 @@ def _finish(
         sums = sums / (1.0 + tl.exp(-sums)) * up_sums
     place = m[None, :].to(tl.int64) * n + column[:, None]
     if adds:
-        sums += before.to(tl.float32)
+        sums += tl.load(residual + place, mask=in_m[None, :], other=0.0).to(tl.float32)
         stored = sums.to(residual.dtype.element_ty)
         tl.store(residual + place, stored, mask=in_m[None, :])
         sums = stored.to(tl.float32)
@@ -122,13 +93,11 @@ def _skinny_kernel(
     block_k: tl.constexpr,
     split_k: tl.constexpr,
     stages: tl.constexpr,
-    prefetch_k: tl.constexpr,
     gated: tl.constexpr,
     normed: tl.constexpr,
     adds: tl.constexpr,
     has_bias: tl.constexpr,
     tma: tl.constexpr,
-    late: tl.constexpr,
     pdl: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -137,25 +106,16 @@ def _skinny_kernel(
     begin = split * span
     column = tile * block_n + tl.arange(0, block_n)
     if pdl:
-        if prefetch_k > 0:
-            _prefetch_rows(w, column, k, begin, prefetch_k)
-            if gated:
-                _prefetch_rows(w, column + n, k, begin, prefetch_k)
         tl.extra.cuda.gdc_wait()
-        if not late:
-            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
     m = tl.arange(0, block_m)
     in_m = m < num_rows
-    # What the end needs is asked for now, and used when the sums are there.
-    known = in_m[None, :]
-    part_squares = tl.zeros((squares_block, block_m), tl.float32)
+    factor = tl.full((block_m,), 1.0, tl.float32)
     if normed:
         part = tl.arange(0, squares_block)
-        source = squares + part[:, None] * row_stride + m[None, :]
-        part_squares = tl.load(source, mask=(part[:, None] < num_squares) & known, other=0.0)
-    before = tl.zeros((block_n, block_m), out.dtype.element_ty)
-    if adds:
-        before = tl.load(residual + m[None, :].to(tl.int64) * n + column[:, None], mask=known, other=0.0)
+        known = (part[:, None] < num_squares) & in_m[None, :]
+        total = tl.load(squares + part[:, None] * row_stride + m[None, :], mask=known, other=0.0)
+        factor = tl.rsqrt(tl.sum(total, axis=0) / k + eps)
 
     sums = tl.zeros((block_n, block_m), tl.float32)
     up_sums = tl.zeros((block_n, block_m), tl.float32)
@@ -175,14 +135,11 @@ def _skinny_kernel(
                 place = w + (column[:, None] + n).to(tl.int64) * k + inner[None, :]
                 up = tl.load(place, eviction_policy="evict_first")
             up_sums = tl.dot(up, rows, up_sums)
-    if pdl:
-        if late:
-            tl.extra.cuda.gdc_launch_dependents()
 
     if split_k == 1:
         _finish(
-            sums, up_sums, part_squares, before, eps, bias, residual, gain, out, squares_out, tile, column, m, in_m,
-            row_stride, n, k, gated, normed, adds, has_bias,
+            sums, up_sums, factor, bias, residual, gain, out, squares_out, tile, column, m, in_m,
+            row_stride, n, gated, normed, adds, has_bias,
         )  # fmt: skip
     else:
         area: tl.constexpr = block_n * block_m
@@ -203,8 +160,8 @@ def _skinny_kernel(
                 if gated:
                     up_sums += tl.load(theirs + area + cell, cache_modifier=".cg")
             _finish(
-                sums, up_sums, part_squares, before, eps, bias, residual, gain, out, squares_out, tile, column, m, in_m,
-                row_stride, n, k, gated, normed, adds, has_bias,
+                sums, up_sums, factor, bias, residual, gain, out, squares_out, tile, column, m, in_m,
+                row_stride, n, gated, normed, adds, has_bias,
             )  # fmt: skip
 
 
@@ -217,15 +174,15 @@ class Workspace:
 
 
 class Squares(NamedTuple):
-    """Sums of squares of each row of the residual stream, by column block: float32 `[count, stride]`."""
+    """Sums of squares of each row of the residual stream, by column block: float32 `[num_parts, stride]`."""
 
     values: Tensor
-    count: int
+    num_parts: int
 
 
 def block_of_rows(num_rows: int) -> int:
     """The tile's rows: the matrix units' narrow side takes 16, 32, 64 or 128."""
-    return max(16, triton.next_power_of_2(num_rows))
+    return max(16, int(triton.next_power_of_2(num_rows)))
 
 
 def skinny_linear(
@@ -254,7 +211,7 @@ def skinny_linear(
     n = out.shape[1]
     tiles = n // tiling.block_n
     stride = squares_out.shape[1] if squares_out is not None else norm.values.shape[1] if norm else 0
-    count = norm.count if norm is not None else 1
+    count = norm.num_parts if norm is not None else 1
     options = {"launch_pdl": True} if pdl else {}
     _skinny_kernel[(tiles, tiling.split_k)](
         x,
@@ -280,13 +237,11 @@ def skinny_linear(
         block_k=tiling.block_k,
         split_k=tiling.split_k,
         stages=tiling.stages,
-        prefetch_k=tiling.prefetch_k,
         gated=gated,
         normed=norm is not None,
         adds=residual is not None,
         has_bias=bias is not None,
         tma=tiling.tma,
-        late=tiling.late,
         pdl=pdl,
         num_warps=tiling.warps,
         **options,

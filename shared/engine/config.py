@@ -73,6 +73,10 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
         Meta(description="auto: flashinfer on CUDA where it has a kernel, else triton; torch on a CPU"),
     ] = "auto"
     disable_cuda_graph: Annotated[bool, Meta(description="run decode steps eagerly")] = False
+    disable_decode_kernels: Annotated[
+        bool,
+        Meta(description="capture decode steps of the library's kernels instead of Phloem's own"),
+    ] = False
     cuda_graph_max_bs: Annotated[
         int, Meta(ge=0, le=4096, description="largest batch with a CUDA graph; 0: --max-running-requests")
     ] = 0

@@ -2,7 +2,8 @@
 
 Decode rows and prompt chunks are planned apart: FlashInfer's FA2 (split over the keys, safe in graphs) for
 the first, FA3 on Hopper for the second. Layers with a window, and everything with `--attention-backend
-triton`, go to the Triton kernel.
+triton`, go to the Triton kernel. Steps of decode rows alone that the decode kernels take need no plan: these
+read the slots' page table on the device.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from phloem.kernels.flashinfer_ops.page_lists import PagedRows
 from phloem.kernels.triton_ops.lane import TritonLane
+from phloem.shared.engine.page_mirror import PageMirror
 from phloem.shared.model_store.model_config import ModelConfig
 
 DeviceBackend: TypeAlias = Literal["flashinfer", "triton"]
@@ -51,13 +53,20 @@ class Lane(Protocol):
 
 
 class CudaAttention:
-    """The lanes of every window of a model: (decode rows, chunks of prompts)."""
+    """The lanes of every window of a model: (decode rows, chunks of prompts).
 
-    def __init__(self, lanes: Mapping[int, tuple[Lane, Lane]]) -> None:
+    With a `mirror`, steps of decode rows alone go without lanes.
+    """
+
+    def __init__(self, lanes: Mapping[int, tuple[Lane, Lane]], mirror: PageMirror | None = None) -> None:
         self._lanes = lanes
+        self._mirror = mirror
 
     def plan_decode(self, rows: PagedRows, *, in_graph: bool) -> dict[int, PlannedRows]:
         """One query per row."""
+        if self._mirror is not None:
+            self._mirror.update(rows)
+            return {}
         return {
             window: PlannedRows(lanes[0].plan(rows, in_graph=in_graph), None, len(rows.slots))
             for window, lanes in self._lanes.items()
@@ -104,6 +113,7 @@ def device_attention(
     device: torch.device,
     backend: DeviceBackend,
     sizes: AttentionSizes,
+    mirror: PageMirror | None = None,
 ) -> CudaAttention:
     """Layers with a window go to the Triton kernel whatever the backend."""
     lanes: dict[int, tuple[Lane, Lane]] = {}
@@ -116,7 +126,7 @@ def device_attention(
                 for _ in range(2)
             )
             lanes[window] = (_TritonRows(decode, sizes.page_size), _TritonRows(chunks, sizes.page_size))
-    return CudaAttention(lanes)
+    return CudaAttention(lanes, mirror)
 
 
 def _flashinfer_lanes(

@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from phloem.kernels import ops
+from phloem.kernels.types import DecodeRows
 from phloem.shared.engine.cuda_attention import CudaAttention, PlannedRows
 from phloem.shared.engine.cuda_inputs import RING, RowInputs
 from phloem.shared.engine.models.batch import ForwardBatch
+from phloem.shared.engine.models.decode_pass import DecodePass
 from phloem.shared.engine.models.kv_cache import KVCache
+from phloem.shared.engine.page_mirror import PageMirror
 from phloem.shared.engine.step_inputs import RunnerSizes, SampledRows, StepInputs
 from phloem.shared.engine.step_plan import DecodeStep, Row, StepPlan
 from phloem.shared.engine.step_runner import Forward, LayerWatch
@@ -54,6 +57,15 @@ class _Graph(NamedTuple):
     logits: Tensor
 
 
+class DecodeParts(NamedTuple):
+    """What captured steps are made of, not the decoder's own forward pass. cos, sin: as `DecodeRows`."""
+
+    forward: DecodePass
+    mirror: PageMirror  # the same that the runner's `CudaAttention` keeps up to date
+    cos: Tensor
+    sin: Tensor
+
+
 class CudaStepRunner:
     """The model on one CUDA device. `capture` before the first launch makes the decode graphs."""
 
@@ -64,7 +76,9 @@ class CudaStepRunner:
         device: torch.device,
         attention: CudaAttention,
         sizes: RunnerSizes,
+        decode: DecodeParts | None = None,
     ) -> None:
+        self._decode = decode
         self._model = model
         self._kv = kv
         self._device = device
@@ -98,11 +112,26 @@ class CudaStepRunner:
 
     def _padding_step(self, size: int) -> Callable[[], Tensor]:
         inputs, plans = self._inputs.padding(size)
+        if self._decode is not None:
+            decode, rows = self._decode.forward, self._decode_rows(self._decode, inputs)
+            return lambda: decode.forward(rows, self._kv)
 
         def forward() -> Tensor:
             return self._model.forward(self._batch(inputs, None, plans), self._kv)
 
         return forward
+
+    def _decode_rows(self, parts: DecodeParts, inputs: RowInputs) -> DecodeRows:
+        return DecodeRows(
+            token=inputs.token,
+            slot=inputs.slot,
+            position=inputs.position,
+            write_index=inputs.write_index,
+            last_token=self._last_token,
+            page_table=parts.mirror.table,
+            cos=parts.cos,
+            sin=parts.sin,
+        )
 
     # -- launch ----------------------------------------------------------------------------------------
 

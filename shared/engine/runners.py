@@ -148,15 +148,18 @@ def _cuda_runner(
     # Triton and FlashInfer are imported only where there is a CUDA device.
     from phloem.shared.engine.cuda_attention import AttentionSizes, device_attention
     from phloem.shared.engine.cuda_runner import CudaStepRunner, decode_buckets
+    from phloem.shared.engine.decode_parts import decode_parts
     from phloem.shared.engine.step_inputs import RunnerSizes
 
     max_pages = _max_pages(options, model)
+    decode = decode_parts(options, model, max_pages)
     attention = device_attention(
         model.decoder.config,
         model.dtype,
         model.device,
         backend,
         AttentionSizes(options.page_size, options.max_running_requests, max_pages),
+        decode.mirror if decode is not None else None,
     )
     runner = CudaStepRunner(
         model.decoder,
@@ -170,6 +173,7 @@ def _cuda_runner(
             page_size=options.page_size,
             scratch_page=model.num_pages,
         ),
+        decode,
     )
     if not options.disable_cuda_graph:
         runner.capture(

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from phloem.kernels.reference import rope
 from phloem.kernels.triton_ops.decode_attention import Joints, decode_attention
-from phloem.kernels.triton_ops.skinny import Squares, Tiling, Workspace, skinny_linear
+from phloem.kernels.triton_ops.skinny import Squares, Workspace, skinny_linear
+from phloem.kernels.triton_ops.tilings import Tiling
 from tests.support.device_ops import HEADS, Heads, paged_batch, relative_error
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels for real")

@@ -31,6 +31,9 @@ def offline(
     steps: Annotated[int, Parameter(help="decode steps per shape")] = 64,
     temperature: Annotated[float, Parameter(help="of the decode steps; 0 is greedy")] = 0.0,
     disable_cuda_graph: Annotated[bool, Parameter(help="run decode steps eagerly")] = False,
+    disable_decode_kernels: Annotated[
+        bool, Parameter(help="capture decode steps of the library's kernels instead of Phloem's own")
+    ] = False,
     output: Annotated[Path | None, Parameter(help="write the figures as JSON")] = None,
 ) -> int:
     """Measure prefill by length and decode steps by batch and context, without a server."""
@@ -48,6 +51,7 @@ def offline(
         context_length=context_length,
         max_running_requests=max_running_requests,
         disable_cuda_graph=disable_cuda_graph,
+        disable_decode_kernels=disable_decode_kernels,
     )
     report = run_offline(
         options,

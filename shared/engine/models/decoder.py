@@ -31,15 +31,15 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, parameters: DecoderParameters) -> None:
         self.config = config
-        self._parameters = parameters
-        self._rope = RotaryEmbedding(config.rope, config.head_dim, parameters.embedding.device)
+        self.parameters = parameters
+        self.rope = RotaryEmbedding(config.rope, config.head_dim, parameters.embedding.device)
         self._scale = config.head_dim**-0.5
         self._windows = sorted(set(config.layer_windows))
 
     @property
     def dtype(self) -> torch.dtype:
         """Of weights, activations and KV pages."""
-        return self._parameters.embedding.dtype
+        return self.parameters.embedding.dtype
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
@@ -47,7 +47,7 @@ class Decoder:
 
         Sequences may be at different places: chunks of prompts and single decode tokens mix freely.
         """
-        parameters, eps = self._parameters, self.config.norm_eps
+        parameters, eps = self.parameters, self.config.norm_eps
         step = self._step(batch, kv)
         residual = parameters.embedding[batch.input_ids]
         x = ops.rms_norm(residual, parameters.layers[0].input_norm, eps)
@@ -64,7 +64,7 @@ class Decoder:
         return self._logits(x, residual, batch.logits_index)
 
     def _step(self, batch: ForwardBatch, kv: KVCache) -> _Step:
-        cos, sin = self._rope.tables(batch.positions, self.dtype)
+        cos, sin = self.rope.tables(batch.positions, self.dtype)
         return _Step(cos, sin, batch.write_index, batch.plans or self._plans(batch, kv.page_size))
 
     def _plans(self, batch: ForwardBatch, page_size: int) -> dict[int, AttentionPlan]:
@@ -101,7 +101,7 @@ class Decoder:
 
     def _logits(self, x: Tensor, residual: Tensor, logits_index: Tensor | None) -> Tensor:
         """Only the wanted rows pass the last norm and the vocabulary."""
-        parameters = self._parameters
+        parameters = self.parameters
         if logits_index is not None:
             x, residual = x[logits_index], residual[logits_index]
         wanted = ops.add_rms_norm(x, residual, parameters.final_norm, self.config.norm_eps)

@@ -31,6 +31,13 @@ class RotaryEmbedding:
         sin_table = torch.cat((-sin, sin), dim=-1).to(dtype).unsqueeze(1)
         return cos_table, sin_table
 
+    def halves(self, num_positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of the positions before `num_positions`, each `[num_positions, head_dim / 2]`."""
+        positions = torch.arange(num_positions, device=self._inverse_frequencies.device)
+        cos, sin = self.tables(positions, dtype)
+        half = cos.shape[-1] // 2
+        return cos[:, 0, :half].contiguous(), sin[:, 0, half:].contiguous()
+
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
     """Radians per token of each pair of dimensions: float32 `[head_dim / 2]`."""

@@ -1,0 +1,35 @@
+"""Whether captured decode steps are made of the decode kernels, and what they need beside the weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from phloem.kernels import ops
+from phloem.shared.engine.config import EngineOptions
+from phloem.shared.engine.cuda_runner import DecodeParts
+from phloem.shared.engine.models.decode_pass import DecodePass, decode_shape
+from phloem.shared.engine.page_mirror import PageMirror
+
+if TYPE_CHECKING:
+    from phloem.shared.engine.runners import LoadedModel
+
+
+def decode_parts(options: EngineOptions, model: LoadedModel, max_pages: int) -> DecodeParts | None:
+    """None where the decode kernels can't serve the model, or no step is captured: then the decoder's own
+    forward pass does it all."""
+    config = model.decoder.config
+    if options.disable_cuda_graph or options.disable_decode_kernels or any(config.layer_windows):
+        return None
+    kernels = ops.decode_kernels(
+        decode_shape(config), model.dtype, model.device, options.max_running_requests + 1
+    )
+    if kernels is None:
+        return None
+    mirror = PageMirror(
+        model.device,
+        num_slots=options.max_running_requests + 1,
+        max_pages=max_pages,
+        page_size=options.page_size,
+    )
+    cos, sin = model.decoder.rope.halves(model.context_length + 1, model.dtype)
+    return DecodeParts(DecodePass(model.decoder, kernels), mirror, cos, sin)

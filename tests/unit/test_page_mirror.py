@@ -1,0 +1,57 @@
+"""The page table on the device equals the host's for every row of a step, whatever came before."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phloem.kernels.flashinfer_ops.page_lists import PagedRows
+from phloem.shared.engine.page_mirror import PageMirror
+
+NUM_SLOTS, MAX_PAGES, PAGE_SIZE = 5, 6, 4
+
+
+class Host:
+    """A page table as the engine keeps it: slots get other requests, rows grow."""
+
+    def __init__(self) -> None:
+        self.table = np.zeros((NUM_SLOTS, MAX_PAGES), dtype=np.int32)
+        self.lengths = np.ones(NUM_SLOTS, dtype=np.int64)
+        self.next_page = 1
+
+    def rebind(self, slot: int, length: int) -> None:
+        self.lengths[slot] = length
+        self.table[slot, : -(-length // PAGE_SIZE)] = self._pages(-(-length // PAGE_SIZE))
+
+    def grow(self, slot: int) -> None:
+        length = int(self.lengths[slot])
+        if length % PAGE_SIZE == 0:
+            self.table[slot, length // PAGE_SIZE] = self._pages(1)[0]
+        self.lengths[slot] += 1
+
+    def _pages(self, count: int) -> list[int]:
+        self.next_page += count
+        return list(range(self.next_page - count, self.next_page))
+
+
+@given(st.data())
+def test_equals_the_hosts_table(data: st.DataObject) -> None:
+    host = Host()
+    mirror = PageMirror(torch.device("cpu"), num_slots=NUM_SLOTS, max_pages=MAX_PAGES, page_size=PAGE_SIZE)
+    slots = np.arange(NUM_SLOTS)
+    for _ in range(data.draw(st.integers(1, 12))):
+        same = data.draw(st.booleans()) and bool((host.lengths[slots] < MAX_PAGES * PAGE_SIZE).all())
+        if same:
+            for slot in slots:
+                host.grow(int(slot))
+        else:
+            slots = np.array(data.draw(st.permutations(range(NUM_SLOTS)))[: data.draw(st.integers(1, 5))])
+            for slot in data.draw(st.sets(st.sampled_from(slots.tolist()))):
+                host.rebind(slot, data.draw(st.integers(1, MAX_PAGES * PAGE_SIZE)))
+        kv_lens = host.lengths[slots]
+        mirror.update(PagedRows(host.table, slots, np.ones_like(slots), kv_lens, same_rows=same))
+        for slot, length in zip(slots, kv_lens, strict=True):
+            used = -(-int(length) // PAGE_SIZE)
+            assert mirror.table[slot, :used].tolist() == host.table[slot, :used].tolist()
