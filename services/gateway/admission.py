@@ -14,7 +14,7 @@ _RETRY_AFTER_S = 1.0
 
 
 class Admission:
-    """Counts sequences. A limit of 0 for `per_tenant` means none."""
+    """Counts sequences. `per_tenant` is at most `total`, or more than ever counts."""
 
     def __init__(self, *, total: int, per_tenant: int, gauge: Gauge) -> None:
         self._total = total
@@ -45,7 +45,7 @@ class Admission:
             self._gauge.set(self.num_inflight)
 
     def _check(self, tenant: str, num_sequences: int) -> None:
-        most = min(self._total, self._per_tenant or self._total)
+        most = min(self._total, self._per_tenant)
         if num_sequences > most:
             raise PhloemError(
                 "too_many_sequences",
@@ -53,7 +53,7 @@ class Admission:
                 http_status=400,
                 param="n",
             )
-        if self._per_tenant and self._by_tenant[tenant] + num_sequences > self._per_tenant:
+        if self._per_tenant < self._total and self._by_tenant[tenant] + num_sequences > self._per_tenant:
             raise PhloemError(
                 "rate_limit_exceeded",
                 f"this API key has {self._by_tenant[tenant]} of {self._per_tenant} sequences under way",

@@ -19,12 +19,15 @@ from phloem.services.gateway.api.route_header import RouteHeaderLayer
 from phloem.services.gateway.gateway import Gateway
 
 
-def create_app(gateway: Gateway, cluster_secret: bytes) -> ASGIApp:
-    """All routes over `gateway`. `cluster_secret` keys the tenants' cache salts.
+def create_app(gateway: Gateway, cluster_secret: bytes, *, on_loopback: bool) -> ASGIApp:
+    """All routes over `gateway`. `cluster_secret` keys the tenants' cache salts; `on_loopback` says whether
+    only this machine can reach them.
 
     The OpenAPI page is at /schema, behind the same keys as the rest."""
     config = gateway.config
-    authenticator = Authenticator(config.api_key, config.admin_api_key, cluster_secret)
+    authenticator = Authenticator(
+        config.api_key, config.admin_api_key, cluster_secret, on_loopback=on_loopback
+    )
     app = Litestar(
         [
             chat_completions,

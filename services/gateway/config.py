@@ -55,6 +55,11 @@ class GatewayConfig(LogOptions, frozen=True, kw_only=True):
         str, Meta(description="bearer key for /flush_cache and /debug; may do all that an API key may")
     ] = ""
 
+    allow_anonymous: Annotated[
+        bool,
+        Meta(description="listen beyond loopback without --api-key: whoever reaches the port is served"),
+    ] = False
+
     cluster: ClusterOptions = ClusterOptions()
 
     # Bounds on one request: each is checked before anything of that size is allocated.
@@ -90,9 +95,22 @@ class GatewayConfig(LogOptions, frozen=True, kw_only=True):
         int, Meta(ge=1, le=1_000_000, description="most sequences (prompts x n) under way; over it: 503")
     ] = 1024
     max_inflight_per_key: Annotated[
-        int, Meta(ge=0, le=1_000_000, description="the same, for one API key; over it: 429; 0: no such limit")
+        int,
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="the same for one API key; over it: 429; 0: half, where there are several keys",
+        ),
     ] = 0
     tokenizer_threads: Annotated[int, Meta(ge=1, le=64, description="threads that tokenise prompts")] = 2
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=3600, description="longest wait for requests under way when told to stop")
     ] = 30.0
+
+    @property
+    def inflight_limit_per_key(self) -> int:
+        """The bound for one API key: unless it is set, one of several can't take the last place from all
+        others, and a single one may have all."""
+        if self.max_inflight_per_key:
+            return self.max_inflight_per_key
+        return -(-self.max_inflight_requests // 2) if len(self.api_key) > 1 else self.max_inflight_requests

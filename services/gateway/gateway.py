@@ -37,7 +37,7 @@ class Gateway:
         self.deadline_slack_s = 5.0
         self.admission = Admission(
             total=config.max_inflight_requests,
-            per_tenant=config.max_inflight_per_key,
+            per_tenant=config.inflight_limit_per_key,
             gauge=metrics.inflight_sequences,
         )
 

@@ -19,9 +19,11 @@ from phloem.services.gateway.metrics import GatewayMetrics
 from phloem.services.gateway.served_model import ServedModel, served_name
 from phloem.services.gateway.text.loading import load_prompt_encoder
 from phloem.services.gateway.text.prompt_encoder import PromptEncoder
+from phloem.shared.config.bind_host import host_port
 from phloem.shared.discovery.lease import LeaseKeeper, ServiceLease
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.discovery.secret import cluster_secret
+from phloem.shared.errors import ConfigError
 from phloem.shared.lifecycle.service import stop_event
 from phloem.shared.model_store.model_config import load_model_config
 from phloem.shared.model_store.resolve import default_cache_dir, resolve_model
@@ -37,7 +39,8 @@ async def run(config: GatewayConfig) -> None:
     async with AsyncExitStack() as stack:
         listener = bind(config.host, config.port)
         stack.callback(listener.close)
-        warn_if_open(listener.getsockname()[0], config)
+        on_loopback = is_loopback(listener.getsockname()[0])
+        refuse_anonymous(config, on_loopback=on_loopback)
         model, encoder = await asyncio.to_thread(load_model, config)
         stack.callback(encoder.close)
 
@@ -54,7 +57,7 @@ async def run(config: GatewayConfig) -> None:
 
         keeper = await _register(config, registry, gateway_id, listener.getsockname()[1])
         stack.push_async_callback(keeper.close)
-        app = create_app(gateway, secret)
+        app = create_app(gateway, secret, on_loopback=on_loopback)
         stop = stop_event()  # not before: until here a signal just ends the process
         async with asyncio.TaskGroup() as tasks:
             heartbeat = tasks.create_task(keeper.run(), name="registration")
@@ -62,10 +65,23 @@ async def run(config: GatewayConfig) -> None:
             heartbeat.cancel()
 
 
-def warn_if_open(address: str, config: GatewayConfig) -> None:
-    """Says so when others than this machine can use the gateway without a key."""
-    if not config.api_key and not ip_address(address.partition("%")[0]).is_loopback:
-        log.warning("no --api-key: everybody who reaches %s can use the models and flush the cache", address)
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches what listens on the IP address `address`."""
+    return ip_address(address.partition("%")[0]).is_loopback
+
+
+def refuse_anonymous(config: GatewayConfig, *, on_loopback: bool) -> None:
+    """Raises `ConfigError` when others than this machine could use the gateway without a key and nobody has
+    said that they may."""
+    if on_loopback or config.api_key:
+        return
+    if not config.allow_anonymous:
+        raise ConfigError(
+            f"--host {config.host} can be reached from other machines, and there is no --api-key: give one "
+            "(PHLOEM_API_KEY), or say --allow-anonymous (PHLOEM_ALLOW_ANONYMOUS=true) to serve all who come.",
+            param="api_key",
+        )
+    log.warning("--allow-anonymous: whoever reaches %s can use the models", config.host)
 
 
 async def _register(config: GatewayConfig, registry: Registry, gateway_id: str, port: int) -> LeaseKeeper:
@@ -74,7 +90,7 @@ async def _register(config: GatewayConfig, registry: Registry, gateway_id: str, 
         kind="gateway",
         service_id=gateway_id,
         epoch=await registry.next_epoch(),
-        address=f"{config.advertise_host or config.host}:{port}",
+        address=host_port(config.advertise_host or config.host, port),
     )
     keeper = LeaseKeeper(ServiceLease(registry, record))
     await keeper.acquire()

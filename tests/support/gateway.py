@@ -146,7 +146,7 @@ async def in_process(
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client that calls the application without a socket; streams arrive whole. Making an `app` takes a
     while: tests that share a gateway share it."""
-    transport = httpx.ASGITransport(app or create_app(gateway, SECRET))  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(app or create_app(gateway, SECRET, on_loopback=True))  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as client:
         yield client
 
@@ -158,7 +158,7 @@ async def over_http(gateway: Gateway) -> AsyncIterator[str]:
     port = listener.getsockname()[1]
     stop = asyncio.Event()
     serving = asyncio.create_task(
-        serve_http(create_app(gateway, SECRET), listener, stop, drain_timeout_s=5.0)
+        serve_http(create_app(gateway, SECRET, on_loopback=True), listener, stop, drain_timeout_s=5.0)
     )
     try:
         yield f"http://127.0.0.1:{port}"

@@ -32,7 +32,6 @@ ROUTES = [
     ("GET", "/v1/models/tiny"),
     ("POST", "/generate"),
     ("GET", "/get_model_info"),
-    ("GET", "/flush_cache"),
     ("POST", "/flush_cache"),
     ("GET", "/health_generate"),
     ("GET", "/metrics"),
@@ -40,7 +39,7 @@ ROUTES = [
     ("GET", "/schema"),
     ("GET", "/schema/openapi.json"),
 ]
-ADMIN_ROUTES = [("GET", "/flush_cache"), ("POST", "/flush_cache")]
+ADMIN_ROUTES = [("POST", "/flush_cache")]
 USER = [{"role": "user", "content": "hello"}]
 
 
@@ -62,7 +61,7 @@ def closed_gateway(model_dir: Path) -> Gateway:
 
 @pytest.fixture(scope="module")
 def app(closed_gateway: Gateway) -> ASGIApp:
-    return create_app(closed_gateway, SECRET)
+    return create_app(closed_gateway, SECRET, on_loopback=True)
 
 
 @pytest.fixture
@@ -148,6 +147,31 @@ async def test_an_admin_key_alone_closes_only_admin_routes(model_dir: Path, gene
         assert (await client.get("/v1/models")).status_code == 200
         assert (await client.post("/flush_cache")).status_code == 401
         assert (await client.post("/flush_cache", headers=bearer("root"))).status_code == 200
+
+
+async def test_beyond_loopback_admin_routes_need_the_admin_key(
+    model_dir: Path, generator: FakeGenerator
+) -> None:
+    shut = make_gateway(model_dir, generator, GatewayConfig(allow_anonymous=True))
+    async with in_process(shut, create_app(shut, SECRET, on_loopback=False)) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+        refused = await client.post("/flush_cache")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "admin_key_required")
+        guessed = await client.post("/flush_cache", headers=bearer("root"))
+        assert guessed.status_code == 403
+    closed = make_gateway(model_dir, generator, GatewayConfig(allow_anonymous=True, admin_api_key="root"))
+    async with in_process(closed, create_app(closed, SECRET, on_loopback=False)) as client:
+        assert (await client.post("/flush_cache")).status_code == 401
+        assert (await client.post("/flush_cache", headers=bearer("root"))).status_code == 200
+
+
+async def test_on_loopback_a_gateway_without_keys_flushes_for_anybody(
+    model_dir: Path, generator: FakeGenerator
+) -> None:
+    gateway = make_gateway(model_dir, generator)
+    async with in_process(gateway) as client:
+        assert (await client.post("/flush_cache")).status_code == 200
+        assert (await client.get("/flush_cache")).status_code == 405  # what a link on a web page could send
 
 
 async def test_each_key_has_a_cache_of_its_own(closed: httpx.AsyncClient, generator: FakeGenerator) -> None:

@@ -212,7 +212,9 @@ async def test_a_big_body_after_a_small_head_is_no_long_head(url: str) -> None:
 async def test_stopping_waits_for_requests_under_way(gateway: Gateway, generator: FakeGenerator) -> None:
     listener, stop = bind("127.0.0.1", 0), asyncio.Event()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    serving = asyncio.create_task(serve_http(create_app(gateway, SECRET), listener, stop, drain_timeout_s=10))
+    serving = asyncio.create_task(
+        serve_http(create_app(gateway, SECRET, on_loopback=True), listener, stop, drain_timeout_s=10)
+    )
     async with httpx.AsyncClient() as client:
         request = asyncio.create_task(client.post(f"{url}/v1/chat/completions", json=CHAT))
         await until(lambda: generator.num_running == 1)
@@ -231,7 +233,9 @@ async def test_stopping_waits_for_requests_under_way(gateway: Gateway, generator
 async def test_stopping_aborts_what_lasts_too_long(gateway: Gateway, generator: FakeGenerator) -> None:
     listener, stop = bind("127.0.0.1", 0), asyncio.Event()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    serving = asyncio.create_task(serve_http(create_app(gateway, SECRET), listener, stop, drain_timeout_s=1))
+    serving = asyncio.create_task(
+        serve_http(create_app(gateway, SECRET, on_loopback=True), listener, stop, drain_timeout_s=1)
+    )
     _, writer = await connect(url)
     await send_json(writer, "/v1/chat/completions", CHAT | {"stream": True})
     await until(lambda: generator.num_running == 1)

@@ -47,7 +47,7 @@ def gateway(model_dir: Path) -> Gateway:
 
 @pytest.fixture(scope="module")
 def app(gateway: Gateway) -> ASGIApp:
-    return create_app(gateway, SECRET)
+    return create_app(gateway, SECRET, on_loopback=True)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from phloem.cli.up.child_log import stage_in
 from phloem.cli.up.display import Display
 from phloem.cli.up.plan import WORKER_KINDS, ChildSpec
 from phloem.cli.up.supervisor import Child, Supervisor
+from phloem.shared.config.bind_host import host_port
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.discovery.snapshot import ClusterSnapshot
 from phloem.shared.protocol.cluster import ServiceRecord, WorkerRecord
@@ -76,4 +77,5 @@ def _flag(spec: ChildSpec, flag: str) -> str:
 
 def gateway_url(host: str, spec: ChildSpec) -> str:
     """Where the gateway of this spec listens."""
-    return f"http://{f'[{host}]' if ':' in host else host}:{spec.port}"
+    assert spec.port is not None
+    return f"http://{host_port(host, spec.port)}"

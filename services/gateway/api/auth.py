@@ -20,13 +20,17 @@ ADMIN = {"access": "admin"}
 
 
 class Authenticator:
-    """Knows the keys as digests. Without keys all routes are open but the admin's, which an `admin_key`
-    closes; with keys, the admin routes, and requests that want to be explained, take only the admin key."""
+    """Knows the keys as digests. Without API keys all routes are open but the admin's. Those, and requests
+    that want to be explained, take only the admin key as soon as there is any key, or others than this
+    machine can ask; without an admin key they are shut then."""
 
-    def __init__(self, api_keys: Sequence[str], admin_key: str, cluster_secret: bytes) -> None:
+    def __init__(
+        self, api_keys: Sequence[str], admin_key: str, cluster_secret: bytes, *, on_loopback: bool
+    ) -> None:
         self._tenants = {_digest(key): tenant_of_key(key, cluster_secret) for key in api_keys}
         self._admin = _digest(admin_key) if admin_key else None
         self._admin_tenant = tenant_of_key(admin_key, cluster_secret) if admin_key else Tenant()
+        self._admin_is_open = on_loopback and not api_keys and not admin_key
 
     # Any: user, auth and state types of Litestar that this app doesn't use.
     async def guard(self, connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
@@ -50,13 +54,13 @@ class Authenticator:
         return tenant
 
     def _admin_only(self, shown: str | None) -> Tenant:
-        if self._admin is None and not self._tenants:
+        if self._admin_is_open:
             return Tenant()
         tenant = self._find(shown)
-        if tenant is None:
+        if tenant is None and (self._tenants or self._admin is not None):
             raise _unauthorized()
-        if self._admin is None or tenant is not self._admin_tenant:
-            message = "this route, or a header of the request, needs the admin key"
+        if tenant is None or tenant is not self._admin_tenant:
+            message = "this route, or a header of the request, needs the gateway's --admin-api-key"
             raise PhloemError("admin_key_required", message, http_status=403)
         return tenant
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import msgspec
-from litestar import MediaType, Response, get, post, route
-from litestar.enums import HttpMethod
+from litestar import MediaType, Response, get, post
 from litestar.openapi import ResponseSpec
 from litestar.types import ASGIApp
 from msgspec import Struct
@@ -92,15 +91,15 @@ async def get_model_info(request: HttpRequest) -> ModelInfo:
     )
 
 
-@route(
+@post(
     "/flush_cache",
-    http_method=[HttpMethod.GET, HttpMethod.POST],
     status_code=200,
     media_type=MediaType.TEXT,
     opt=ADMIN,
     summary="Empty every worker's prefix cache (SGLang)",
 )
 async def flush_cache(request: HttpRequest) -> Response[str]:
+    """By POST alone: a link or an image of some web page must not empty the caches of a local cluster."""
     try:
         async with asyncio.timeout(_FLUSH_TIMEOUT_S):
             num_workers = await gateway_of(request).generator.flush_cache()
