@@ -104,8 +104,8 @@ class LossRun:
     async def _start_peer(self, staging_bytes: int, staging_slots: int) -> EngineClient:
         """A peer whose channel works."""
         role: Role = "prefill" if self.plan.survivor == "decode" else "decode"
-        staging = {"staging_bytes": staging_bytes, "staging_slots": staging_slots}
-        peer = await self.lab.start(role, self.plan.peer_gpu, changes=staging)
+        changes = {"staging_bytes": staging_bytes, "staging_slots": staging_slots, "disable_cuda_graph": True}
+        peer = await self.lab.start(role, self.plan.peer_gpu, changes=changes)
         self._survivor = await self._starting
         prefill, decode = self._sides(peer)
         await prefill.peer_up(decode)
