@@ -16,6 +16,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
 from phloem.shared.engine.engine_socket import FrontGone
@@ -60,6 +61,7 @@ from phloem.shared.transfer.events import (
     SlotAvailable,
     TransferEvent,
 )
+from phloem.shared.transfer.pending import Pending
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +114,7 @@ class Engine:
         self._outbox = Outbox(parts.send)
         self._rates = Rates()
         self._inbox: queue.SimpleQueue[InboxItem] = queue.SimpleQueue()
+        self._deferred: deque[InboxItem] = deque()  # taken from the inbox in the course of a launch
         self._in_flight: deque[_InFlight] = deque()
         self._sender = HandoverSender(
             parts.channels,
@@ -181,7 +184,7 @@ class Engine:
         do KV that was computed or has arrived: a request to launch behind the running step, or pages to send,
         must not wait for a whole step."""
         while not step.ready():
-            if self._sender.has_news or self._receiver.has_news:
+            if self._deferred or self._sender.has_news or self._receiver.has_news:
                 return False
             try:
                 self._handle(self._inbox.get(timeout=_POLL_S))
@@ -201,11 +204,23 @@ class Engine:
         """For a step that computes KV to be sent."""
         if not self._sender.active:
             return None
-        return self._sender.watch(
+        watch = self._sender.watch(
             plan.rows,
             tokens_per_s=self._rates.prefill_tokens_per_s,
             bytes_per_s=self._status.transfer_bytes_per_s,
         )
+        return None if watch is None else watch._replace(reached=partial(self._reached, watch.reached))
+
+    def _reached(self, tell: Callable[[int, Pending], None], layer_end: int, mark: Pending) -> None:
+        """In the course of a launch, which takes as long as the step where launches are synchronous: KV must
+        not wait for its end because decode's go-ahead, or a staging slot, came after its beginning."""
+        while not self._deferred and not self._inbox.empty():
+            item = self._inbox.get_nowait()
+            if isinstance(item, ReadyReceived | SlotAvailable):
+                self._handle(item)
+            else:
+                self._deferred.append(item)  # as is all that comes after it, in its order
+        tell(layer_end, mark)
 
     def _launch(self) -> bool:
         scheduled = self._scheduler.schedule()
@@ -261,6 +276,9 @@ class Engine:
 
     def _take_inbox(self, *, wait: bool) -> None:
         """Handles all that is there; with `wait`, sleeps until something is or a deadline may be due."""
+        while self._deferred and not self._stopped:
+            wait = False
+            self._handle(self._deferred.popleft())
         try:
             until_s = _POLL_S if self._receiver.is_moving else _TICK_S
             item = self._inbox.get(timeout=until_s) if wait else self._inbox.get_nowait()

@@ -48,12 +48,19 @@ class Job:
     def begin(self) -> None:
         self._world.sender.begin(self.sent)
 
-    def launch(self, num_tokens: int) -> LayerWatch | None:
-        """The prefill side launches a step that computes the first `num_tokens` tokens to the end."""
+    def launch(self, num_tokens: int, *, bytes_per_s: float = 0.0) -> LayerWatch | None:
+        """The prefill side launches a step that computes tokens up to the first `num_tokens`; over a slow
+        link each layer is a group of its own."""
         start = self.sent.num_computed_tokens
         self.sent.num_computed_tokens = num_tokens
         row = Row(self.sent, start, num_tokens - start, num_tokens == self.num_tokens, False)
-        return self._world.sender.watch([row])
+        return self._world.sender.watch([row], bytes_per_s=bytes_per_s)
+
+    def retract(self, first_page: int) -> None:
+        """The prefill side takes the pages away; when it computes the prompt again, it is in others."""
+        self.sent.num_computed_tokens = 0
+        self.sent.page_ids = list(range(first_page, first_page + self.num_pages))
+        self._world.prefill_store.fill(self.sent.page_ids, self.sent.request_id)
 
     def compute(self, num_tokens: int) -> None:
         """The device has computed the first `num_tokens` tokens."""

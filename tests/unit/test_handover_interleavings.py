@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from phloem.shared.engine.kv_pool import OwnerKey
-from tests.support.handover_wire import Wire
+from phloem.shared.transfer.pending import DONE
+from tests.support.handover_wire import HeldBack, Wire
 from tests.support.handover_world import TIMEOUT_S, HandoverWorld, Job
 
 NUM_JOBS = 3
@@ -31,10 +32,15 @@ class HandoverMachine(RuleBasedStateMachine):
         slot_bytes=st.sampled_from([8, 24, 32, 100]),
         num_slots=st.integers(1, 3),
         is_open=st.booleans(),
+        holds_back=st.booleans(),
         lengths=st.lists(st.integers(1, 14), min_size=NUM_JOBS, max_size=NUM_JOBS),
     )
-    def start(self, slot_bytes: int, num_slots: int, is_open: bool, lengths: list[int]) -> None:
+    def start(
+        self, slot_bytes: int, num_slots: int, is_open: bool, holds_back: bool, lengths: list[int]
+    ) -> None:
         self.world = HandoverWorld(Wire(slot_bytes=slot_bytes, num_slots=num_slots, is_open=is_open))
+        self.world.decode_store.holds_back = holds_back
+        self.marks: list[HeldBack] = []
         self.all = [Progress(self.world.job(f"r{i}", length)) for i, length in enumerate(lengths)]
         self.num_losses = 0
 
@@ -53,10 +59,44 @@ class HandoverMachine(RuleBasedStateMachine):
         if self._lives_at_prefill(progress) and not progress.made and num_tokens < progress.job.num_tokens:
             progress.job.compute(max(num_tokens, progress.job.sent.num_computed_tokens))
 
+    @rule(index=jobs, num_tokens=st.integers(1, 14), layers=st.integers(1, 4))
+    def launch(self, index: int, num_tokens: int, layers: int) -> None:
+        """A step whose layers the device has not all written yet."""
+        job = self.all[index].job
+        end = min(num_tokens, job.num_tokens)
+        if not self._lives_at_prefill(self.all[index]) or end <= job.sent.num_computed_tokens:
+            return
+        watch = job.launch(end, bytes_per_s=1e3)
+        if watch is not None:
+            mark = HeldBack()
+            self.marks.append(mark)
+            for layer_end in watch.layer_ends:
+                watch.reached(layer_end, DONE if layer_end < layers else mark)
+
+    @rule()
+    def prefill_device_finishes(self) -> None:
+        for mark in self.marks:
+            mark.is_done = True
+
+    @rule(index=jobs, first_page=st.sampled_from([100, 200]))
+    def retract(self, index: int, first_page: int) -> None:
+        if self._lives_at_prefill(self.all[index]) and not self.all[index].made:
+            self.prefill_device_finishes()  # pages come back only after the step
+            self.all[index].job.retract(first_page + 10 * index)
+
+    @rule()
+    def decode_device_finishes(self) -> None:
+        self.world.decode_store.finish()
+
+    @rule()
+    def poll(self) -> None:
+        self.world.poll()
+
     @rule(index=jobs)
     def make_token(self, index: int) -> None:
         progress = self.all[index]
         if self._lives_at_prefill(progress) and not progress.made:
+            self.prefill_device_finishes()
             progress.made = True
             progress.job.make_token(index)
 
@@ -123,6 +163,9 @@ class HandoverMachine(RuleBasedStateMachine):
             self.begin(index)
             self.make_token(index)
             self.reserve(index, 0)
+        self.world.decode_store.holds_back = False
+        self.world.decode_store.finish()
+        self.world.poll()
         self.world.run()
         for _ in range(2):  # the news of a time-out travels too
             self.world.pass_time(TIMEOUT_S + 1)
@@ -146,7 +189,10 @@ class HandoverMachine(RuleBasedStateMachine):
             assert job.kv_arrived
             assert world.admitted[job.key] == [self.all.index(progress)]
             assert world.sent[job.key] is None
-        undisturbed = not (progress.gone_at_prefill or progress.gone_at_decode or self.num_losses)
+        timed_out = job.key in world.failed and world.failed[job.key].code == "handover_timeout"
+        undisturbed = not (
+            progress.gone_at_prefill or progress.gone_at_decode or self.num_losses or timed_out
+        )
         if undisturbed and world.sent[job.key] is None:
             assert job.key in world.admitted
 
