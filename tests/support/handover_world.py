@@ -209,7 +209,7 @@ def assert_handed_over(world: HandoverWorld, job: Job, token_id: int = 7) -> Non
 
 def assert_settled(world: HandoverWorld) -> None:
     """No plan is left and every staging slot is free again."""
-    assert not world.sender.active and not world.receiver.active
+    assert not world.sender.active and not world.receiver.active and not world.receiver.is_moving
     assert not world.wire.to_decode and not world.wire.to_prefill and not world.wire.unreleased
     assert world.wire.num_free_slots == world.wire.num_slots
 

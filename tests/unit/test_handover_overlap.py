@@ -40,6 +40,14 @@ def layers_under_way(world: HandoverWorld) -> list[tuple[int, int]]:
     return [(header.layer_start, header.layer_end) for header in headers]
 
 
+def has_news(world: HandoverWorld) -> bool:
+    return world.sender.has_news
+
+
+def decode_has_news(world: HandoverWorld) -> bool:
+    return world.receiver.has_news
+
+
 # -- the prefill side ------------------------------------------------------------------------------------
 
 
@@ -51,11 +59,11 @@ def test_layers_leave_when_the_device_has_written_them() -> None:
     for layer_end, mark in zip(watch.layer_ends, marks, strict=True):
         watch.reached(layer_end, mark)
     world.pump()
-    assert layers_under_way(world) == [] and not world.sender.has_news
+    assert (layers_under_way(world), has_news(world)) == ([], False)
     marks[0].is_done = True
-    assert world.sender.has_news
+    assert has_news(world)
     world.pump()
-    assert layers_under_way(world) == [(0, 1)] and not world.sender.has_news
+    assert (layers_under_way(world), has_news(world)) == ([(0, 1)], False)
     marks[1].is_done = marks[2].is_done = marks[3].is_done = True
     world.pump()
     assert layers_under_way(world) == [(0, 1), (1, 2), (2, 3), (3, 4)]
@@ -172,13 +180,16 @@ def arriving(world: HandoverWorld) -> Job:
 def test_request_is_admitted_when_every_digest_was_compared() -> None:
     world = HandoverWorld()
     job = arriving(world)
-    assert not world.admitted and world.receiver.is_moving and not world.receiver.has_news
+    assert not world.admitted
+    assert world.receiver.is_moving
+    assert not decode_has_news(world)
     world.decode_store.finish()
-    assert world.receiver.has_news
+    assert decode_has_news(world)
     world.poll()
     world.run()
     assert_handed_over(world, job)
-    assert not world.receiver.is_moving and world.sender.exposure.latest_s
+    assert world.sender.exposure.latest_s
+    assert_settled(world)
 
 
 def test_damage_is_found_when_the_device_is_done() -> None:
