@@ -23,7 +23,19 @@ __all__ = [
     "silu_mul",
 ]
 
-HAS_FLASHINFER = importlib.util.find_spec("flashinfer") is not None
+
+def _has_flashinfer_norms() -> bool:
+    """Whether they can be called at once: nobody waits for a compiler in the middle of a request."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return False
+    try:
+        from phloem.kernels.flashinfer_ops.availability import norms_are_compiled
+    except (ImportError, RuntimeError, OSError):  # it is there, but broken: the engine's log says so
+        return False
+    return norms_are_compiled()
+
+
+HAS_FLASHINFER = _has_flashinfer_norms()
 
 if HAS_FLASHINFER:
     from phloem.kernels.flashinfer_ops import norm as flashinfer_norm

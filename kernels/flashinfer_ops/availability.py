@@ -19,6 +19,10 @@ def missing_kernels(dtype: torch.dtype, head_dim: int, *, hopper: bool) -> tuple
     return tuple(spec.name for spec in _needed(dtype, head_dim, hopper) if not spec.is_compiled)
 
 
+def norms_are_compiled() -> bool:
+    return bool(gen_norm_module().is_compiled)
+
+
 def compile_missing(
     dtype: torch.dtype, head_dim: int, *, hopper: bool, progress: Callable[[int, int], None]
 ) -> None:

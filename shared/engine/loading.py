@@ -121,7 +121,8 @@ class ModelLoading:
             if isinstance(message, Progress):
                 self._send(Progress("memory", message.done, message.total + 1))
 
-        model = self._allocate(decoder, num_pages)
+        # Tables are as wide as the real pool's may need.
+        model = self._allocate(decoder, num_pages)._replace(context_length=self._length)
         runner = self._runner(model, backend, in_the_background)
         self._warm_up(model, runner)
         return runner, model

@@ -5,96 +5,108 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phloem.kernels.reference import activation, norm, pages, rope, sampling
+from phloem.kernels.reference import sampling
 from phloem.kernels.triton_ops import activation as triton_activation
 from phloem.kernels.triton_ops import norm as triton_norm
 from phloem.kernels.triton_ops import pages as triton_pages
 from phloem.kernels.triton_ops import rope as triton_rope
 from phloem.kernels.triton_ops import sampling as triton_sampling
 from phloem.kernels.triton_ops.lane import TritonLane
-from phloem.shared.engine.models.kv_cache import KVCache
-from tests.support.device_ops import HEADS, Heads, paged_batch, relative_error
+from tests.support.device_ops import HEADS, Heads, PagedBatch
+from tests.support.op_checks import (
+    LayerOps,
+    check_activation,
+    check_attention,
+    check_norm_of_some_heads,
+    check_norms,
+    check_pages,
+    check_rope,
+)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels for real")
 
 CPU = torch.device("cpu")
 
 
+TRITON = LayerOps(
+    triton_norm.rms_norm,
+    triton_norm.add_rms_norm,
+    triton_activation.silu_mul,
+    triton_rope.rope_write_kv,
+    triton_pages.gather_pages,
+    triton_pages.scatter_pages,
+)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The interpreter multiplies bfloat16 matrices as integers; float16 stands for both, CUDA has all three.
+DOT_DTYPES = [torch.float32, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("heads", HEADS)
-def test_attention_agrees_with_the_reference(heads: Heads, page_size: int) -> None:
-    batch = paged_batch(heads, page_size, query_lens=(1, 5, 33, 1), kv_lens=(1, 40, 33, 70))
-    lane = TritonLane(CPU, window=0, max_rows=6, max_pages=80)
-    out = torch.full_like(batch.q, float("nan"))
-    plan = lane.plan(batch.query_lens, batch.kv_lens, batch.page_table.numpy())
-    plan.attend(batch.q, batch.k_pages, batch.v_pages, heads.head_dim**-0.5, out)
-    assert relative_error(out, batch.expected()) < 1e-5
+def test_attention_agrees_with_the_reference(heads: Heads, page_size: int, dtype: torch.dtype) -> None:
+    check_attention(
+        lambda batch: triton_attention(batch, heads),
+        heads,
+        page_size,
+        dtype,
+        CPU,
+        query_lens=(1, 5, 33, 1),
+        kv_lens=(1, 40, 33, 70),
+    )
 
 
 def test_attention_sees_only_the_window() -> None:
-    batch = paged_batch(Heads(8, 2, 64), 16, query_lens=(1, 20, 33), kv_lens=(90, 40, 33))
-    lane = TritonLane(CPU, window=7, max_rows=4, max_pages=6)
+    heads = Heads(8, 2, 64)
+    check_attention(
+        lambda batch: triton_attention(batch, heads, window=7),
+        heads,
+        16,
+        torch.float32,
+        CPU,
+        query_lens=(1, 20, 33),
+        kv_lens=(90, 40, 33),
+        window=7,
+    )
+
+
+def triton_attention(batch: PagedBatch, heads: Heads, window: int = 0) -> torch.Tensor:
+    lane = TritonLane(CPU, window=window, max_rows=6, max_pages=80)
     out = torch.full_like(batch.q, float("nan"))
     plan = lane.plan(batch.query_lens, batch.kv_lens, batch.page_table.numpy())
-    plan.attend(batch.q, batch.k_pages, batch.v_pages, 64**-0.5, out)
-    assert relative_error(out, batch.expected(window=7)) < 1e-5
+    plan.attend(batch.q, batch.k_pages, batch.v_pages, heads.head_dim**-0.5, out)
+    return out
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("page_size", "joined"), [(4, True), (1, False), (16, True)])
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("joined", [True, False])
-def test_rope_and_kv_write_agree_with_the_reference(heads: Heads, joined: bool) -> None:
-    num_tokens, rotated = 5, heads.num_heads + heads.num_kv_heads
-    qkv = torch.randn(num_tokens, rotated + heads.num_kv_heads, heads.head_dim)
-    qk, v = qkv[:, :rotated], qkv[:, rotated:]
-    if not joined:
-        qk, v = qk.clone(), v.clone()
-    half = torch.randn(num_tokens, 1, heads.head_dim // 2), torch.randn(num_tokens, 1, heads.head_dim // 2)
-    cos, sin = torch.cat((half[0], half[0]), -1), torch.cat((-half[1], half[1]), -1)
-    write_index = torch.randperm(32)[:num_tokens]
-    caches = [torch.zeros(8, 4, heads.num_kv_heads, heads.head_dim) for _ in range(4)]
-    expected = rope.rope_write_kv(qk, v, cos, sin, caches[0], caches[1], write_index)
-    out = triton_rope.rope_write_kv(qk, v, cos, sin, caches[2], caches[3], write_index)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(caches[2], caches[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(caches[3], caches[1], rtol=0, atol=0)
+def test_rope_and_kv_write_agree_with_the_reference(
+    heads: Heads, page_size: int, joined: bool, dtype: torch.dtype
+) -> None:
+    check_rope(TRITON, dtype, CPU, heads, page_size, joined=joined)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [96, 576, 2048])
-def test_norms_and_activation_agree_with_the_reference(width: int) -> None:
-    x, residual, weight = torch.randn(7, width), torch.randn(7, width), torch.randn(width)
-    torch.testing.assert_close(triton_norm.rms_norm(x, weight, 1e-5), norm.rms_norm(x, weight, 1e-5))
-    heads = torch.randn(4, 6, width)[:, :3]
-    torch.testing.assert_close(triton_norm.rms_norm(heads, weight, 1e-5), norm.rms_norm(heads, weight, 1e-5))
-    sums = residual.clone(), residual.clone()
-    expected = norm.add_rms_norm(x, sums[0], weight, 1e-5)
-    torch.testing.assert_close(triton_norm.add_rms_norm(x, sums[1], weight, 1e-5), expected)
-    torch.testing.assert_close(sums[1], sums[0])
-    gate_up = torch.randn(7, 2 * width)
-    torch.testing.assert_close(triton_activation.silu_mul(gate_up), activation.silu_mul(gate_up))
+def test_norms_and_activation_agree_with_the_reference(width: int, dtype: torch.dtype) -> None:
+    check_norms(TRITON, dtype, CPU, 7, width)
+    check_activation(TRITON, dtype, CPU, 7, width)
 
 
-@pytest.mark.parametrize(("layer_start", "layer_end"), [(0, 3), (1, 2), (2, 2)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_pages_move_with_the_references_digest(layer_start: int, layer_end: int, dtype: torch.dtype) -> None:
-    shape = (9, 4, 2, 64)
-    source = KVCache(
-        [torch.randn(shape).to(dtype) for _ in range(3)], [torch.randn(shape).to(dtype) for _ in range(3)]
-    )
-    target = KVCache(
-        [torch.zeros(shape, dtype=dtype) for _ in range(3)],
-        [torch.zeros(shape, dtype=dtype) for _ in range(3)],
-    )
-    page_ids = torch.tensor([5, 1, 3])
-    size = (layer_end - layer_start) * 2 * 3 * source.k[0][0].numel() * dtype.itemsize
-    staged = [torch.zeros(size + 5, dtype=torch.uint8) for _ in range(2)]
-    expected = pages.gather_pages(source, page_ids, layer_start, layer_end, staged[0])
-    assert int(triton_pages.gather_pages(source, page_ids, layer_start, layer_end, staged[1])) == expected
-    assert torch.equal(staged[0], staged[1])
-    assert int(triton_pages.scatter_pages(target, page_ids, layer_start, layer_end, staged[1])) == expected
-    for layer in range(layer_start, layer_end):
-        assert torch.equal(target.k[layer][page_ids], source.k[layer][page_ids])
-        assert torch.equal(target.v[layer][page_ids], source.v[layer][page_ids])
-        assert not target.k[layer][[0, 2, 4, 6, 7, 8]].any()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+def test_norm_of_heads_agrees_with_the_reference(heads: Heads, dtype: torch.dtype) -> None:
+    check_norm_of_some_heads(TRITON, dtype, CPU, heads)
+
+
+@pytest.mark.parametrize("layers", [(0, 3), (1, 2), (2, 2)])
+@pytest.mark.parametrize("page_size", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pages_move_with_the_references_digest(
+    dtype: torch.dtype, page_size: int, layers: tuple[int, int]
+) -> None:
+    check_pages(TRITON, dtype, CPU, Heads(4, 2, 64), page_size, layers=layers)
 
 
 def test_sampled_tokens_are_the_references() -> None:
