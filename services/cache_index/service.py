@@ -113,12 +113,13 @@ class IndexService:
 
     async def serve_lookups(self, frames: AsyncIterator[list[IndexDown]]) -> AsyncIterator[list[Answer]]:
         """A gateway's stream, until either side ends it."""
-        session = LookupSession(self.on_match, self._on_announce)
+        session = LookupSession(self.on_match, self.on_announce)
         async with aclosing(session.serve(frames)) as answers:
             async for batch in answers:
                 yield batch
 
-    def _on_announce(self, message: Announce) -> None:
+    def on_announce(self, message: Announce) -> None:
+        """Never waits and never raises: a malformed one is counted."""
         try:
             _check_worker_id(message.worker.worker_id)
             _check_hashes(message.block_hashes, MAX_LANDMARKS, "block_hashes")

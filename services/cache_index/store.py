@@ -19,7 +19,8 @@ from phloem.shared.tree_digest import digest_text
 # they are short, and few are under way at once, however many workers publish.
 BLOCKS_PER_SCRIPT = 256
 _PARALLEL_WRITES = 2
-KEYS_PER_SCAN = 512
+# Unpacking a batch keeps look-ups in this process waiting, for about a microsecond per key.
+KEYS_PER_SCAN = 128
 
 
 class Blocks(msgspec.Struct, frozen=True):

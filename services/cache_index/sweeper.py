@@ -101,7 +101,9 @@ class Sweeper:
         return num_freed
 
     async def _clear_batch(self, batch: ScanBatch, retired: dict[int, bytes]) -> None:
+        mask = sum(1 << slot for slot in retired)
+        stale = [item for item in batch.bitmaps.items() if item[1] & mask]
         for slot, stamp in retired.items():
-            names = [name for name, bitmap in batch.bitmaps.items() if bitmap >> slot & 1]
+            names = [name for name, bitmap in stale if bitmap >> slot & 1]
             if names:
                 await self._store.clear(slot, stamp, names)
