@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from cyclopts import Parameter
@@ -11,7 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from phloem.shared.engine.config import AttentionBackend, DtypeName, EngineOptions, LoadFormat
-from phloem.shared.errors import ConfigError
+from phloem.shared.errors import ConfigError, PhloemError
+
+if TYPE_CHECKING:  # it imports torch
+    from phloem.shared.engine.offline.bench import OfflineReport
 
 
 def offline(
@@ -35,6 +38,9 @@ def offline(
         bool, Parameter(help="capture decode steps of the library's kernels instead of Phloem's own")
     ] = False,
     output: Annotated[Path | None, Parameter(help="write the figures as JSON")] = None,
+    check: Annotated[
+        bool, Parameter(help="compare with the bars for Llama-3.1-8B on an H100 or H200; 1 if one is missed")
+    ] = False,
 ) -> int:
     """Measure prefill by length and decode steps by batch and context, without a server."""
     from phloem.shared.engine.offline.bench import run_offline
@@ -83,7 +89,24 @@ def offline(
             f"{row.idle_percent:.1f}" if row.idle_percent is not None else "",
         )
     console.print(table)
-    return 0
+    return print_verdicts(report, console) if check else 0
+
+
+def print_verdicts(report: OfflineReport, console: Console) -> int:
+    """Each bar beside what this run has; the exit code."""
+    from phloem.shared.engine.offline.bars import all_met, verdicts, why_not_judged
+
+    reason = why_not_judged(report.shape, report.dtype, report.device)
+    if reason is not None:
+        raise PhloemError("not_judged", f"--check: {reason}")
+    judged = verdicts(report.measurements, report.start_s)
+    table = Table("bar", "at most", "measured", "")
+    for verdict in judged:
+        found = "not measured" if verdict.value is None else f"{verdict.value:.2f} {verdict.unit}"
+        word = {True: "met", False: "MISSED", None: ""}[verdict.is_met]
+        table.add_row(verdict.what, f"{verdict.limit:g} {verdict.unit}", found, word)
+    console.print(table)
+    return 0 if all_met(judged) else 1
 
 
 def _load_format(model_path: str, load_format: LoadFormat) -> LoadFormat:

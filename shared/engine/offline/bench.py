@@ -20,7 +20,7 @@ from phloem.shared.engine.runners import find_device
 from phloem.shared.engine.step_runner import StepRunner
 from phloem.shared.engine.weights.loader import resolve_dtype
 from phloem.shared.errors import PhloemError
-from phloem.shared.model_store.model_config import load_model_config
+from phloem.shared.model_store.model_config import ModelConfig, load_model_config
 
 
 class Measurement(msgspec.Struct, frozen=True):
@@ -51,6 +51,18 @@ class OfflineReport(msgspec.Struct, frozen=True, kw_only=True):
     matmul_tflops: float
     start_s: float
     measurements: list[Measurement]
+    shape: tuple[int, ...] = ()  # `model_shape`'s
+
+
+def model_shape(config: ModelConfig) -> tuple[int, ...]:
+    """What tells one model's speed from another's: layers, hidden size, KV heads, head_dim, vocabulary."""
+    return (
+        config.num_layers,
+        config.hidden_size,
+        config.num_kv_heads,
+        config.head_dim,
+        config.vocab_size,
+    )
 
 
 def run_offline(
@@ -116,6 +128,7 @@ def run_offline(
         matmul_tflops=ceilings.flops_per_s / 1e12,
         start_s=start_s,
         measurements=measurements,
+        shape=model_shape(config),
     )
 
 
