@@ -18,6 +18,9 @@ from phloem.shared.engine.page_store import layer_page_bytes
 from phloem.shared.transfer.device_event import HIGH_PRIORITY, DeviceEvent
 from phloem.shared.transfer.pending import Moved
 
+_USUAL_PAGE_COUNTS = (1, 16, 32, 64, 128, 256, 512, 1024)
+_MOVES_UNDER_WAY = 8
+
 
 class CudaPageStore:
     """See `PageStore`. For the engine's thread only, whose current stream is the steps'."""
@@ -44,8 +47,15 @@ class CudaPageStore:
             self._latest.hold_back(torch.cuda.current_stream(self._device))
 
     def _warm_up(self) -> None:
-        """Compiles the kernels for the shapes of page counts that Triton tells apart. What is written to the
-        pages was read from them."""
+        """Compiles the kernels for the page counts that Triton tells apart, and has torch keep pinned memory
+        for what is to come: both would hold up the first hand-overs. What is written to the pages was read
+        from them."""
+        pinned = [
+            torch.empty(num_pages, dtype=torch.int64, pin_memory=True)
+            for num_pages in _USUAL_PAGE_COUNTS
+            for _ in range(_MOVES_UNDER_WAY)
+        ]
+        del pinned
         for num_pages in (1, 2, 16):
             if num_pages <= len(self._kv.k[0]):
                 staging = torch.empty(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from phloem.kernels import ops
 from phloem.kernels.reference import sampling
 from phloem.kernels.triton_ops import activation as triton_activation
 from phloem.kernels.triton_ops import norm as triton_norm
@@ -107,6 +108,14 @@ def test_pages_move_with_the_references_digest(
     dtype: torch.dtype, page_size: int, layers: tuple[int, int]
 ) -> None:
     check_pages(TRITON, dtype, CPU, Heads(4, 2, 64), page_size, layers=layers)
+
+
+def test_pages_move_by_addresses_that_were_made_once() -> None:
+    by_addresses = TRITON._replace(
+        gather_pages=lambda kv, *rest: triton_pages.gather_pages(kv, *rest, ops.plane_addresses(kv)),
+        scatter_pages=lambda kv, *rest: triton_pages.scatter_pages(kv, *rest, ops.plane_addresses(kv)),
+    )
+    check_pages(by_addresses, torch.bfloat16, CPU, Heads(4, 2, 64), 4, layers=(1, 3))
 
 
 def test_sampled_tokens_are_the_references() -> None:

@@ -1,0 +1,85 @@
+"""Pages that move beside a CUDA device's steps: bytes and digests as on the CPU, waited for by event."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from phloem.kernels import ops
+from phloem.shared.engine.cuda_page_store import CudaPageStore
+from phloem.shared.engine.models.kv_cache import KVCache
+from phloem.shared.transfer.device_event import DeviceEvent
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+CUDA = torch.device("cuda:0")
+NUM_LAYERS, NUM_PAGES = 4, 64
+
+
+def make_kv(seed: int) -> KVCache:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (NUM_PAGES, 16, 8, 128)
+    planes = [torch.randn(shape, generator=generator).to(torch.bfloat16) for _ in range(2 * NUM_LAYERS)]
+    return KVCache(planes[::2], planes[1::2])
+
+
+def on_cuda(kv: KVCache) -> KVCache:
+    return KVCache([plane.to(CUDA) for plane in kv.k], [plane.to(CUDA) for plane in kv.v])
+
+
+@pytest.mark.parametrize("num_pages", [1, 5, 16, 33])
+@pytest.mark.parametrize("layers", [(0, 4), (1, 3), (3, 4)])
+def test_pages_move_with_the_references_bytes_and_digest(num_pages: int, layers: tuple[int, int]) -> None:
+    source, target = make_kv(0), make_kv(1)
+    there, here = CudaPageStore(on_cuda(source), CUDA), CudaPageStore(on_cuda(target), CUDA)
+    page_ids = torch.randperm(NUM_PAGES, generator=torch.Generator().manual_seed(2))[:num_pages]
+    num_bytes = num_pages * (layers[1] - layers[0]) * there.layer_page_bytes
+    expected = torch.zeros(num_bytes, dtype=torch.uint8)
+    digest = ops.gather_pages(source, page_ids, *layers, expected)
+    slot = torch.zeros(num_bytes + 64, dtype=torch.uint8, device=CUDA)
+
+    gathered = there.gather(page_ids.tolist(), *layers, slot[:num_bytes])
+    gathered.wait(5.0)
+    assert gathered.done() and gathered.digest() == digest
+    assert torch.equal(slot[:num_bytes].cpu(), expected) and not slot[num_bytes:].any()
+
+    scattered = here.scatter(page_ids.flip(0).tolist(), *layers, slot[:num_bytes])
+    scattered.wait(5.0)
+    assert scattered.digest() == digest
+    for layer in range(*layers):
+        assert torch.equal(here._kv.k[layer][page_ids.flip(0)].cpu(), source.k[layer][page_ids])
+        assert torch.equal(here._kv.v[layer][page_ids.flip(0)].cpu(), source.v[layer][page_ids])
+
+
+def test_step_after_a_fence_begins_when_what_moves_has_moved() -> None:
+    kv = on_cuda(make_kv(0))
+    store = CudaPageStore(kv, CUDA)
+    page_ids = list(range(NUM_PAGES))
+    before = kv.k[0].clone()
+    slot = torch.empty(NUM_PAGES * NUM_LAYERS * store.layer_page_bytes, dtype=torch.uint8, device=CUDA)
+    for _ in range(20):
+        moved = store.gather(page_ids, 0, NUM_LAYERS, slot)
+        store.fence()
+        kv.k[0].zero_()  # as the next step would, had it been given the pages
+        moved.wait(5.0)
+        torch.cuda.synchronize()
+        first_plane = slot[: before.numel() * 2].view(torch.bfloat16).view(before.shape)
+        assert torch.equal(first_plane, before)
+        kv.k[0].copy_(before)
+        torch.cuda.synchronize()
+
+
+def test_moving_does_not_wait_for_the_step_that_runs() -> None:
+    kv = on_cuda(make_kv(0))
+    store = CudaPageStore(kv, CUDA)
+    slot = torch.empty(16 * store.layer_page_bytes, dtype=torch.uint8, device=CUDA)
+    a = torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16)
+    for _ in range(200):  # a third of a second of matmuls
+        torch.mm(a, a)
+    step = DeviceEvent(CUDA)
+    store.gather(range(16), 0, 1, slot).wait(5.0)
+    assert not step.done()
+    torch.cuda.synchronize()
