@@ -92,7 +92,7 @@ class Admission:
         if not len(self._waiting) or not self._slots.num_free:
             return []
         if self._limits.longest_prefix_first:
-            return self._waiting.by_longest_prefix(self._account.tree)
+            return self._waiting.by_longest_prefix()
         return self._waiting.in_order()
 
     def _must_wait_for(self, blocked: list[Request]) -> bool:

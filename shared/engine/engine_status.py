@@ -32,10 +32,11 @@ class EngineStatus:
         self.transfer_bytes_per_s = 0.0
 
     def load(self) -> WorkerLoad:
+        scheduler = self._scheduler
         return WorkerLoad(
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
-            queued_tokens=self._scheduler.num_queued_tokens,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            queued_tokens=scheduler.num_queued_tokens,
             free_pages=self._account.num_available_pages,
             total_pages=self._account.pool.num_pages,
             prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
@@ -43,6 +44,7 @@ class EngineStatus:
             transfer_bytes_per_s=self.transfer_bytes_per_s,
             tree_pages=self._account.tree.num_pages,
             exposed_transfer_s=self._sender.exposure.average_s,
+            num_handing_over=scheduler.num_requests - scheduler.num_running - scheduler.num_waiting,
         )
 
     def audit(self, tag: int) -> AuditReply:

@@ -58,13 +58,14 @@ class Scheduler:
     def __init__(self, limits: Limits, account: PageAccount) -> None:
         self._limits = limits
         self._account = account
-        self._waiting = WaitingQueue()
+        self._waiting = WaitingQueue(account.tree)
         self._running = RunningSet()
         self._slots = Slots(limits.max_slots)
         self._admission = Admission(limits, account, self._waiting, self._running, self._slots)
         self._requests: dict[OwnerKey, Request] = {}  # all that are not ended, and ended ones in flight
         self._steady: SteadyDecodes | None = None  # of the step before, while the set is the same
         self._steady_version = 0
+        self._num_launched_tokens = 0  # of prompts, in steps that are not collected
         self.num_retractions = 0
         self.short_of_pages = False  # the last plan left a request waiting for pages
 
@@ -92,8 +93,13 @@ class Scheduler:
 
     @property
     def num_queued_tokens(self) -> int:
-        """Known tokens not yet computed, of waiting and running requests."""
-        return self._waiting.num_tokens + self._running.num_missing_tokens
+        """Tokens that the device has yet to compute here, those of prompts in launched steps included."""
+        return self._waiting.num_tokens + self._running.num_missing_tokens + self._num_launched_tokens
+
+    @property
+    def num_requests(self) -> int:
+        """All that were accepted and have not let go of everything."""
+        return len(self._requests)
 
     # -- what comes in ---------------------------------------------------------------------------------
 
@@ -166,6 +172,7 @@ class Scheduler:
                 if not row.samples:
                     row.request.num_in_flight -= 1
                     self._settle(row.request)
+        self._num_launched_tokens -= sum(row.num_tokens for row in plan.chunks)
         made = Made([], [], {}, [])
         running, ended = Status.RUNNING, Status.ENDED
         for request, token_id in zip(sampled, token_ids, strict=True):
@@ -277,6 +284,7 @@ class Scheduler:
                 request.num_in_flight += 1
                 request.num_pending += 1
             return
+        self._num_launched_tokens += sum(row.num_tokens for row in plan.chunks)
         for row in plan.rows:
             row.request.num_computed_tokens += row.num_tokens
             row.request.num_in_flight += 1

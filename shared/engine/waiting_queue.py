@@ -11,10 +11,13 @@ MAX_LPM_QUEUE = 128  # a longer queue is served first come, first served: matchi
 
 
 class WaitingQueue:
-    """Nothing of a waiting request is computed: `num_tokens` is all that they know."""
+    """`num_tokens` are to be computed here for those that wait: what the tree held of a request when it came
+    is not, nor what a peer computes for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, tree: RadixTree) -> None:
+        self._tree = tree
         self._requests: deque[Request] = deque()
+        self._num_tokens_of: dict[Request, int] = {}
         self.num_tokens = 0
 
     def __len__(self) -> int:
@@ -22,23 +25,31 @@ class WaitingQueue:
 
     def append(self, request: Request) -> None:
         self._requests.append(request)
-        self.num_tokens += len(request.token_ids)
+        self._count(request)
 
     def put_first(self, request: Request) -> None:
         """A request that was running before."""
         self._requests.appendleft(request)
-        self.num_tokens += len(request.token_ids)
+        self._count(request)
 
     def remove(self, request: Request) -> None:
         self._requests.remove(request)
-        self.num_tokens -= len(request.token_ids)
+        self.num_tokens -= self._num_tokens_of.pop(request)
 
     def in_order(self) -> list[Request]:
         return list(self._requests)
 
-    def by_longest_prefix(self, tree: RadixTree) -> list[Request]:
+    def by_longest_prefix(self) -> list[Request]:
         """Those first that find the most in the tree; in order when the queue is long."""
         waiting = list(self._requests)
         if len(waiting) <= MAX_LPM_QUEUE:
-            waiting.sort(key=lambda r: -tree.num_matching_pages(r.token_ids, r.salt))
+            waiting.sort(key=lambda r: -self._tree.num_matching_pages(r.token_ids, r.salt))
         return waiting
+
+    def _count(self, request: Request) -> None:
+        lacking = 0
+        if request.phase != "decode":
+            stored = self._tree.num_matching_pages(request.token_ids, request.salt) * self._tree.page_size
+            lacking = max(1, len(request.token_ids) - stored)
+        self._num_tokens_of[request] = lacking
+        self.num_tokens += lacking

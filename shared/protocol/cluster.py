@@ -17,7 +17,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, omit_defaults=True):
 
     num_running: int = 0
     num_waiting: int = 0
-    queued_tokens: int = 0  # prompt tokens accepted, not yet computed
+    queued_tokens: int = 0  # to be computed here for requests accepted: not cached, not a peer's work
     free_pages: int = 0  # free or evictable
     total_pages: int = 0
     prefill_tokens_per_s: float = 0.0
@@ -25,6 +25,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     transfer_bytes_per_s: float = 0.0
     exposed_transfer_s: float = 0.0  # prefill side: from token 0 to word that decode has admitted the request
     tree_pages: int = 0  # owned by the radix tree
+    num_handing_over: int = 0  # accepted, neither running nor waiting: KV on its way here or from here
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):

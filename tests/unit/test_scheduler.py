@@ -22,7 +22,7 @@ from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import Phase, SamplingParams, Submit
 
 EOS = 0
-QUEUED = (Status.WAITING, Status.RUNNING, Status.RETRACTED)
+RUNS = (Status.RUNNING, Status.RETRACTED)
 
 
 class World:
@@ -89,9 +89,11 @@ class World:
 
     def audit(self) -> None:
         assert self.account.audit(self.scheduler.requests()) == []
-        queued = [r for r in self.scheduler.requests() if r.status in QUEUED]
-        missing = sum(len(request.token_ids) - request.num_computed_tokens for request in queued)
-        assert self.scheduler.num_queued_tokens == missing
+        launched = sum(row.num_tokens for plan in self.in_flight for row in plan.chunks)
+        missing = sum(_num_missing(r) for r in self.scheduler.requests() if r.status in RUNS)
+        waiting = [r for r in self.scheduler.requests() if r.status is Status.WAITING and r.phase != "decode"]
+        of_waiting = self.scheduler.num_queued_tokens - launched - missing
+        assert len(waiting) <= of_waiting <= sum(_num_missing(r) for r in waiting)
 
     def drain(self, max_steps: int = 2000) -> None:
         for _ in range(max_steps):
@@ -277,3 +279,27 @@ def test_longest_prefix_first_takes_the_cached_request() -> None:
     plan = world.step()
     assert [row.request for row in plan.rows] == [cached]
     world.drain()
+
+
+def test_queued_tokens_are_what_the_device_has_yet_to_compute_here() -> None:
+    world = World(budget=8, depth=2)
+    world.add([*range(1, 21)])
+    assert world.scheduler.num_queued_tokens == 20
+    world.step()  # eight tokens are on the device, and not computed yet
+    assert world.scheduler.num_queued_tokens == 20
+    world.collect()
+    assert world.scheduler.num_queued_tokens == 12
+
+
+def test_what_the_tree_holds_and_what_a_peer_computes_is_not_queued() -> None:
+    world = World()
+    world.add([*range(1, 21)])
+    world.drain()
+    world.add([*range(1, 17), 50, 51])
+    assert world.scheduler.num_queued_tokens == 2
+    world.add([*range(60, 80)], phase="decode")
+    assert world.scheduler.num_queued_tokens == 2
+
+
+def _num_missing(request: Request) -> int:
+    return len(request.token_ids) - request.num_computed_tokens
