@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeAlias
 
+import msgspec
 from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
 from phloem.cli.up.devices import count_gpus
 from phloem.cli.up.ports import require_free_port
+from phloem.shared.engine.gpu_report import GpuReport
 from phloem.shared.errors import PhloemError
 
 Verdict: TypeAlias = Literal["ok", "note", "problem"]
@@ -50,7 +52,7 @@ def doctor(
     checks = [
         check_python(sys.version_info[:3]),
         check_torch(),
-        check_gpus(count_gpus(os.environ)),
+        *check_gpus(count_gpus(os.environ)),
         *check_model_cache(),
         check_port(port),
         check_redis(redis_url),
@@ -90,10 +92,53 @@ def check_torch() -> Check:
     return Check("torch", "ok", done.stdout.strip())
 
 
-def check_gpus(num_gpus: int) -> Check:
+def check_gpus(num_gpus: int) -> Iterator[Check]:
+    """How many there are, and what the engine would do with each."""
     if num_gpus == 0:
-        return Check("GPUs", "note", f"none: workers run on the CPU ({os.cpu_count()} cores)")
-    return Check("GPUs", "ok", str(num_gpus))
+        yield Check("GPUs", "note", f"none: workers run on the CPU ({os.cpu_count()} cores)")
+        return
+    yield Check("GPUs", "ok", str(num_gpus))
+    try:
+        importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return  # said above
+    yield from describe_gpus(*_ask_engine())
+
+
+def _ask_engine() -> tuple[str, str]:
+    """The output and the errors of the engine's report, in a process of its own."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "phloem.shared.engine.gpu_report"],
+            capture_output=True,
+            text=True,
+            timeout=_TORCH_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "", f"the look at the GPUs took longer than {_TORCH_TIMEOUT_S:.0f} s"
+    return done.stdout, done.stderr if done.returncode else ""
+
+
+def describe_gpus(output: str, errors: str) -> Iterator[Check]:
+    """A row per GPU: name, memory, and the kernels that an ordinary model would run on."""
+    if errors:
+        yield Check("engine on GPUs", "problem", errors.strip().rpartition("\n")[2])
+        return
+    reports = [msgspec.json.decode(line, type=GpuReport) for line in output.splitlines()]
+    if not reports:
+        yield Check("engine on GPUs", "problem", "torch sees none: is it a build with CUDA?")
+    for index, report in enumerate(reports):
+        shown = (
+            f"{report.name}, compute capability {report.capability[0]}.{report.capability[1]}, "
+            f"{report.free_bytes / 1e9:.0f} of {report.total_bytes / 1e9:.0f} GB free"
+        )
+        if not report.backend:
+            yield Check(f"cuda:{index}", "problem", report.notes[0])
+        elif report.notes:
+            yield Check(f"cuda:{index}", "note", f"{shown}; {'; '.join(report.notes)}")
+        else:
+            yield Check(f"cuda:{index}", "ok", f"{shown}; attention by {report.backend}")
 
 
 def check_model_cache() -> Iterator[Check]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from phloem.cli.doctor import check_gpus, check_port, check_python, check_redis
+from phloem.cli.doctor import Check, check_gpus, check_port, check_python, check_redis, describe_gpus
 from phloem.cli.main import run
 from phloem.cli.up.ports import bound_socket, free_port
+from phloem.shared.engine.gpu_report import GpuReport
 
 
 @pytest.mark.parametrize(
@@ -24,8 +26,33 @@ def test_taken_port_is_noted() -> None:
 
 
 def test_machine_without_a_gpu_is_no_problem() -> None:
-    assert check_gpus(0).verdict == "note"
-    assert check_gpus(2) == ("GPUs", "ok", "2")
+    (check,) = check_gpus(0)
+    assert check.verdict == "note"
+
+
+H100 = GpuReport("NVIDIA H100", (9, 0), 85_000_000_000, 84_000_000_000, "flashinfer", ())
+
+
+def described(*reports: GpuReport) -> list[Check]:
+    return list(describe_gpus("".join(f"{msgspec.json.encode(report).decode()}\n" for report in reports), ""))
+
+
+def test_each_gpu_says_what_a_model_would_run_on() -> None:
+    slower = msgspec.structs.replace(H100, backend="triton", notes=("attention by triton: no nvcc",))
+    refused = msgspec.structs.replace(H100, backend="", notes=("NVIDIA T4 is not supported",))
+    shown = "NVIDIA H100, compute capability 9.0, 84 of 85 GB free"
+    assert described(H100, slower, refused) == [
+        ("cuda:0", "ok", f"{shown}; attention by flashinfer"),
+        ("cuda:1", "note", f"{shown}; attention by triton: no nvcc"),
+        ("cuda:2", "problem", "NVIDIA T4 is not supported"),
+    ]
+
+
+def test_gpus_that_torch_does_not_see_are_a_problem() -> None:
+    (check,) = described()
+    assert check.verdict == "problem" and "build with CUDA" in check.found
+    (broken,) = describe_gpus("", "Traceback\nImportError: libcudart.so: no such file\n")
+    assert (broken.verdict, broken.found) == ("problem", "ImportError: libcudart.so: no such file")
 
 
 def test_redis_that_does_not_answer_is_a_problem() -> None:
