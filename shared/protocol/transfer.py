@@ -3,7 +3,7 @@
 The prefill side dials. Life of one request on it: decode sends `Ready` (it holds the first pages and has
 reserved the rest); prefill sends `Piece` headers, each followed by its bytes on the channel in the same
 order, and `Last`; decode returns a `Credit` for each staging slot it has emptied, and `Admitted` when all is
-checked. Either side may send `Cancel` at any time; pieces that are already under way are received and dropped.
+checked. Either side may send `Cancel` at any time; pieces already under way are received and dropped.
 """
 
 from __future__ import annotations

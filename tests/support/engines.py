@@ -77,6 +77,7 @@ class EngineSpec:
     staging_bytes: int = 4 * 1024 * 1024
     eos_token_ids: tuple[int, ...] = ()
     overlap: bool = True
+    transfer_bytes_per_s: float = 1e6  # as if measured: so slow that each layer's KV is sent by itself
 
 
 class LocalEngine:
@@ -215,6 +216,7 @@ class LocalEngine:
             context_length=length,
             handover_timeout_s=DEADLINE_S,
             overlap=spec.overlap,
+            transfer_bytes_per_s=lambda: spec.transfer_bytes_per_s,
         )
 
     def _transfer_config(self, decoder: Decoder) -> TransferConfig:
