@@ -54,7 +54,8 @@ async def claim_device(
         position = int(reply[0])
     if position == 0:
         raise unavailable(
-            f"no free device on this host among {list(candidates)}: other workers hold them",
+            f"no free device on this host among {list(candidates)}: other workers hold them, and workers "
+            "that hand KV over can't share one. With one GPU run a `unified` worker, or use --device cpu",
             code="no_free_device",
         )
     return DeviceClaim(registry, host_id, candidates[position - 1], owner, epoch)

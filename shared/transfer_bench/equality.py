@@ -103,7 +103,7 @@ async def compare(
     expected = await asyncio.gather(*(alone(question) for question in questions))
     handed = await asyncio.gather(*(apart(index, question) for index, question in enumerate(questions)))
     audits = [await engine.audit_idle() for engine in (*prefill, *decode, unified)]
-    return _report(questions, expected, handed, sum(audit.counters["bytes_received"] for audit in audits))
+    return report_of(questions, expected, handed, sum(audit.counters["bytes_received"] for audit in audits))
 
 
 async def _ask(prefill: EngineClient, decode: EngineClient, question: Question) -> HandOver:
@@ -124,12 +124,13 @@ async def _wait_to_abort(handed: HandOver, question: Question) -> None:
         await handed.decode.until_tokens(question.abort_after_tokens, 120.0)
 
 
-def _report(
+def report_of(
     questions: Sequence[Question],
     expected: Sequence[list[int]],
     handed: Sequence[HandOver],
     num_bytes: int,
 ) -> EqualityReport:
+    """The judgement of what was asked (in order: the tokens of one engine, and the pair's streams)."""
     differing, failed = [], []
     for question, tokens, pair in zip(questions, expected, handed, strict=True):
         if _went_wrong(question, pair):

@@ -87,11 +87,17 @@ def run_transfer_bench(options: TransferOptions, tell: Tell) -> TransferReport:
     slow_downs: list[SlowDown] = []
     if options.prompts:
         exposed, slow_downs = asyncio.run(_engines(options, config, tell))
-    judged = options.gpus is not None
-    bars = [*_bandwidth_bars(bandwidth, judged), *_engine_bars(exposed, slow_downs, judged)]
+    bars = bars_of(bandwidth, exposed, slow_downs, judged=options.gpus is not None)
     return TransferReport(
         options=options, bandwidth=bandwidth, exposed=exposed, slow_downs=slow_downs, bars=bars
     )
+
+
+def bars_of(
+    bandwidth: BandwidthReport | None, exposed: list[Exposed], slow_downs: list[SlowDown], *, judged: bool
+) -> list[Bar]:
+    """Issue 4's bars; without `judged` the same figures without bounds."""
+    return [*_bandwidth_bars(bandwidth, judged), *_engine_bars(exposed, slow_downs, judged)]
 
 
 def _bandwidth(options: TransferOptions, config: ModelConfig, tell: Tell) -> BandwidthReport:

@@ -67,6 +67,7 @@ async def test_without_a_free_gpu_cuda_fails_and_auto_runs_on_the_cpu(registry: 
             async with claimed_gpu(registry, one, "cuda", PeerRef("b", 2), wait_s=0.0):
                 pass
         assert (caught.value.code, caught.value.retryable) == ("no_free_device", True)
+        assert "run a `unified` worker" in str(caught.value)
         async with claimed_gpu(registry, one, "auto", PeerRef("b", 2)) as env:
             assert env == {"CUDA_VISIBLE_DEVICES": ""}
     async with claimed_gpu(registry, one, "cuda", PeerRef("b", 2)) as env:

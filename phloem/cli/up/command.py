@@ -27,7 +27,13 @@ from phloem.cli.up.devices import count_gpus
 from phloem.cli.up.display import Display, display_for
 from phloem.cli.up.first_answer import first_answer
 from phloem.cli.up.model import prepare_model
-from phloem.cli.up.plan import ChildSpec, Surroundings, plan_services, served_model_name
+from phloem.cli.up.plan import (
+    ChildSpec,
+    Surroundings,
+    plan_services,
+    require_gpu_each,
+    served_model_name,
+)
 from phloem.cli.up.ports import free_port, require_free_port
 from phloem.cli.up.readiness import gateway_url, wait_until_ready
 from phloem.cli.up.summary import curl_line, print_answer, service_table
@@ -66,6 +72,7 @@ class UpRun:
 
     async def run(self) -> None:
         """Ends on a signal, or after the answer with `--once`. Raises `PhloemError` if it can't start."""
+        require_gpu_each(self._config, count_gpus(os.environ))
         for port in self._config.gateway_ports:
             require_free_port(self._host, port, "--port")
         stop = stop_event()

@@ -13,6 +13,7 @@ from phloem.cli.up.config import UpConfig
 from phloem.shared.config.fields import config_fields
 from phloem.shared.config.sources import ENV_PREFIX, env_word
 from phloem.shared.engine.config import EngineOptions
+from phloem.shared.errors import ConfigError
 
 Kind: TypeAlias = Literal["valkey", "cache-index", "prefill", "decode", "unified", "gateway"]
 
@@ -100,6 +101,23 @@ def _plan_gateways(
 def served_model_name(model_path: str) -> str:
     """What requests call the model: a path's last part, or the name or hub id as it was given."""
     return Path(model_path).name if Path(model_path).expanduser().exists() else model_path
+
+
+def require_gpu_each(config: UpConfig, num_gpus: int) -> None:
+    """Raises `ConfigError` when workers that hand KV over would share a GPU: NCCL joins no two processes on
+    one. Unified workers may share, they hand nothing over to each other."""
+    num_workers = config.prefill + config.decode + config.unified
+    device = config.engine.device
+    apart = device == "cpu" or num_gpus == 0 or (device in ("auto", "cuda") and num_workers <= num_gpus)
+    if apart or not (config.prefill or config.decode):
+        return
+    has = f"this host has {num_gpus} GPU{'s' if num_gpus > 1 else ''}"
+    where = has if device in ("auto", "cuda") else f"--device {device} names one for all"
+    raise ConfigError(
+        f"{num_workers} workers want a GPU each, and {where}: KV can't be handed over within a GPU. Use "
+        f"--prefill 0 --decode 0 --unified {max(1, num_gpus)}, where each worker does both, or --device cpu",
+        param="prefill",
+    )
 
 
 def placed_options(options: EngineOptions, rank: int, num_workers: int, num_gpus: int) -> EngineOptions:
