@@ -63,7 +63,7 @@ class DecodeKernels:
         residual, scaled = (
             torch.empty(shape, dtype=embedding.dtype, device=embedding.device) for _ in range(2)
         )
-        squares = torch.empty((1, len(rows.token)), dtype=torch.float32, device=embedding.device)
+        squares = _squares(1, len(rows.token), embedding.device)
         begin_rows(rows.token, rows.slot, rows.last_token, embedding, gain, residual, scaled, squares)
         return Stream(residual, scaled, Squares(squares, 1))
 
@@ -92,7 +92,7 @@ class DecodeKernels:
         """Adds `linear(x, w)` to the residual stream, in place; gain `[N]` is the next norm's."""
         n, k = w.weight.shape
         tiling = self._need("adds", n, k, len(x))
-        squares = torch.empty((n // tiling.block_n, len(x)), dtype=torch.float32, device=x.device)
+        squares = _squares(n // tiling.block_n, len(x), x.device)
         scaled = torch.empty_like(stream.residual)
         self._product("adds", x, w, scaled, residual=stream.residual, gain=gain, squares_out=squares)
         return Stream(stream.residual, scaled, Squares(squares, n // tiling.block_n))
@@ -158,6 +158,11 @@ class DecodeKernels:
 
     def _tiling(self, product: Product, n: int, k: int, num_rows: int) -> Tiling | None:
         return choose_tiling(product, n, k, num_rows, hopper=self._hopper)
+
+
+def _squares(num_parts: int, num_rows: int, device: torch.device) -> Tensor:
+    """Rows are padded: kernels are compiled for their stride, and should not be for each batch size."""
+    return torch.empty((num_parts, block_of_rows(num_rows)), dtype=torch.float32, device=device)
 
 
 def _workspace(shape: DecodeShape, device: torch.device, hopper: bool) -> Workspace:

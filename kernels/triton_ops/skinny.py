@@ -68,7 +68,7 @@ def _finish(
     tl.store(out + place, sums.to(out.dtype.element_ty), mask=in_m[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _skinny_kernel(
     x,
     w,
