@@ -17,12 +17,15 @@ RouteKind: TypeAlias = Literal["pair", "local", "unified"]
 
 
 class Candidate(Struct, frozen=True, kw_only=True):
-    """A worker that takes requests now, with what this gateway itself has under way there (the heartbeat may
-    not know of it yet) and how many leading tokens of the prompt it holds."""
+    """A worker that takes requests now, with what this gateway itself has under way there, and how many
+    leading tokens of the prompt it holds. `new_...` is the part of `own_...` that went there since the worker
+    told the load in `record`, so that others' requests and these add up."""
 
     record: WorkerRecord
     own_requests: int = 0
     own_prefill_tokens: int = 0
+    new_requests: int = 0
+    new_prefill_tokens: int = 0
     cached_tokens: int = 0
 
     @property
@@ -38,13 +41,13 @@ class Candidate(Struct, frozen=True, kw_only=True):
     def num_requests(self) -> int:
         """Requests that it runs or has waiting, at least."""
         load = self.record.load
-        known = load.num_running + load.num_waiting
+        known = load.num_running + load.num_waiting + self.new_requests
         return known if known > self.own_requests else self.own_requests
 
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens that it has yet to compute, at least."""
-        known = self.record.load.queued_tokens
+        known = self.record.load.queued_tokens + self.new_prefill_tokens
         return known if known > self.own_prefill_tokens else self.own_prefill_tokens
 
 
