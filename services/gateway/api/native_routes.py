@@ -11,10 +11,9 @@ from litestar.types import ASGIApp
 from msgspec import Struct
 
 from phloem.services.gateway.api.access import call_of
-from phloem.services.gateway.api.answer import answer
+from phloem.services.gateway.api.answer import Job, answering
 from phloem.services.gateway.api.auth import ADMIN
 from phloem.services.gateway.api.errors import HttpRequest
-from phloem.services.gateway.api.exchange import Exchange, Reply
 from phloem.services.gateway.api.json_body import decode_json
 from phloem.services.gateway.api.native_answers import NativeDialect
 from phloem.services.gateway.api.native_types import (
@@ -56,21 +55,18 @@ async def generate(request: HttpRequest) -> ASGIApp:
     sampling = _sampling(gateway, body.sampling_params or NativeSampling())
     prompts, param, single = _prompts(body, gateway.config.max_batch_prompts)
 
-    async def work(reply: Reply) -> None:
-        with gateway.admission.admit(call.tenant.id, sampling.n * len(prompts)):
-            sequences = gateway.sequences(
-                call,
-                await encoded(gateway, prompts, param),
-                sampling,
-                cache_salt=body.cache_salt,
-                param=param,
-                continues_text=True,
-                default_max_tokens=DEFAULT_MAX_NEW_TOKENS,
-            )
-            dialect = NativeDialect(call, single=single and sampling.n == 1)
-            await answer(gateway, sequences, dialect, reply, stream=bool(body.stream))
-
-    return Exchange(work)
+    job = Job(
+        sampling=sampling,
+        num_prompts=len(prompts),
+        encode=lambda: encoded(gateway, prompts, param),
+        param=param,
+        cache_salt=body.cache_salt,
+        continues_text=True,
+        default_max_tokens=DEFAULT_MAX_NEW_TOKENS,
+        dialect=NativeDialect(call, single=single and sampling.n == 1),
+        stream=bool(body.stream),
+    )
+    return answering(gateway, call, job)
 
 
 @get("/get_model_info", summary="The model and the cluster (SGLang)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -17,6 +18,7 @@ from phloem.services.gateway.api.openai_types import (
     ChatDelta,
     Completion,
     CompletionChoice,
+    GenerationFields,
     PhloemField,
     PromptTokensDetails,
     Usage,
@@ -27,6 +29,18 @@ from phloem.services.gateway.sequence import RunningSequence, TextDelta
 from phloem.shared.protocol.session import FinishReason
 
 SYSTEM_FINGERPRINT = f"phloem-{phloem.__version__}"
+
+
+# Chunks of a stream that tell the usage: none of them, one more at the end, or every one and one more.
+UsageWish: TypeAlias = Literal["none", "last", "every"]
+
+
+def usage_wish(body: GenerationFields) -> UsageWish:
+    """What `stream_options` ask for; as in vLLM, `continuous_usage_stats` means nothing by itself."""
+    options = body.stream_options
+    if options is None or not options.include_usage:
+        return "none"
+    return "every" if options.continuous_usage_stats else "last"
 
 
 def usage_of(sequences: Sequence[RunningSequence]) -> Usage:
@@ -44,35 +58,44 @@ def phloem_field(call: Call, sequences: Sequence[RunningSequence]) -> PhloemFiel
     return PhloemField(call.request_id, sequences[0].timeline) if call.wants_timeline else UNSET
 
 
-class ChatDialect:
-    """`/v1/chat/completions`. One per request."""
+class _Dialect:
+    """What both have in common; `usage` says which chunks tell the usage."""
 
-    def __init__(self, call: Call, model: str, *, include_usage: bool) -> None:
+    def __init__(self, call: Call, model: str, *, usage: UsageWish) -> None:
         self._call = call
         self._model = model
-        self._include_usage = include_usage
-        self._id = "chatcmpl-" + call.request_id.removeprefix("req-")
-        self._text_events: dict[int, TextEvent] = {}  # of the choices that have been greeted
+        self._usage = usage
+        self._text_events: dict[int, TextEvent] = {}  # of the choices that have begun
+
+    def _usage_so_far(self, sequence: RunningSequence) -> Usage | UnsetType | None:
+        """In the chunks of a choice: its own, or null until the last chunk tells of all."""
+        if self._usage == "every":
+            return usage_of([sequence])
+        return None if self._usage == "last" else UNSET
+
+    def _usage_at_end(self, sequences: Sequence[RunningSequence]) -> Usage | UnsetType:
+        return UNSET if self._usage == "none" else usage_of(sequences)
+
+
+class ChatDialect(_Dialect):
+    """`/v1/chat/completions`. One per request."""
 
     def chunks(self, sequence: RunningSequence, delta: TextDelta) -> list[bytes]:
         if not delta.text and delta.finish_reason is None:
             return []
-        text_event = self._text_events.get(sequence.index)
         greeting = []
-        if text_event is None:
+        if sequence.index not in self._text_events:
             greeting = [self._event(sequence, ChatDelta(role="assistant", content=""))]
-            text_event = TextEvent(self._event(sequence, ChatDelta(content=TEXT)))
-            self._text_events[sequence.index] = text_event
-        if delta.finish_reason is None:
-            return [*greeting, text_event.of(delta.text)]
+            template = self._event(sequence, ChatDelta(content=TEXT))
+            self._text_events[sequence.index] = TextEvent(template)
+        if delta.finish_reason is None and self._usage != "every":
+            return [*greeting, self._text_events[sequence.index].of(delta.text)]
         words = ChatDelta(content=delta.text) if delta.text else ChatDelta()
         return [*greeting, self._event(sequence, words, delta.finish_reason)]
 
     def closing(self, sequences: Sequence[RunningSequence]) -> list[bytes]:
-        extra = phloem_field(self._call, sequences)
-        if not self._include_usage and extra is UNSET:
-            return []
-        return [self._chunk([], usage_of(sequences) if self._include_usage else UNSET, extra)]
+        usage, extra = self._usage_at_end(sequences), phloem_field(self._call, sequences)
+        return [] if usage is UNSET and extra is UNSET else [self._chunk([], usage, extra)]
 
     def whole(self, sequences: Sequence[RunningSequence]) -> bytes:
         answer = ChatCompletion(
@@ -89,15 +112,20 @@ class ChatDialect:
         )
         return msgspec.json.encode(answer)
 
+    @property
+    def _id(self) -> str:
+        return "chatcmpl-" + self._call.request_id.removeprefix("req-")
+
     def _event(
         self, sequence: RunningSequence, words: ChatDelta, finish_reason: FinishReason | None = None
     ) -> bytes:
-        return self._chunk([ChatChunkChoice(sequence.index, words, finish_reason)])
+        choice = ChatChunkChoice(sequence.index, words, finish_reason)
+        return self._chunk([choice], self._usage_so_far(sequence))
 
     def _chunk(
         self,
         choices: list[ChatChunkChoice],
-        usage: Usage | UnsetType = UNSET,
+        usage: Usage | UnsetType | None,
         extra: PhloemField | UnsetType = UNSET,
     ) -> bytes:
         chunk = ChatCompletionChunk(
@@ -106,37 +134,27 @@ class ChatDialect:
             model=self._model,
             system_fingerprint=SYSTEM_FINGERPRINT,
             choices=choices,
-            usage=None if usage is UNSET and self._include_usage else usage,
+            usage=usage,
             phloem=extra,
         )
         return msgspec.json.encode(chunk)
 
 
-class CompletionDialect:
+class CompletionDialect(_Dialect):
     """`/v1/completions`. One per request."""
 
-    def __init__(self, call: Call, model: str, *, include_usage: bool) -> None:
-        self._call = call
-        self._model = model
-        self._include_usage = include_usage
-        self._id = "cmpl-" + call.request_id.removeprefix("req-")
-        self._text_events: dict[int, TextEvent] = {}
-
     def chunks(self, sequence: RunningSequence, delta: TextDelta) -> list[bytes]:
-        if delta.finish_reason is not None:
+        if delta.finish_reason is not None or (delta.text and self._usage == "every"):
             return [self._event(sequence, delta.text, delta.finish_reason)]
         if not delta.text:
             return []
-        text_event = self._text_events.get(sequence.index)
-        if text_event is None:
-            text_event = self._text_events[sequence.index] = TextEvent(self._event(sequence, TEXT, None))
-        return [text_event.of(delta.text)]
+        if sequence.index not in self._text_events:
+            self._text_events[sequence.index] = TextEvent(self._event(sequence, TEXT, None))
+        return [self._text_events[sequence.index].of(delta.text)]
 
     def closing(self, sequences: Sequence[RunningSequence]) -> list[bytes]:
-        extra = phloem_field(self._call, sequences)
-        if not self._include_usage and extra is UNSET:
-            return []
-        return [self._answer([], usage_of(sequences) if self._include_usage else UNSET, extra)]
+        usage, extra = self._usage_at_end(sequences), phloem_field(self._call, sequences)
+        return [] if usage is UNSET and extra is UNSET else [self._answer([], usage, extra)]
 
     def whole(self, sequences: Sequence[RunningSequence]) -> bytes:
         choices = [
@@ -146,7 +164,7 @@ class CompletionDialect:
 
     def _event(self, sequence: RunningSequence, text: str, finish_reason: FinishReason | None) -> bytes:
         choice = CompletionChoice(sequence.index, text, finish_reason)
-        return self._answer([choice], None if self._include_usage else UNSET)
+        return self._answer([choice], self._usage_so_far(sequence))
 
     def _answer(
         self,
@@ -155,7 +173,7 @@ class CompletionDialect:
         extra: PhloemField | UnsetType = UNSET,
     ) -> bytes:
         answer = Completion(
-            id=self._id,
+            id="cmpl-" + self._call.request_id.removeprefix("req-"),
             created=self._call.created,
             model=self._model,
             system_fingerprint=SYSTEM_FINGERPRINT,

@@ -8,11 +8,10 @@ from litestar.types import ASGIApp
 from msgspec import Struct
 
 from phloem.services.gateway.api.access import call_of
-from phloem.services.gateway.api.answer import answer
+from phloem.services.gateway.api.answer import Job, answering
 from phloem.services.gateway.api.errors import HttpRequest
-from phloem.services.gateway.api.exchange import Exchange, Reply
 from phloem.services.gateway.api.json_body import decode_json
-from phloem.services.gateway.api.openai_answers import ChatDialect, CompletionDialect
+from phloem.services.gateway.api.openai_answers import ChatDialect, CompletionDialect, usage_wish
 from phloem.services.gateway.api.openai_types import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -62,26 +61,26 @@ async def chat_completions(request: HttpRequest) -> ASGIApp:
     messages = chat_messages(body.messages, gateway.config.max_messages)
     variables = template_variables(body.chat_template_kwargs, gateway.config.chat_template_kwargs)
 
-    async def work(reply: Reply) -> None:
-        with gateway.admission.admit(call.tenant.id, sampling.n):
-            prompt = await gateway.encoder.encode_chat(
-                messages,
-                context_length=gateway.context_length,
-                add_generation_prompt=body.add_generation_prompt is not False,
-                extra=variables,
-            )
-            sequences = gateway.sequences(
-                call,
-                [prompt],
-                sampling,
-                cache_salt=body.cache_salt,
-                param="messages",
-                continues_text=False,
-            )
-            dialect = ChatDialect(call, gateway.model.name, include_usage=_wants_usage(body))
-            await answer(gateway, sequences, dialect, reply, stream=bool(body.stream))
+    async def encode() -> list[list[int]]:
+        prompt = await gateway.encoder.encode_chat(
+            messages,
+            context_length=gateway.context_length,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            extra=variables,
+        )
+        return [prompt]
 
-    return Exchange(work)
+    job = Job(
+        sampling=sampling,
+        num_prompts=1,
+        encode=encode,
+        param="messages",
+        cache_salt=body.cache_salt,
+        continues_text=False,
+        dialect=ChatDialect(call, gateway.model.name, usage=usage_wish(body)),
+        stream=bool(body.stream),
+    )
+    return answering(gateway, call, job)
 
 
 @post(
@@ -101,20 +100,17 @@ async def completions(request: HttpRequest) -> ASGIApp:
     sampling = _sampling(gateway, body, body.max_tokens, "max_tokens")
     prompts = completion_prompts(body.prompt, "prompt", gateway.config.max_batch_prompts)
 
-    async def work(reply: Reply) -> None:
-        with gateway.admission.admit(call.tenant.id, sampling.n * len(prompts)):
-            sequences = gateway.sequences(
-                call,
-                await encoded(gateway, prompts, "prompt"),
-                sampling,
-                cache_salt=body.cache_salt,
-                param="prompt",
-                continues_text=True,
-            )
-            dialect = CompletionDialect(call, gateway.model.name, include_usage=_wants_usage(body))
-            await answer(gateway, sequences, dialect, reply, stream=bool(body.stream))
-
-    return Exchange(work)
+    job = Job(
+        sampling=sampling,
+        num_prompts=len(prompts),
+        encode=lambda: encoded(gateway, prompts, "prompt"),
+        param="prompt",
+        cache_salt=body.cache_salt,
+        continues_text=True,
+        dialect=CompletionDialect(call, gateway.model.name, usage=usage_wish(body)),
+        stream=bool(body.stream),
+    )
+    return answering(gateway, call, job)
 
 
 @get("/v1/models", summary="The models served")
@@ -137,10 +133,6 @@ def _sampling(gateway: Gateway, body: GenerationFields, asked: int | None, param
         config=gateway.config,
         check_tokens=gateway.check_tokens,
     )
-
-
-def _wants_usage(body: GenerationFields) -> bool:
-    return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 
 def _card(gateway: Gateway) -> ModelCard:

@@ -31,7 +31,10 @@ class ChatMessage(Struct, frozen=True):
 
 
 class StreamOptions(Struct, frozen=True):
+    """`include_usage`: a last chunk tells the usage; with `continuous_usage_stats` every chunk does."""
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class GenerationFields(SamplingFields, kw_only=True, frozen=True):
