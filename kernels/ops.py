@@ -222,6 +222,20 @@ def sample(
     return _sampling.sample(logits, temperature, top_k, top_p, min_p, seed, position)
 
 
+def apply_bitmask(logits: Tensor, bitmask: Tensor, rows: Tensor) -> None:
+    """Sets the logits of forbidden tokens to -inf, in place.
+
+    logits float32 `[R, V]`; bitmask int32 `[N, ceil(V / 32)]`: bit t % 32 of word t // 32 allows token t;
+    rows int64 `[N]`, no row twice: which row of logits each mask is for.
+    """
+    if logits.is_cuda:
+        from phloem.kernels import cuda_ops
+
+        cuda_ops.apply_bitmask(logits, bitmask, rows)
+    else:
+        _sampling.apply_bitmask(logits, bitmask, rows)
+
+
 def decode_kernels(
     shape: DecodeShape, dtype: torch.dtype, device: torch.device, max_rows: int
 ) -> DecodeKernels | None:

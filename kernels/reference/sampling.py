@@ -47,6 +47,12 @@ def sample(
     return token_ids
 
 
+def apply_bitmask(logits: Tensor, bitmask: Tensor, rows: Tensor) -> None:
+    tokens = torch.arange(logits.shape[1], device=logits.device)
+    allowed = (bitmask[:, tokens // 32] >> (tokens % 32)) & 1
+    logits[rows] = logits[rows].masked_fill(allowed == 0, float("-inf"))
+
+
 def splitmix64(x: Tensor) -> Tensor:
     """The finaliser of splitmix64 on int64 that stand for uint64; in place on two buffers, for speed."""
     z = x + GOLDEN

@@ -55,7 +55,9 @@ class Admission:
         for request in self._candidates():
             if not self._slots.num_free or self._must_wait_for(blocked):
                 break
-            if request.num_in_flight or (budget == 0 and request.phase != "decode"):
+            if request.num_in_flight or request.awaits_grammar:
+                continue
+            if budget == 0 and request.phase != "decode":
                 continue
             error = self._too_long(request)
             if error is not None:

@@ -13,6 +13,7 @@ from phloem.shared.block_hash import BlockHasher
 from phloem.shared.engine.config import EngineConfig
 from phloem.shared.engine.engine_loop import Engine, EngineParts
 from phloem.shared.engine.fault_injection import damaging
+from phloem.shared.engine.grammar.parts import GrammarModel, grammar_parts
 from phloem.shared.engine.kv_pool import KVPool
 from phloem.shared.engine.limits import Limits
 from phloem.shared.engine.loading import load_model
@@ -103,6 +104,16 @@ def _wire(
         ),
         damaging(config.faults, lambda event: engines[0].deliver(event)),
     )
+    grammars = grammar_parts(
+        GrammarModel(
+            Path(options.model_path),
+            model.decoder.config.vocab_size,
+            model.decoder.config.eos_token_ids,
+            options.max_running_requests,
+            model.device.type == "cuda",
+        ),
+        lambda ready: engines[0].deliver(ready),
+    )
     engine = Engine(
         EngineParts(
             limits=Limits(
@@ -122,6 +133,7 @@ def _wire(
             context_length=model.context_length,
             handover_timeout_s=options.handover_timeout_s,
             overlap=not options.disable_overlap_schedule,
+            grammars=grammars,
             transfer_bytes_per_s=lambda: _send_rate(endpoint),
         )
     )

@@ -11,6 +11,7 @@ runs eagerly. Sampling is a launch of its own after the forward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from phloem.kernels import ops
 from phloem.kernels.types import DecodeRows
 from phloem.shared.engine.cuda_attention import CudaAttention, PlannedRows
 from phloem.shared.engine.cuda_inputs import RING, RowInputs
+from phloem.shared.engine.grammar.masks import TokenMasks
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.decode_pass import DecodePass
 from phloem.shared.engine.models.kv_cache import KVCache
@@ -34,19 +36,31 @@ from phloem.shared.transfer.device_event import DeviceEvent
 _EMPTY = np.zeros(0, dtype=np.int64)
 
 
-class CudaStep:
-    """A launched step; its tokens are in pinned memory once the event has happened."""
+class _Sampled(NamedTuple):
+    """The tokens are in pinned memory once the event has happened."""
 
-    def __init__(self, tokens: Tensor, event: torch.cuda.Event) -> None:
-        self._tokens = tokens
-        self._event = event
+    tokens: Tensor
+    event: torch.cuda.Event
+
+
+class CudaStep:
+    """A launched step."""
+
+    def __init__(self, draw: Callable[[TokenMasks | None], _Sampled]) -> None:
+        self._draw = draw
+        self._sampled: _Sampled | None = None
+
+    def sample(self, masks: TokenMasks | None = None) -> None:
+        self._sampled = self._draw(masks)
 
     def ready(self) -> bool:
-        return bool(self._event.query())  # type: ignore[no-untyped-call]  # torch's stubs
+        sampled = self._sampled
+        return sampled is not None and bool(sampled.event.query())  # type: ignore[no-untyped-call]
 
     def token_ids(self) -> list[int]:
-        self._event.synchronize()
-        ids: list[int] = self._tokens.tolist()
+        assert self._sampled is not None, "a step is sampled before it is collected"
+        self._sampled.event.synchronize()
+        ids: list[int] = self._sampled.tokens.tolist()
         return ids
 
 
@@ -137,10 +151,14 @@ class CudaStepRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> CudaStep:
-        step = plan.decode
-        if step is not None and len(step.positions) < len(self._bucket_of):
-            return self._launch_graph(step, watch)
-        return self._launch_mixed(plan.rows, watch)
+        decode = plan.decode
+        if decode is not None and len(decode.positions) < len(self._bucket_of):
+            step = self._launch_graph(decode, watch)
+        else:
+            step = self._launch_mixed(plan.rows, watch)
+        if not plan.constrained:
+            step.sample()
+        return step
 
     def _launch_graph(self, step: DecodeStep, watch: LayerWatch | None) -> CudaStep:
         count = len(step.positions)
@@ -150,7 +168,7 @@ class CudaStepRunner:
         captured.graph.replay()
         if watch is not None:
             watch.all_at(self._mark())
-        return self._sample(captured.logits[:count], sampled)
+        return CudaStep(partial(self._draw, captured.logits[:count], sampled))
 
     def _launch_mixed(self, rows: list[Row], watch: LayerWatch | None) -> CudaStep:
         step = self._inputs.mixed(rows)
@@ -158,9 +176,7 @@ class CudaStepRunner:
         if watch is not None:
             batch = batch._replace(on_kv=watch.on_kv(self._mark))
         logits = self._model.forward(batch, self._kv)
-        if step.sampled is None:
-            return self._result(torch.empty(0, dtype=torch.int64, device=self._device))
-        return self._sample(logits, step.sampled)
+        return CudaStep(partial(self._draw, logits, step.sampled))
 
     def _mark(self) -> DeviceEvent:
         return DeviceEvent(self._device)
@@ -178,9 +194,15 @@ class CudaStepRunner:
 
     # -- results ---------------------------------------------------------------------------------------
 
-    def _sample(self, logits: Tensor, sampled: SampledRows) -> CudaStep:
+    @torch.inference_mode()
+    def _draw(self, logits: Tensor, sampled: SampledRows | None, masks: TokenMasks | None) -> _Sampled:
         """Draws the rows' tokens and notes them, on the device and on the way to the host."""
+        if sampled is None:
+            return self._result(torch.empty(0, dtype=torch.int64, device=self._device))
         count, inputs, hints = sampled
+        if masks is not None and len(masks.rows):
+            bitmask, rows = (part.to(self._device, non_blocking=True) for part in (masks.bitmask, masks.rows))
+            ops.apply_bitmask(logits, bitmask, rows)
         tokens = ops.sample(
             logits,
             inputs.temperature[:count],
@@ -194,13 +216,13 @@ class CudaStepRunner:
         self._last_token.index_copy_(0, inputs.slot[:count], tokens)
         return self._result(tokens)
 
-    def _result(self, tokens: Tensor) -> CudaStep:
+    def _result(self, tokens: Tensor) -> _Sampled:
         self._turn = (self._turn + 1) % RING
         result = self._results[self._turn][: len(tokens)]
         result.copy_(tokens, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's stubs
         event.record()
-        return CudaStep(result, event)
+        return _Sampled(result, event)
 
 
 def decode_buckets(max_batch: int) -> list[int]:

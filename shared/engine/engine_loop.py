@@ -21,6 +21,9 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from phloem.shared.engine.engine_socket import FrontGone
 from phloem.shared.engine.engine_status import EngineStatus
+from phloem.shared.engine.grammar.desk import GrammarReady
+from phloem.shared.engine.grammar.grammars import Grammars
+from phloem.shared.engine.grammar.parts import GrammarParts
 from phloem.shared.engine.handover import Channels, PageStore
 from phloem.shared.engine.handover_receive import HandoverReceiver
 from phloem.shared.engine.handover_send import HandoverSender
@@ -65,7 +68,7 @@ from phloem.shared.transfer.pending import Pending
 
 log = logging.getLogger(__name__)
 
-InboxItem: TypeAlias = EngineMessage | TransferEvent | FrontGone
+InboxItem: TypeAlias = EngineMessage | TransferEvent | GrammarReady | FrontGone
 
 _TICK_S = 0.25  # how often deadlines are looked at while nothing else happens
 _POLL_S = 0.000_05  # how often the device is looked at while no message comes
@@ -93,6 +96,7 @@ class EngineParts(NamedTuple):
     context_length: int
     handover_timeout_s: float
     overlap: bool = True
+    grammars: GrammarParts | None = None  # none: requests with a grammar are refused
     transfer_bytes_per_s: Callable[[], float] = lambda: 0.0  # measured; zero: not yet
     clock: Callable[[], float] = time.monotonic
 
@@ -127,10 +131,14 @@ class Engine:
             parts.channels, parts.store, timeout_s=parts.handover_timeout_s, clock=parts.clock
         )
         self._ends = RequestEnds(self._scheduler, self._sender, self._receiver, self._outbox)
+        self._grammars = Grammars(
+            parts.grammars, lambda request, error: self._ends.drop(request, "failed", error)
+        )
         self._intake = Intake(
             self._scheduler,
             self._sender,
             self._outbox,
+            self._grammars,
             eos_token_ids=parts.eos_token_ids,
             context_length=parts.context_length,
             clock=parts.clock,
@@ -239,7 +247,16 @@ class Engine:
         self._in_flight.append(_InFlight(plan, step, now_s))
         self._status.num_steps += 1
         self._scheduler.launched(plan)
+        if len(self._in_flight) == 1:
+            self._sample_oldest()
         return True
+
+    def _sample_oldest(self) -> None:
+        """The second phase of a step with grammars: all tokens before it are known now. The device is in the
+        middle of its first phase, if the loop is in time."""
+        plan, step, _ = self._in_flight[0]
+        if plan.constrained:
+            step.sample(self._grammars.masks(plan))
 
     def _collect(self) -> None:
         """Takes the oldest step's tokens; waits for the device if it must."""
@@ -254,6 +271,8 @@ class Engine:
             self._ends.drop(request, "finished")
         for request in made.prefilled:
             self._sender.tokens_made(request, request.token_ids[-1:])
+        if self._in_flight:
+            self._sample_oldest()
 
     def _flush(self) -> None:
         self._outbox.flush(self._status.num_turns, self._account.tree.take_events(), self._status.load())
@@ -312,6 +331,8 @@ class Engine:
                 self._parts.send(TreeDump(tag, self._account.tree.block_hashes()))
             case Stop():
                 self._stop()
+            case GrammarReady():
+                self._grammars.done(item)
             case FrontGone(message):
                 log.warning("the front is gone, ending: %s", message)
                 self._stopped = True

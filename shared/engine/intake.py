@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from phloem.shared.engine.grammar.grammars import Grammars
 from phloem.shared.engine.handover_send import HandoverSender
 from phloem.shared.engine.outbox import Outbox
 from phloem.shared.engine.requests import Request
@@ -20,6 +21,7 @@ class Intake:
         scheduler: Scheduler,
         sender: HandoverSender,
         outbox: Outbox,
+        grammars: Grammars,
         *,
         eos_token_ids: tuple[int, ...],
         context_length: int,
@@ -28,6 +30,7 @@ class Intake:
         self._scheduler = scheduler
         self._sender = sender
         self._outbox = outbox
+        self._grammars = grammars
         self._eos_token_ids = eos_token_ids
         self._context_length = context_length
         self._clock = clock
@@ -46,10 +49,12 @@ class Intake:
         )
         try:
             self._check(request)
+            self._grammars.check(request)
             self._scheduler.submit(request)
         except PhloemError as error:
             self._outbox.refused(message.gateway, submit.request_id, submit.attempt, "failed", error.info)
             return
+        self._grammars.order(request)
         if request.phase == "prefill":
             self._sender.begin(request)
 

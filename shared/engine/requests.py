@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 
+from phloem.shared.engine.grammar.constraint import Constraint
 from phloem.shared.engine.kv_pool import OwnerKey
 from phloem.shared.engine.radix_tree import Node
 from phloem.shared.protocol.session import PeerRef, Phase, SamplingParams, Submit
@@ -34,6 +35,7 @@ class Request:
         "arrived_s",
         "attempt",
         "block_hashes",
+        "constraint",
         "deadline_s",
         "gateway",
         "inserted_tokens",
@@ -82,8 +84,9 @@ class Request:
         self.num_submitted_tokens = len(submit.token_ids)  # the prompt and what others made of the answer
         self.sampling: SamplingParams = sampling
         self.stop_token_ids = frozenset(sampling.stop_token_ids) | frozenset(
-            () if sampling.ignore_eos else eos_token_ids
+            () if sampling.ignore_eos and sampling.grammar is None else eos_token_ids
         )
+        self.constraint = Constraint(sampling.grammar) if sampling.grammar is not None else None
         # Known tokens never exceed this; a prefill worker makes one token and hands over.
         self.token_limit = min(submit.num_prompt_tokens + sampling.max_tokens, context_length)
         self.salt = submit.cache_salt
@@ -113,6 +116,10 @@ class Request:
     def num_known_tokens(self) -> int:
         """Tokens whose values exist on the host or the device."""
         return len(self.token_ids) + self.num_pending
+
+    @property
+    def awaits_grammar(self) -> bool:
+        return self.constraint is not None and not self.constraint.is_ready
 
     @property
     def num_generated(self) -> int:

@@ -164,10 +164,7 @@ class Scheduler:
 
     def collect(self, plan: StepPlan, token_ids: list[int]) -> Made:
         """Takes a finished step's tokens, one for each row that samples, in order of the rows."""
-        if plan.decode is not None:
-            sampled = plan.decode.batch.requests
-        else:
-            sampled = [row.request for row in plan.rows if row.samples]
+        if plan.decode is None:
             for row in plan.rows:
                 if not row.samples:
                     row.request.num_in_flight -= 1
@@ -175,7 +172,7 @@ class Scheduler:
         self._num_launched_tokens -= sum(row.num_tokens for row in plan.chunks)
         made = Made([], [], {}, [])
         running, ended = Status.RUNNING, Status.ENDED
-        for request, token_id in zip(sampled, token_ids, strict=True):
+        for request, token_id in zip(plan.sampled, token_ids, strict=True):
             request.num_in_flight -= 1
             request.num_pending -= 1
             if request.status is not ended:

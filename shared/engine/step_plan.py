@@ -38,10 +38,11 @@ class DecodeBatch:
     token, and nothing else changes but the pages of the rows that `DecodeStep.grown` names.
     """
 
-    __slots__ = ("requests", "slots")
+    __slots__ = ("constrained", "requests", "slots")
 
     def __init__(self, requests: list[Request]) -> None:
         self.requests = requests
+        self.constrained = _constrained(requests)
         self.slots = np.fromiter((request.slot for request in requests), np.int64, len(requests))
 
 
@@ -93,6 +94,18 @@ class StepPlan:
         return sum(row.num_tokens for row in self.rows)
 
     @property
+    def sampled(self) -> list[Request]:
+        """Requests of the rows that sample, in order of the rows."""
+        if self.decode is not None:
+            return self.decode.batch.requests
+        return [row.request for row in self.rows if row.samples]
+
+    @property
+    def constrained(self) -> list[int]:
+        """Which of `sampled` have a grammar; when there are any, the step is sampled in a second phase."""
+        return self.decode.batch.constrained if self.decode is not None else _constrained(self.sampled)
+
+    @property
     def chunks(self) -> list[Row]:
         """Rows of more than one token."""
         return [] if self.decode is not None else [row for row in self.rows if row.num_tokens > 1]
@@ -106,6 +119,10 @@ class StepPlan:
             Row(request, start, 1, True, token == FROM_DEVICE)
             for request, start, token in zip(batch.requests, starts, known, strict=True)
         ]
+
+
+def _constrained(requests: list[Request]) -> list[int]:
+    return [index for index, request in enumerate(requests) if request.constraint is not None]
 
 
 def _as_decode_step(rows: list[Row]) -> DecodeStep | None:

@@ -8,6 +8,7 @@ buffer where they are still on the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from phloem.kernels import ops
+from phloem.shared.engine.grammar.masks import TokenMasks
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.slot_table import SlotTable
@@ -30,6 +32,10 @@ class LaunchedStep(Protocol):
 
     def token_ids(self) -> list[int]:
         """One token for each row that samples, in order of the rows; waits for the device."""
+
+    def sample(self, masks: TokenMasks) -> None:
+        """The second phase of a step with constrained rows, exactly once, when the tokens of the step before
+        are known and before another step is launched. Other steps are sampled when they are launched."""
 
 
 class LayerWatch(NamedTuple):
@@ -69,16 +75,21 @@ class Forward(Protocol):
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor: ...
 
 
-class FinishedStep:
-    """A step of a device whose launches are synchronous: it is ready when it exists."""
+class SyncStep:
+    """A step of a device whose launches are synchronous: it is ready when it is sampled."""
 
-    def __init__(self, token_ids: list[int]) -> None:
-        self._token_ids = token_ids
+    def __init__(self, draw: Callable[[TokenMasks | None], list[int]]) -> None:
+        self._draw = draw
+        self._token_ids: list[int] | None = None
+
+    def sample(self, masks: TokenMasks | None = None) -> None:
+        self._token_ids = self._draw(masks)
 
     def ready(self) -> bool:
-        return True
+        return self._token_ids is not None
 
     def token_ids(self) -> list[int]:
+        assert self._token_ids is not None, "a step is sampled before it is collected"
         return self._token_ids
 
 
@@ -96,7 +107,7 @@ class SyncStepRunner:
         self._last_token = torch.zeros(num_slots, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> FinishedStep:
+    def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> SyncStep:
         for row in plan.rows:
             self._slots.bind(row.request)
         slots = np.fromiter((row.request.slot for row in plan.rows), np.int64, len(plan.rows))
@@ -104,10 +115,19 @@ class SyncStepRunner:
         if watch is not None:
             batch = batch._replace(on_kv=watch.on_kv(lambda: DONE))
         logits = self._model.forward(batch, self._kv)
-        sampling = [row for row in plan.rows if row.samples]
-        if not sampling:
-            return FinishedStep([])
-        return FinishedStep(self._sample(logits, sampling).tolist())
+        step = SyncStep(partial(self._draw, logits, [row for row in plan.rows if row.samples]))
+        if not plan.constrained:
+            step.sample()
+        return step
+
+    @torch.inference_mode()
+    def _draw(self, logits: Tensor, rows: list[Row], masks: TokenMasks | None) -> list[int]:
+        if not rows:
+            return []
+        if masks is not None:
+            ops.apply_bitmask(logits, masks.bitmask, masks.rows)
+        tokens: list[int] = self._sample(logits, rows).tolist()
+        return tokens
 
     def _batch(self, rows: list[Row], slots: np.ndarray) -> ForwardBatch:
         starts = np.fromiter((row.start for row in rows), np.int64, len(rows))

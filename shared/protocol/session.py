@@ -24,6 +24,17 @@ EndReason: TypeAlias = Literal["finished", "handed_over", "aborted", "failed"]
 Phase: TypeAlias = Literal["prefill", "decode", "both"]
 
 
+GrammarKind: TypeAlias = Literal["json_object", "json_schema", "regex", "ebnf"]
+
+
+class Grammar(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the whole answer must be: any JSON object, JSON of a schema, a match of a regular expression, or a
+    word of a grammar in EBNF (GBNF's notation, rule `root`). `source` is "" for `json_object`."""
+
+    kind: GrammarKind
+    source: str = ""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How tokens are chosen. The gateway has validated every field and drawn a seed.
 
@@ -40,6 +51,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     seed: int = 0  # 64 bits, signed
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()  # besides the model's own end tokens
+    grammar: Grammar | None = None  # with one, the model's own end tokens always end the answer
 
 
 class PeerRef(msgspec.Struct, frozen=True):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from phloem.shared.block_hash import BlockHasher
 from phloem.shared.engine.engine_loop import Engine, EngineParts, Peers
+from phloem.shared.engine.grammar.masks import TokenMasks
+from phloem.shared.engine.grammar.parts import GrammarParts
 from phloem.shared.engine.kv_pool import KVPool
 from phloem.shared.engine.limits import Limits
 from phloem.shared.engine.page_account import PageAccount
@@ -24,7 +26,7 @@ from phloem.shared.protocol.engine import (
     EngineUp,
     StepReport,
 )
-from phloem.shared.protocol.session import PeerRef, Phase, SamplingParams, Submit
+from phloem.shared.protocol.session import Grammar, PeerRef, Phase, SamplingParams, Submit
 from phloem.shared.transfer.pending import DONE, Moved, MovedNow
 from tests.support.handover_wire import Wire
 from tests.support.streams import Stream
@@ -68,6 +70,9 @@ class FakeStep:
         done = not self._device.runs_ahead or self._device.num_launched > self._number or self._asked
         self._asked = True
         return done
+
+    def sample(self, masks: TokenMasks) -> None:
+        raise AssertionError("this device knows no grammars")
 
     def token_ids(self) -> list[int]:
         self._device.num_collected += 1
@@ -150,9 +155,11 @@ class EngineWorld:
         overlap: bool = True,
         dials_peers: bool = True,
         reuse: bool = True,
+        device: FakeDevice | None = None,
+        grammars: GrammarParts | None = None,
     ) -> None:
         self.now_s = 1000.0
-        self.device = FakeDevice(num_pages, page_size, slots, runs_ahead=runs_ahead)
+        self.device = device or FakeDevice(num_pages, page_size, slots, runs_ahead=runs_ahead)
         self.said: list[EngineUp] = []
         self.streams: dict[str, Stream] = {}
         self._num_tags = 0
@@ -170,6 +177,7 @@ class EngineWorld:
                 context_length=CONTEXT,
                 handover_timeout_s=HANDOVER_TIMEOUT_S,
                 overlap=overlap,
+                grammars=grammars,
                 clock=lambda: self.now_s,
             )
         )
@@ -186,6 +194,7 @@ class EngineWorld:
         gateway: int = 0,
         num_prompt_tokens: int | None = None,
         timeout_s: float = 600.0,
+        grammar: Grammar | None = None,
     ) -> Stream:
         count = len(prompt) if num_prompt_tokens is None else num_prompt_tokens
         stream = self.streams[request_id] = Stream(len(prompt) - count + (phase == "decode"))
@@ -196,7 +205,7 @@ class EngineWorld:
             phase=phase,
             token_ids=prompt,
             num_prompt_tokens=count,
-            sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=stop),
+            sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=stop, grammar=grammar),
             peer=peer,
             timeout_s=timeout_s,
         )

@@ -205,3 +205,18 @@ def test_logits_are_left_as_they_are() -> None:
     before = logits.clone()
     sample(logits, [Params(top_k=3), Params(top_p=0.5), Params(temperature=0.0)], [1, 2, 3], [0, 0, 0])
     assert torch.equal(logits, before)
+
+
+def test_bitmask_forbids_exactly_the_zero_bits_of_its_rows() -> None:
+    vocab = 70
+    logits = make_logits(4, vocab)
+    before = logits.clone()
+    allowed = torch.rand(2, vocab) < 0.5
+    words = torch.zeros(2, 3, dtype=torch.int64)
+    for token in range(vocab):
+        words[:, token // 32] |= allowed[:, token].long() << (token % 32)
+    bitmask = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    ops.apply_bitmask(logits, bitmask, torch.tensor([3, 1]))
+    assert torch.equal(logits[[0, 2]], before[[0, 2]])
+    expected = before[[3, 1]].masked_fill(~allowed, -math.inf)
+    assert torch.equal(logits[[3, 1]], expected)

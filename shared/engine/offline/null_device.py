@@ -12,6 +12,7 @@ from torch import Tensor
 
 from phloem.kernels.flashinfer_ops.page_lists import PagedRows, PageLists
 from phloem.shared.engine.cuda_attention import CudaAttention
+from phloem.shared.engine.grammar.masks import TokenMasks
 from phloem.shared.engine.step_inputs import RunnerSizes, StepInputs
 from phloem.shared.engine.step_plan import StepPlan
 
@@ -51,6 +52,9 @@ class NullStep:
         if not self._runner.step_s:  # at once, but never before the step behind it was launched
             return self._runner.num_launched > self._number
         return time.perf_counter() >= self._ends_s
+
+    def sample(self, masks: TokenMasks) -> None:
+        del masks  # there are no logits
 
     def token_ids(self) -> list[int]:
         while not self.ready() and self._runner.step_s:

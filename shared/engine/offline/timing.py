@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from typing import NamedTuple
 
 import torch
 
+from phloem.shared.engine.grammar.masks import TokenMasks
 from phloem.shared.engine.step_plan import StepPlan
 from phloem.shared.engine.step_runner import LaunchedStep, LayerWatch, StepRunner
 
 
-class Launch(NamedTuple):
-    """One launched step; the events lie before and after its work on the device."""
+class Launch:
+    """One launched step; the events lie before and after its work on the device. Of a step that is sampled
+    in a second phase, `held` lies after the first and `resumed` before the second."""
 
-    num_rows: int
-    begin: torch.cuda.Event | None
-    end: torch.cuda.Event | None
+    def __init__(self, num_rows: int, begin: torch.cuda.Event | None) -> None:
+        self.num_rows = num_rows
+        self.begin = begin
+        self.held: torch.cuda.Event | None = None
+        self.resumed: torch.cuda.Event | None = None
+        self.end: torch.cuda.Event | None = None
+
+    def idle_ms_before(self, later: Launch) -> float:
+        """Between this step and the one after it, and within this one."""
+        assert self.end is not None and later.begin is not None
+        between = max(0.0, float(self.end.elapsed_time(later.begin)))
+        if self.held is None or self.resumed is None:
+            return between
+        return between + max(0.0, float(self.held.elapsed_time(self.resumed)))
 
 
 class TimedStep:
     """Counts the time spent waiting for the device."""
 
-    def __init__(self, step: LaunchedStep, timer: TimedRunner) -> None:
+    def __init__(self, step: LaunchedStep, timer: TimedRunner, launch: Launch) -> None:
         self._step = step
         self._timer = timer
+        self._launch = launch
 
     def ready(self) -> bool:
         ready = self._step.ready()
         self._timer.polled(ready)
         return ready
+
+    def sample(self, masks: TokenMasks) -> None:
+        self._launch.resumed = self._timer.mark()
+        self._step.sample(masks)
+        self._launch.end = self._timer.mark()
 
     def token_ids(self) -> list[int]:
         start = time.perf_counter()
@@ -54,10 +73,14 @@ class TimedRunner:
 
     def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> TimedStep:
         self._waiting_since_s = None  # whoever polled before has worked since
-        begin = self._mark()
+        launch = Launch(plan.num_rows, self.mark())
         step = self._runner.launch(plan, watch)
-        self.launches.append(Launch(plan.num_rows, begin, self._mark()))
-        return TimedStep(step, self)
+        if plan.constrained:
+            launch.held = self.mark()
+        else:
+            launch.end = self.mark()
+        self.launches.append(launch)
+        return TimedStep(step, self, launch)
 
     def polled(self, ready: bool) -> None:
         """A step was asked whether it is ready: from the first no to the yes the engine waits."""
@@ -74,16 +97,16 @@ class TimedRunner:
         if self.launches and self.launches[-1].end is not None:
             self.launches[-1].end.synchronize()
         idle_ms = total_ms = 0.0
-        for earlier, later in zip(self.launches, self.launches[1:], strict=False):
+        for earlier, later in itertools.pairwise(self.launches):
             if earlier.num_rows != num_rows or later.num_rows != num_rows:
                 continue
-            if earlier.begin is None or earlier.end is None or later.begin is None:
+            if earlier.begin is None or later.begin is None:
                 return None
-            idle_ms += max(0.0, earlier.end.elapsed_time(later.begin))
+            idle_ms += earlier.idle_ms_before(later)
             total_ms += earlier.begin.elapsed_time(later.begin)
         return 100.0 * idle_ms / total_ms if total_ms else None
 
-    def _mark(self) -> torch.cuda.Event | None:
+    def mark(self) -> torch.cuda.Event | None:
         if not self._cuda:
             return None
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's stubs

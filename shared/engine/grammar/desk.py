@@ -1,0 +1,101 @@
+"""Where grammars are ordered: compiled on a thread, kept, and told of to the engine."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from phloem.shared.errors import ErrorInfo, PhloemError
+from phloem.shared.protocol.session import Grammar
+
+if TYPE_CHECKING:
+    from xgrammar import CompiledGrammar
+
+MAX_KEPT = 256
+MAX_KEPT_BYTES = 512 * 1024 * 1024
+MAX_SOURCE_CHARS = 65_536
+
+
+class Compiler(Protocol):
+    """Called from the desk's thread only."""
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """Raises `PhloemError`."""
+
+    def close(self) -> None: ...
+
+
+class GrammarReady(NamedTuple):
+    """An order is done: exactly one of both is set."""
+
+    grammar: Grammar
+    compiled: CompiledGrammar | None
+    error: ErrorInfo | None
+
+
+class GrammarDesk:
+    """Called from the engine's thread only; `deliver` is called from the desk's own."""
+
+    def __init__(
+        self, make_compiler: Callable[[], Compiler], deliver: Callable[[GrammarReady], None]
+    ) -> None:
+        self._make_compiler = make_compiler
+        self._deliver = deliver
+        self._orders: queue.SimpleQueue[Grammar | None] = queue.SimpleQueue()
+        self._ordered: set[Grammar] = set()
+        self._kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()  # the one used last is the last
+        self._kept_bytes = 0
+        self._thread: threading.Thread | None = None
+
+    def find_or_order(self, grammar: Grammar) -> CompiledGrammar | None:
+        """A grammar that was compiled before; None: `deliver` will tell."""
+        compiled = self._kept.get(grammar)
+        if compiled is not None:
+            self._kept.move_to_end(grammar)
+        elif grammar not in self._ordered:
+            self._ordered.add(grammar)
+            self._start()
+            self._orders.put(grammar)
+        return compiled
+
+    def done(self, ready: GrammarReady) -> None:
+        """What `deliver` brought has reached the engine's thread."""
+        self._ordered.discard(ready.grammar)
+        if ready.compiled is None:
+            return
+        self._kept[ready.grammar] = ready.compiled
+        self._kept_bytes += ready.compiled.memory_size_bytes
+        while len(self._kept) > MAX_KEPT or (self._kept_bytes > MAX_KEPT_BYTES and len(self._kept) > 1):
+            _, dropped = self._kept.popitem(last=False)
+            self._kept_bytes -= dropped.memory_size_bytes
+
+    def close(self, timeout_s: float = 15.0) -> None:
+        """Ends the thread after the grammar under way, and the compiler with it."""
+        if self._thread is not None:
+            self._orders.put(None)
+            self._thread.join(timeout_s)
+
+    # -- the desk's thread -----------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="grammars", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        compiler = self._make_compiler()
+        try:
+            while (grammar := self._orders.get()) is not None:
+                self._deliver(_compile(compiler, grammar))
+        finally:
+            compiler.close()
+
+
+def _compile(compiler: Compiler, grammar: Grammar) -> GrammarReady:
+    try:
+        return GrammarReady(grammar, compiler.compile(grammar), None)
+    except PhloemError as error:
+        return GrammarReady(grammar, None, error.info)

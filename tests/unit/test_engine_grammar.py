@@ -1,0 +1,255 @@
+"""Requests with a grammar in the engine's turns: masks in time, exact words, nobody else disturbed."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+
+import pytest
+from xgrammar import CompiledGrammar, GrammarCompiler, TokenizerInfo, VocabType
+
+from phloem.shared.engine.grammar.compiler_main import compile_grammar
+from phloem.shared.engine.grammar.desk import MAX_SOURCE_CHARS, GrammarDesk, GrammarReady
+from phloem.shared.engine.grammar.masks import MaskFiller, TokenMasks
+from phloem.shared.engine.grammar.parts import GrammarParts
+from phloem.shared.engine.requests import Request
+from phloem.shared.engine.step_plan import StepPlan
+from phloem.shared.engine.step_runner import LayerWatch
+from phloem.shared.errors import PhloemError
+from phloem.shared.protocol.engine import EngineAbort
+from phloem.shared.protocol.session import Grammar, SamplingParams, Submit
+from tests.support.engine_world import EOS, EngineWorld, FakeDevice, FakeStep, next_tokens
+
+VOCAB = 97  # token t > 0 stands for the character 31 + t
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "kind": {"enum": ["a", "bb"]}, "n": {"enum": [1, 22]}},
+    "required": ["ok", "kind", "n"],
+}
+OBJECT = Grammar("json_schema", json.dumps(SCHEMA))
+DEADLINE_S = 60.0
+
+
+def text_of(token_ids: list[int]) -> str:
+    return "".join(chr(31 + token) for token in token_ids if token != EOS)
+
+
+def tokens_of(text: str) -> list[int]:
+    return [ord(letter) - 31 for letter in text]
+
+
+class LocalCompiler:
+    """In this process; counts."""
+
+    def __init__(self) -> None:
+        tokens = ["", *(chr(31 + token) for token in range(1, VOCAB))]
+        info = TokenizerInfo(tokens, VocabType.RAW, vocab_size=VOCAB, stop_token_ids=[EOS])
+        self._compiler = GrammarCompiler(info, max_threads=1, cache_enabled=False)
+        self.num_compiled = 0
+        self.closed = False
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        self.num_compiled += 1
+        try:
+            return compile_grammar(self._compiler, grammar)
+        except RuntimeError as error:
+            raise PhloemError("bad_grammar", str(error), http_status=400) from error
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class HeldStep(FakeStep):
+    """Sampled in two phases: allowed tokens are known only when it is."""
+
+    def __init__(self, device: MaskedDevice, token_ids: list[int], plan: StepPlan) -> None:
+        super().__init__(device, token_ids)
+        self._masked = device
+        self._plan = plan
+        self._is_sampled = not plan.constrained
+
+    def ready(self) -> bool:
+        return self._is_sampled and super().ready()
+
+    def sample(self, masks: TokenMasks) -> None:
+        assert not self._is_sampled
+        self._is_sampled = True
+        self._masked.num_waiting -= 1
+        for row, words in zip(masks.rows.tolist(), masks.bitmask.tolist(), strict=True):
+            allowed = [token for token in range(VOCAB) if words[token // 32] >> (token % 32) & 1]
+            token = self._token_ids[row] = allowed[self._token_ids[row] % len(allowed)]
+            self._masked._last_token[self._plan.sampled[row].slot] = token
+
+
+class MaskedDevice(FakeDevice):
+    def __init__(self, *, runs_ahead: bool = True) -> None:
+        super().__init__(64, 4, 8, runs_ahead=runs_ahead)
+        self.num_waiting = 0  # launched steps that are not sampled
+        self.num_held_behind = 0  # of them, launched while the step before was on the device
+
+    def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> FakeStep:
+        assert not self.num_waiting, "a step is sampled before another is launched"
+        step = super().launch(plan, watch)
+        if plan.constrained:
+            self.num_waiting += 1
+            self.num_held_behind += self.num_launched - self.num_collected > 1
+        return HeldStep(self, step._token_ids, plan)
+
+
+class World(EngineWorld):
+    """Waits for the compiler where a test says so."""
+
+    def __init__(self, *, runs_ahead: bool = True, overlap: bool = True) -> None:
+        self.compiler = LocalCompiler()
+        self.delivered = threading.Semaphore(0)
+        self.desk = GrammarDesk(lambda: self.compiler, self._deliver)
+        super().__init__(
+            device=MaskedDevice(runs_ahead=runs_ahead),
+            overlap=overlap,
+            grammars=GrammarParts(self.desk, MaskFiller(8, VOCAB, pinned=False)),
+        )
+
+    def compiled(self, count: int = 1) -> None:
+        for _ in range(count):
+            assert self.delivered.acquire(timeout=DEADLINE_S), "the grammar was not compiled in time"
+
+    def _deliver(self, ready: GrammarReady) -> None:
+        self.engine.deliver(ready)
+        self.delivered.release()
+
+
+@pytest.fixture(params=[(True, True), (False, True), (True, False)], ids=["ahead", "sync", "no overlap"])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    runs_ahead, overlap = request.param
+    world = World(runs_ahead=runs_ahead, overlap=overlap)
+    yield world
+    world.desk.close()
+
+
+def test_answers_are_words_of_their_grammar_and_others_are_left_alone(world: World) -> None:
+    plain = world.submit("plain", [1, 2, 3], 40)
+    streams = [world.submit(f"r{index}", [index + 1] * 5, 90, grammar=OBJECT) for index in range(4)]
+    vowels = world.submit("vowels", [9], 90, grammar=Grammar("regex", "[aeiou]{7}"))
+    world.turn()
+    world.compiled(2)
+    world.assert_idle()
+    for stream in streams:
+        answer = json.loads(text_of(stream.token_ids))
+        assert sorted(answer) == ["kind", "n", "ok"]
+        assert answer["ok"] in (True, False) and answer["kind"] in ("a", "bb") and answer["n"] in (1, 22)
+        assert stream.finish_reason == "stop" and stream.token_ids[-1] == EOS
+    assert len({text_of(stream.token_ids) for stream in streams}) > 1
+    assert len(text_of(vowels.token_ids)) == 7 and set(text_of(vowels.token_ids)) <= set("aeiou")
+    assert plain.token_ids == next_tokens([1, 2, 3], 40)
+
+
+def test_masks_are_filled_while_the_device_is_ahead() -> None:
+    world = World()
+    world.submit("r", [1], 60, grammar=Grammar("regex", "[ab]{50}"))
+    world.turn()
+    world.compiled()
+    world.assert_idle()
+    assert isinstance(world.device, MaskedDevice)
+    assert world.device.most_in_flight == 2
+    assert world.device.num_held_behind >= 49
+    world.desk.close()
+
+
+def test_request_waits_in_the_queue_for_its_grammar_and_not_the_step(world: World) -> None:
+    stream = world.submit("r", [1, 2], 60, grammar=OBJECT)
+    other = world.submit("other", [3], 8)
+    world.turn_until(lambda: other.ended)
+    world.compiled()
+    assert other.token_ids == next_tokens([3], 8)
+    world.assert_idle()
+    assert json.loads(text_of(stream.token_ids))
+
+
+def test_grammar_is_compiled_once(world: World) -> None:
+    for index in range(5):
+        world.submit(f"r{index}", [1, 2], 60, grammar=OBJECT)
+    world.turn()
+    world.compiled()
+    world.assert_idle()
+    world.submit("late", [1, 2], 60, grammar=OBJECT)
+    world.assert_idle()
+    assert world.compiler.num_compiled == 1
+
+
+def test_resumed_request_goes_on_within_its_grammar(world: World) -> None:
+    first = world.submit("r", [5, 6], 60, grammar=OBJECT)
+    world.turn()
+    world.compiled()
+    world.assert_idle()
+    emitted = first.token_ids[:9]
+    again = world.submit("again", [5, 6, *emitted], 60, num_prompt_tokens=2, grammar=OBJECT)
+    world.assert_idle()
+    assert emitted + again.token_ids == first.token_ids
+
+
+def test_request_whose_tokens_leave_its_grammar_fails_alone(world: World) -> None:
+    stray = world.submit("stray", [5, *tokens_of('{"no')], 60, num_prompt_tokens=1, grammar=OBJECT)
+    good = world.submit("good", [5], 60, grammar=OBJECT)
+    world.turn()
+    world.compiled()
+    world.assert_idle()
+    assert stray.error is not None and stray.error.code == "grammar_violated"
+    assert json.loads(text_of(good.token_ids))
+
+
+def test_bad_grammar_fails_one_request(world: World) -> None:
+    bad = world.submit("bad", [1], grammar=Grammar("regex", "(["))
+    good = world.submit("good", [2], 5)
+    world.turn()
+    world.compiled()
+    world.assert_idle()
+    assert bad.error is not None and (bad.error.code, bad.error.http_status) == ("bad_grammar", 400)
+    assert good.ended == "finished"
+
+
+def test_too_long_a_grammar_is_refused_at_once(world: World) -> None:
+    stream = world.submit("r", [1], grammar=Grammar("ebnf", "x" * (MAX_SOURCE_CHARS + 1)))
+    world.turn_until(lambda: stream.ended)
+    assert stream.error is not None and stream.error.code == "bad_grammar"
+    assert world.compiler.num_compiled == 0
+
+
+def test_engine_without_grammars_says_so() -> None:
+    world = EngineWorld()
+    stream = world.submit("r", [1], grammar=OBJECT)
+    world.assert_idle()
+    assert stream.error is not None and stream.error.code == "grammar_unavailable"
+
+
+def test_request_aborted_while_its_grammar_compiles_ends_once(world: World) -> None:
+    stream = world.submit("r", [1], grammar=OBJECT)
+    world.turn()
+    world.turn(EngineAbort("r", 1))
+    assert stream.ended == "aborted"
+    world.compiled()
+    world.assert_idle()
+
+
+@pytest.mark.parametrize(("grammar", "ends"), [(OBJECT, True), (None, False)])
+def test_end_tokens_end_an_answer_with_a_grammar(grammar: Grammar | None, ends: bool) -> None:
+    """Behind the end of its grammar nothing is allowed."""
+    submit = Submit(
+        request_id="r",
+        attempt=1,
+        epoch=1,
+        phase="both",
+        token_ids=[1],
+        num_prompt_tokens=1,
+        sampling=SamplingParams(max_tokens=9, ignore_eos=True, grammar=grammar),
+    )
+    request = Request(submit, gateway=0, order=1, eos_token_ids=(EOS,), context_length=99, now_s=0.0)
+    assert (EOS in request.stop_token_ids) == ends
+
+
+def test_desk_closes_its_compiler() -> None:
+    world = World()
+    world.submit("r", [1], grammar=OBJECT)
+    world.turn()
+    world.desk.close()
+    assert world.compiler.closed
