@@ -42,6 +42,11 @@ def block_key(block_hash: bytes) -> bytes:
     return _BLOCK_PREFIX + block_hash
 
 
+def hash_of(key: bytes) -> bytes:
+    """The block of a `block_key`."""
+    return key[len(_BLOCK_PREFIX) :]
+
+
 def announcement_key(block_hash: bytes) -> bytes:
     return _ANNOUNCEMENT_PREFIX + block_hash
 
