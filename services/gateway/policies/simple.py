@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import lcm
+
 from phloem.services.gateway.policies.pools import Pool
 from phloem.services.gateway.policies.scores import Scores
 from phloem.services.gateway.policies.snapshot import Candidate, RoutingRequest
@@ -31,13 +33,14 @@ def random(request: RoutingRequest, pool: Pool) -> Scores:
 
 
 def round_robin(request: RoutingRequest, pool: Pool) -> Scores:
-    """Both sides change with every request, and P x D requests visit each pair once."""
-    num_decode, num_prefill = len(pool.decode), len(pool.prefill)
-    turn, chosen = divmod(request.sequence, num_decode)
+    """Each side takes turns, and P x D requests visit each pair once: when both are at their starts again,
+    one of them skips a turn."""
+    turn, num_prefill, num_decode = request.sequence, len(pool.prefill), len(pool.decode)
+    skipped = turn // lcm(num_prefill or 1, num_decode)
     names = ("turns_away",)
     return Scores(
         names,
-        [((n - turn - chosen) % num_prefill,) for n in range(num_prefill)],
+        [((n - turn - skipped) % num_prefill,) for n in range(num_prefill)],
         names,
-        [((n - chosen) % num_decode,) for n in range(num_decode)],
+        [((n - turn) % num_decode,) for n in range(num_decode)],
     )

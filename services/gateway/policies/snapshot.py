@@ -39,9 +39,9 @@ class Candidate(Struct, frozen=True, kw_only=True):
 
     @property
     def num_requests(self) -> int:
-        """Requests that it runs or has waiting, at least."""
+        """Requests that it has, at least."""
         load = self.record.load
-        known = load.num_running + load.num_waiting + self.new_requests
+        known = load.num_running + load.num_waiting + load.num_handing_over + self.new_requests
         return known if known > self.own_requests else self.own_requests
 
     @property

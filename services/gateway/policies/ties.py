@@ -15,5 +15,13 @@ class Draw:
         self._seed = crc32(f"{request.request_id}\0{request.attempt}".encode())
 
     def of(self, worker: Candidate) -> int:
-        # Integers hash alike in every process, and tuples of them mix well, which a bare CRC does not.
-        return hash((self._seed, crc32(worker.record.worker_id.encode())))
+        """32 bits."""
+        return _mixed(self._seed ^ crc32(worker.record.worker_id.encode()))
+
+
+def _mixed(number: int) -> int:
+    """MurmurHash3's finalizer (Appleby, public domain): a CRC is linear, so that two workers' numbers would
+    differ by the same bits at every request."""
+    number = (number ^ number >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    number = (number ^ number >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return number ^ number >> 16
