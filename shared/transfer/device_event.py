@@ -10,7 +10,7 @@ import torch
 from phloem.shared.transfer.errors import channel_lost, transfer_timeout
 
 HIGH_PRIORITY = -1  # of CUDA streams: short work that should not queue behind matmuls
-_SPIN_S = 0.001
+_SOON_S = 0.01  # pieces take a fraction of a millisecond, or some when matmuls fill the device
 _POLL_S = 0.000_05
 _SLOW_POLL_S = 0.000_5
 
@@ -39,7 +39,7 @@ class DeviceEvent:
             waited_s = time.monotonic() - started
             if waited_s >= timeout_s:
                 raise transfer_timeout(f"no data moved for {timeout_s:.1f} s")
-            time.sleep(_POLL_S if waited_s < _SPIN_S else _SLOW_POLL_S)
+            time.sleep(_POLL_S if waited_s < _SOON_S else _SLOW_POLL_S)
 
     def hold_back(self, stream: torch.cuda.Stream) -> None:
         """What `stream` is given from now on begins after this, on the device."""

@@ -15,6 +15,7 @@ _LOAD_GAUGES = {
     "prefill_tokens_per_s": "moving average of the prefill rate",
     "decode_step_s": "moving average of the duration of a decode step",
     "transfer_bytes_per_s": "moving average of the KV transfer rate",
+    "exposed_transfer_s": "moving average from token 0 to word that decode has admitted the request",
 }
 
 

@@ -98,6 +98,28 @@ def test_request_that_ends_with_token_0_is_not_handed_over(why: str) -> None:
     assert sides.decode.ended == "failed" and sides.codes == [None, "handover_cancelled"]
 
 
+def test_abort_of_a_request_that_waits_for_room_is_told_to_prefill() -> None:
+    pair = Pair(decode_slots=1)
+    first, second = pair.submit("first", [1] * 9, 30), pair.submit("second", [2] * 9, 5)
+    while not (first.decode.token_ids and second.prefill.token_ids):
+        pair.step()
+    pair.decode.turn(EngineAbort("second", 1))
+    pair.assert_idle()
+    assert second.decode.ended == "aborted"
+    assert second.prefill.ended == "failed" and second.codes == ["handover_cancelled", None]
+    assert_tokens(first, [1] * 9, 30)
+
+
+def test_prefill_knows_how_long_each_transfer_was_exposed() -> None:
+    pair = Pair()
+    for index in range(3):
+        pair.submit(f"r{index}", [index + 1] * 9)
+    pair.assert_idle()
+    exposed_s = pair.prefill.audit().exposed_transfer_s
+    assert len(exposed_s) == 3 and all(seconds >= 0.0 for seconds in exposed_s)
+    assert pair.decode.audit().exposed_transfer_s == []
+
+
 def test_abort_of_a_receiving_request_is_told_to_prefill() -> None:
     pair = Pair()
     sides = pair.submit("r", [1] * 100)
