@@ -1,7 +1,7 @@
 """Gateway <-> worker: one bidirectional stream per pair of processes.
 
 Down: `Hello` once, then `Submit` and `Abort`. Up: `Welcome` once, then at most one `StepMessage` per engine
-step, which holds what that step made for *all* of this gateway's requests.
+step, which holds what that step made for *all* of this gateway's requests, and `LoadReport`s.
 
 Every `Submit` gets exactly one `Ended` from each worker it was sent to, whatever happens, unless the
 session itself breaks; `TokensOut` come before it, in order. A worker's `Ended` is not the client's end of
@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from phloem.shared.errors import ErrorInfo
+from phloem.shared.protocol.cluster import WorkerLoad
 from phloem.shared.protocol.codec import Codec
 
 PROTOCOL_VERSION = 1
@@ -146,7 +147,14 @@ class StepMessage(msgspec.Struct, frozen=True, tag="step"):
     outputs: list[Output]
 
 
-SessionUp: TypeAlias = Welcome | StepMessage
+class LoadReport(msgspec.Struct, frozen=True, tag="load"):
+    """The worker's load, soon after it changed; gateways that read slowly are not told every change."""
+
+    epoch: int
+    load: WorkerLoad
+
+
+SessionUp: TypeAlias = Welcome | StepMessage | LoadReport
 
 session_down: Codec[SessionDown] = Codec(SessionDown)
 session_up: Codec[SessionUp] = Codec(SessionUp)

@@ -22,6 +22,7 @@ from phloem.shared.protocol.engine import (
 from phloem.shared.worker.engine_calls import EngineCalls
 from phloem.shared.worker.engine_process import EngineProcess
 from phloem.shared.worker.index_publisher import IndexPublisher
+from phloem.shared.worker.load_teller import LoadTeller
 from phloem.shared.worker.metrics import WorkerMetrics
 from phloem.shared.worker.registration import Registration
 from phloem.shared.worker.sessions import Sessions
@@ -52,6 +53,7 @@ class EngineLink:
         self._registration = registration
         self._publisher = publisher
         self._metrics = metrics
+        self._teller = LoadTeller(sessions.tell_load)
         self._heard_at = time.monotonic()
 
     async def send_loop(self) -> None:
@@ -100,6 +102,7 @@ class EngineLink:
         self._publisher.note(report.stored, report.removed)
         if report.load is not None:
             self._registration.set_load(report.load)
+            self._teller.note(report.load)
             self._metrics.set_load(report.load)
 
 

@@ -6,9 +6,13 @@ from typing import TypeAlias
 
 from phloem.shared.batch_queue import BatchQueue
 from phloem.shared.errors import PhloemError, overloaded
-from phloem.shared.protocol.session import Output, StepMessage
+from phloem.shared.protocol.cluster import WorkerLoad
+from phloem.shared.protocol.session import LoadReport, Output, StepMessage
 
 RequestKey: TypeAlias = tuple[str, int]  # (request_id, attempt)
+Outgoing: TypeAlias = StepMessage | LoadReport
+
+MAX_BEFORE_LOAD = 16  # a gateway this far behind hears of the load later: outputs go first
 
 
 class GatewaySession:
@@ -23,7 +27,7 @@ class GatewaySession:
         self.gateway_id = gateway_id
         self.requests: dict[RequestKey, bool] = {}  # in flight here -> whether its abort was passed on
         self._epoch = epoch
-        self._outgoing: BatchQueue[StepMessage] = BatchQueue(max_queued_messages)
+        self._outgoing: BatchQueue[Outgoing] = BatchQueue(max_queued_messages)
         self._error: PhloemError | None = None
 
     @property
@@ -44,6 +48,11 @@ class GatewaySession:
         )
         return False
 
+    def tell_load(self, load: WorkerLoad) -> None:
+        """Dropped when much waits: the next change or heartbeat says it too."""
+        if len(self._outgoing) < MAX_BEFORE_LOAD:
+            self._outgoing.offer(LoadReport(self._epoch, load))
+
     def fail(self, error: PhloemError) -> None:
         """Ends the session with `error`; what is queued is dropped. The first error counts."""
         if self._error is None:
@@ -55,7 +64,7 @@ class GatewaySession:
         """The gateway said goodbye: ends the stream without an error."""
         self._outgoing.close()
 
-    async def next_messages(self) -> list[StepMessage]:
+    async def next_messages(self) -> list[Outgoing]:
         """All that waits; empty when the session is over. Raises the error that it failed with."""
         messages = await self._outgoing.take_all()
         if self._error is not None:

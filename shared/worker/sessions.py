@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 from phloem.shared.batch_queue import BatchQueue
 from phloem.shared.errors import ErrorInfo, PhloemError, invalid_request
-from phloem.shared.protocol.cluster import Role
+from phloem.shared.protocol.cluster import Role, WorkerLoad
 from phloem.shared.protocol.engine import AbortGateway, EngineAbort, EngineMessage, EngineSubmit, StepReport
 from phloem.shared.protocol.session import (
     PROTOCOL_VERSION,
@@ -99,6 +99,11 @@ class Sessions:
             if session is not None and part.outputs:
                 self._settle(session, part.outputs)
                 self._send(session, report.step, part.outputs, "step")
+
+    def tell_load(self, load: WorkerLoad) -> None:
+        """Tells every gateway."""
+        for session in self._sessions.values():
+            session.tell_load(load)
 
     async def _hello(self, messages: AsyncIterator[SessionDown]) -> Hello:
         try:

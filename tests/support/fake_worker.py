@@ -18,6 +18,7 @@ from phloem.shared.protocol.session import (
     EndReason,
     FinishReason,
     Hello,
+    LoadReport,
     Output,
     PeerRef,
     SessionDown,
@@ -57,7 +58,7 @@ class FakeWorker:
         self.num_sessions = 0
         self.record: WorkerRecord | None = None
         self._secret = secret
-        self._outgoing: asyncio.Queue[list[Output] | PhloemError] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[list[Output] | LoadReport | PhloemError] = asyncio.Queue()
         self._server = RpcServer(secret)
         self._step = 0
         self._heartbeat: asyncio.Task[None] | None = None
@@ -115,6 +116,12 @@ class FakeWorker:
         """One step message."""
         self._outgoing.put_nowait(list(outputs))
 
+    def tell_load(self, load: WorkerLoad) -> None:
+        """Over the session, as a worker does when its load has changed, and with the next heartbeat."""
+        assert self.record is not None
+        self.record = msgspec.structs.replace(self.record, load=load)
+        self._outgoing.put_nowait(LoadReport(self.ref.epoch, load))
+
     def tokens(
         self, submit: Submit, start: int, count: int = 1, finish: FinishReason | None = None
     ) -> TokensOut:
@@ -140,6 +147,9 @@ class FakeWorker:
                 outputs = await self._outgoing.get()
                 if isinstance(outputs, PhloemError):
                     raise outputs
+                if isinstance(outputs, LoadReport):
+                    yield outputs
+                    continue
                 self._step += 1
                 yield StepMessage(self.ref.epoch, self._step, outputs)
         finally:

@@ -19,7 +19,7 @@ from phloem.services.gateway.generation import GeneratedTokens, GenerationReques
 from phloem.shared.discovery.lease import LeaseKeeper, ServiceLease
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.errors import ErrorInfo, PhloemError
-from phloem.shared.protocol.cluster import Role, ServiceRecord
+from phloem.shared.protocol.cluster import Role, ServiceRecord, WorkerLoad
 from phloem.shared.protocol.index import Holder, Matched
 from phloem.shared.protocol.session import SamplingParams
 from tests.support.fake_index import FakeIndex
@@ -219,6 +219,22 @@ async def test_burst_of_equal_prompts_lands_together(client: ClusterClient, new_
             worker.send(worker.tokens(worker.submits[-1], 0, finish="length"))
             await consumer.result()
         assert {len(u1.submits), len(u2.submits)} == {0, 4}
+
+
+async def test_load_told_over_the_session_counts_at_once(
+    client: ClusterClient, new_worker: NewWorker
+) -> None:
+    busy = WorkerLoad(free_pages=1000, total_pages=1000, queued_tokens=100_000)
+    async with new_worker("u1", "unified") as u1, new_worker("u2", "unified") as u2:
+        await until(lambda: client.workers() == {u1.ref, u2.ref})
+        for number, (loaded, free) in enumerate([(u1, u2), (u2, u1)]):
+            loaded.tell_load(busy)
+            free.tell_load(WorkerLoad(free_pages=1000, total_pages=1000))
+            await until(lambda: client.load(loaded.ref) == busy and client.load(free.ref) != busy)  # noqa: B023
+            consumer = Consumer(client, request(str(number), 1))
+            submitted = await free.next_submit()
+            free.send(free.tokens(submitted, 0, finish="length"))
+            assert await consumer.result() == expected(1)
 
 
 # -- losses ----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from phloem.shared.batch_queue import BatchQueue
 from phloem.shared.errors import PhloemError, unavailable
+from phloem.shared.protocol.cluster import WorkerLoad
 from phloem.shared.protocol.engine import (
     AbortGateway,
     EngineMessage,
@@ -20,6 +21,7 @@ from phloem.shared.protocol.engine import (
 from phloem.shared.protocol.session import (
     Ended,
     Hello,
+    LoadReport,
     PeerRef,
     SamplingParams,
     SessionDown,
@@ -28,6 +30,7 @@ from phloem.shared.protocol.session import (
     TokensOut,
     Welcome,
 )
+from phloem.shared.worker.gateway_session import MAX_BEFORE_LOAD
 from phloem.shared.worker.metrics import WorkerMetrics
 from phloem.shared.worker.sessions import Sessions
 from tests.support.waiting import until
@@ -92,6 +95,24 @@ async def test_gateway_that_does_not_read_loses_its_session() -> None:
     with pytest.raises(PhloemError) as caught:
         await anext(slow)
     assert (caught.value.code, caught.value.retryable) == ("session_overflow", True)
+
+
+async def test_every_gateway_is_told_the_load_but_one_that_reads_slowly() -> None:
+    sessions = sessions_with(BatchQueue(1000))
+    quick = sessions.serve(endless([Hello("quick")]))
+    slow = sessions.serve(endless([Hello("slow")]))
+    assert isinstance(await anext(quick), Welcome)
+    assert isinstance(await anext(slow), Welcome)
+    loads = [WorkerLoad(queued_tokens=count) for count in range(1, 1 + 2 * MAX_BEFORE_LOAD)]
+    for load in loads:
+        sessions.tell_load(load)
+        assert await anext(quick) == LoadReport(7, load)
+    heard = [await anext(slow) for _ in range(MAX_BEFORE_LOAD)]
+    assert heard == [LoadReport(7, load) for load in loads[:MAX_BEFORE_LOAD]]
+    sessions.tell_load(loads[0])
+    assert await anext(slow) == LoadReport(7, loads[0])
+    for stream in (quick, slow):
+        await stream.aclose()  # type: ignore[attr-defined]
 
 
 async def test_full_inbox_refuses_at_once() -> None:

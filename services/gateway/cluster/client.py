@@ -25,7 +25,7 @@ from phloem.services.gateway.route_report import RouteReport
 from phloem.shared.block_hash import BlockHasher
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.errors import PhloemError
-from phloem.shared.protocol.cluster import WorkerRecord
+from phloem.shared.protocol.cluster import WorkerLoad, WorkerRecord
 from phloem.shared.protocol.engine import AuditReply
 from phloem.shared.protocol.session import PeerRef, Phase
 
@@ -116,6 +116,11 @@ class ClusterClient:
     def num_indexes(self) -> int:
         """Live cache index replicas."""
         return self._index.num_replicas
+
+    def load(self, worker: PeerRef) -> WorkerLoad | None:
+        """A worker's load, as it told it last."""
+        session = self._membership.session(worker)
+        return session.record.load if session is not None else None
 
     def heard(self, worker: PeerRef) -> int:
         """Step messages that came from this worker."""
@@ -214,6 +219,7 @@ class ClusterClient:
             self._options,
             self._metrics,
             on_step=self._table.on_step,
+            on_load=self._table.on_load,
             on_lost=self._table.on_lost,
             on_change=self._router.on_change,
         )

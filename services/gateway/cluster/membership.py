@@ -60,7 +60,7 @@ class Membership:
         for ref, record in records.items():
             session = self._sessions.get(ref)
             if session is not None:
-                session.record = record
+                session.renew(record)
             else:
                 self._add(ref, record, tasks)
         self._live = set(records)

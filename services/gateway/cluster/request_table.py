@@ -21,6 +21,8 @@ class RequestTable:
         self._requests: dict[str, LiveRequest] = {}
         self._by_worker: dict[PeerRef, dict[str, LiveRequest]] = {}
         self._prefilling: Counter[PeerRef] = Counter()
+        # Since the worker last told its load: our requests there, and the tokens that each has it compute.
+        self._new: dict[PeerRef, dict[str, int]] = {}
         self._delivery = Delivery()
 
     def __len__(self) -> int:
@@ -38,6 +40,18 @@ class RequestTable:
     def prefill_tokens(self, worker: PeerRef) -> int:
         """Prompt tokens of ours that the worker has not computed yet, as far as we know."""
         return self._prefilling.get(worker, 0)
+
+    def new_requests(self, worker: PeerRef) -> int:
+        """Requests of ours that went there since we last heard of its load."""
+        return len(self._new.get(worker, ()))
+
+    def new_prefill_tokens(self, worker: PeerRef) -> int:
+        """Prompt tokens of those that the worker has not computed yet."""
+        return sum(self._new.get(worker, {}).values())
+
+    def on_load(self, worker: PeerRef) -> None:
+        """The worker's load is news, and knows of what we sent before."""
+        self._new.pop(worker, None)
 
     def add(self, live: LiveRequest) -> None:
         request_id = live.state.request.request_id
@@ -67,6 +81,8 @@ class RequestTable:
                 live.state.on_lost(worker, error.info)
                 break
             self._by_worker.setdefault(worker, {})[submit.request_id] = live
+            num_tokens = prefilling[1] if worker == prefilling[0] else 0
+            self._new.setdefault(worker, {})[submit.request_id] = num_tokens
         self.settle(live)
 
     def on_step(self, worker: PeerRef, message: StepMessage) -> None:
@@ -92,6 +108,7 @@ class RequestTable:
 
     def on_lost(self, worker: PeerRef, error: PhloemError) -> None:
         """The session with `worker` broke."""
+        self.on_load(worker)
         for live in list(self._by_worker.get(worker, {}).values()):
             live.state.on_lost(worker, error.info)
             self.settle(live)
@@ -129,6 +146,7 @@ class RequestTable:
         """Whether the worker held the request until now."""
         held = self._by_worker.get(worker, {})
         known = held.pop(request_id, None) is not None
+        self._new.get(worker, {}).pop(request_id, None)
         if not held:
             self._by_worker.pop(worker, None)
         return known
@@ -139,5 +157,8 @@ class RequestTable:
         worker, num_tokens = live.prefilling
         live.prefilling = None
         self._prefilling[worker] -= num_tokens
+        new = self._new.get(worker, {})
+        if live.state.request.request_id in new:
+            new[live.state.request.request_id] = 0
         if self._prefilling[worker] <= 0:
             del self._prefilling[worker]

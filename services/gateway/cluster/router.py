@@ -121,6 +121,8 @@ class Router:
                 record=session.record,
                 own_requests=self._table.num_requests(session.ref),
                 own_prefill_tokens=self._table.prefill_tokens(session.ref),
+                new_requests=self._table.new_requests(session.ref),
+                new_prefill_tokens=self._table.new_prefill_tokens(session.ref),
                 cached_tokens=min(cached.get(session.ref, 0), request.num_tokens),
             )
             for session in self._membership.routable

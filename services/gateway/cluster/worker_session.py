@@ -8,15 +8,18 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 import grpc.aio
+import msgspec
 
 from phloem.services.gateway.cluster.metrics import ClusterMetrics
 from phloem.services.gateway.cluster.options import ClusterOptions
+from phloem.services.gateway.cluster.told_load import ToldLoad
 from phloem.shared.batch_queue import BatchQueue
 from phloem.shared.errors import PhloemError, overloaded, unavailable
 from phloem.shared.protocol.cluster import WorkerRecord
 from phloem.shared.protocol.session import (
     Abort,
     Hello,
+    LoadReport,
     PeerRef,
     SessionDown,
     SessionUp,
@@ -38,8 +41,9 @@ MAX_BACKOFF_S = 1.0
 class WorkerSession:
     """The session with one (worker, epoch), opened again whenever it breaks, until `run` is cancelled.
 
-    `on_step` gets every message; `on_lost` is called once per break, after which whatever was submitted is
-    gone; `on_change` when the worker can be routed to, or can't any more. All are called on the event loop.
+    `on_step` gets every step's message; `on_load` is called at every word on the worker's load; `on_lost` is
+    called once per break, after which whatever was submitted is gone; `on_change` when the worker can be
+    routed to, or can't any more. All are called on the event loop.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class WorkerSession:
         metrics: ClusterMetrics,
         *,
         on_step: Callable[[PeerRef, StepMessage], None],
+        on_load: Callable[[PeerRef], None],
         on_lost: Callable[[PeerRef, PhloemError], None],
         on_change: Callable[[], None],
     ) -> None:
@@ -59,17 +64,25 @@ class WorkerSession:
         self.channel = RpcChannel(record.rpc_address, cluster_secret)
         self.up = False
         self.heard_at = time.monotonic()
+        self._told = ToldLoad()
         self.num_messages = 0  # step messages received
         self._gateway_id = gateway_id
         self._options = options
         self._metrics = metrics
         self._messages_received = metrics.session_messages.labels(record.worker_id)
         self._on_step = on_step
+        self._on_load = on_load
         self._on_lost = on_lost
         self._on_change = on_change
         self._last_complaint = ""
         self._given_up = asyncio.Event()
         self._outbox: BatchQueue[SessionDown] = BatchQueue(options.session_outbox_messages)
+
+    def renew(self, record: WorkerRecord) -> None:
+        """The worker's heartbeat in the registry."""
+        self.record = self._told.latest(record, time.monotonic())
+        if self.record is record:
+            self._on_load(self.ref)
 
     def submit(self, submit: Submit) -> None:
         """Raises `PhloemError` (retryable) when the session is down or its outbox is full."""
@@ -187,7 +200,13 @@ class WorkerSession:
 
     def _receive(self, message: SessionUp) -> None:
         self.heard_at = time.monotonic()
-        if isinstance(message, StepMessage) and message.epoch == self.ref.epoch:
-            self.num_messages += 1
-            self._messages_received.inc()
-            self._on_step(self.ref, message)
+        if isinstance(message, Welcome) or message.epoch != self.ref.epoch:
+            return
+        if isinstance(message, LoadReport):
+            self.record = msgspec.structs.replace(self.record, load=message.load)
+            self._told.note(message.load, self.heard_at)
+            self._on_load(self.ref)
+            return
+        self.num_messages += 1
+        self._messages_received.inc()
+        self._on_step(self.ref, message)
