@@ -7,6 +7,9 @@ import time
 
 from phloem.services.gateway.cluster.live_request import LiveRequest
 
+# What else the loop did in between is no reason to hold tokens back for longer.
+MAX_PAUSE_S = 0.01
+
 
 class Delivery:
     """Wakes requests that have news, all at once, and leaves the event loop at least as much time in between.
@@ -18,7 +21,8 @@ class Delivery:
     behind, with an event per token and stream; so it takes in what has come, and sends fewer, longer events.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_pause_s: float = MAX_PAUSE_S) -> None:
+        self._max_pause_s = max_pause_s
         self._waiting: dict[LiveRequest, None] = {}  # in order of their first news
         self._scheduled = False
 
@@ -39,7 +43,7 @@ class Delivery:
         loop.call_soon(loop.call_soon, self._delivered, started)
 
     def _delivered(self, started: float) -> None:
-        pause_s = time.perf_counter() - started
+        pause_s = min(time.perf_counter() - started, self._max_pause_s)
         asyncio.get_running_loop().call_later(pause_s, self._resume)
 
     def _resume(self) -> None:
