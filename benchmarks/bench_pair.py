@@ -43,6 +43,7 @@ HOST = "127.0.0.1"
 LLAMA = Path(__file__).parent / "models" / "llama-3.1-8b"
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 60.0
+_BESIDE_TIMEOUT_S = 60.0  # until the second client's first answer
 _LAG_LIMIT_MS = 5.0  # the client's own; over it the run says that its figures are coarse
 
 
@@ -104,7 +105,7 @@ def cpu_table(folder: Path) -> Table:
         num_long=4,
         streams=4,
         stream_input=32,
-        stream_output=64,
+        stream_output=400,
         rounds=2,
         open_loops=(OpenLoop(128, 16, 2.0, 8, 0.0, 0.0),),
         is_judged=False,
@@ -160,14 +161,18 @@ def tails(folder: Path, name: str) -> str:
 # -- loads -------------------------------------------------------------------------------------------------
 
 
-class Silent:
-    """A watcher that shows nothing."""
+class Begun:
+    """A watcher that notes when the first request has ended."""
+
+    def __init__(self) -> None:
+        self.event = asyncio.Event()
 
     def phase(self, text: str, num_requests: int) -> None:
         pass
 
     def tick(self, tick: Tick) -> None:
-        pass
+        if tick.succeeded or tick.failed:
+            self.event.set()
 
 
 class Loads:
@@ -179,7 +184,9 @@ class Loads:
         self._seed = 0
         self.runs: dict[str, RunResult] = {}
 
-    def controller(self, input_tokens: int, output_tokens: int, load: LoadOptions) -> Controller:
+    def controller(
+        self, input_tokens: int, output_tokens: int, load: LoadOptions, watcher: Begun | None = None
+    ) -> Controller:
         self._seed += 1
         options = RunOptions(
             targets=(self._target,),
@@ -194,17 +201,23 @@ class Loads:
             max_lag_ms=_LAG_LIMIT_MS,
             timeout_s=120.0,
         )
-        return Controller(options, Silent(), sys.argv)
+        return Controller(options, watcher or Begun(), sys.argv)
 
     async def run(self, what: str, input_tokens: int, output_tokens: int, load: LoadOptions) -> RunResult:
         """Raises `PhloemError` when a request failed."""
         result = await self.controller(input_tokens, output_tokens, load).run()
         return self.keep(what, result)
 
-    async def run_beside(self, what: str, streams: Controller, others: Controller) -> RunResult:
-        """`streams`, with `others` from before their first token to after their last."""
+    async def run_beside(self, what: str, streams: Controller) -> RunResult:
+        """`streams`, while a second client sends long prompts one after another: from before the first token
+        to after the last."""
+        table, begun = self._table, Begun()
+        endless = LoadOptions(concurrency=1, num_prompts=100_000, warmup_requests=0)
+        others = self.controller(table.long_tokens, 2, endless, begun)
         beside = asyncio.create_task(others.run())
         try:
+            async with asyncio.timeout(_BESIDE_TIMEOUT_S):
+                await begun.event.wait()
             result = await streams.run()
         finally:
             others.stop()
@@ -224,7 +237,9 @@ class Loads:
 
 
 def figure(result: RunResult, name: str) -> float:
-    value = result.targets[0].figures.get(name)
+    """A latency by its name; where it isn't known how many tokens a chunk has, the ITL is that of chunks."""
+    figures = result.targets[0].figures
+    value = figures.get(name, figures.get(name.replace("_itl_", "_chunk_itl_")))
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
@@ -257,9 +272,7 @@ async def streams_alone_and_beside(loads: Loads, table: Table) -> tuple[list[Sum
             what = f"{table.streams} streams, {'with' if beside else 'without'} long prompts, {number + 1}"
             streams = loads.controller(table.stream_input, table.stream_output, load)
             if beside:
-                endless = LoadOptions(concurrency=1, num_prompts=100_000, warmup_requests=0)
-                others = loads.controller(table.long_tokens, 2, endless)
-                result = await loads.run_beside(what, streams, others)
+                result = await loads.run_beside(what, streams)
             else:
                 result = loads.keep(what, await streams.run())
             summary = summarize(gaps_while_all_run(result.targets[0].records))

@@ -38,7 +38,7 @@ from phloem.shared.transfer_bench.rank_protocol import KvShape, PagesRun
 
 PREFILL, DECODE = PeerRef("bench-prefill", 1), PeerRef("bench-decode", 1)
 _TOKEN = 7
-_LOOK_S = 0.000_05  # how long a loop with nothing to do waits for an event
+_LOOK_S = 0.000_01  # how long a loop with nothing to do waits for an event
 
 
 class PagedSide:

@@ -136,9 +136,8 @@ async def _engines(
             exposed.append(await measure_exposed(prefill, decode, prompts, length, options.hand_overs))
         tell("prefill, with and without sending")
         length = options.prompts[-1]
-        rounds = max(2, options.rounds // 2)
         slow_prefill = await measure_prefill_slow_down(
-            prefill, decode, prompts, length, batch=options.batch, rounds=rounds
+            prefill, decode, prompts, length, batch=options.batch, rounds=options.rounds
         )
         tell("decode, with and without receiving")
         slow_decode = await measure_decode_slow_down(
@@ -149,7 +148,7 @@ async def _engines(
             context=options.context,
             length=length,
             window_s=options.window_s,
-            rounds=rounds,
+            rounds=max(2, options.rounds // 2),
         )
         for engine in (prefill, decode):
             await engine.audit_idle()
