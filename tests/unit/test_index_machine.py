@@ -24,8 +24,9 @@ from phloem.services.cache_index import layout
 from phloem.shared.discovery import keys
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.errors import PhloemError
-from phloem.shared.protocol.index import Attach, Publish
+from phloem.shared.protocol.index import Attach, Publish, Verify
 from phloem.shared.protocol.session import PeerRef
+from phloem.shared.tree_digest import TreeDigest
 from tests.support.index_replica import IndexReplica, record_of, some_hash
 from tests.support.valkey import ValkeyServer
 
@@ -150,7 +151,21 @@ class IndexMachine(RuleBasedStateMachine):
         self.live[name] = zombie
         self.do(self._resync(zombie, replica))
 
+    @rule(name=WORKER, replica=REPLICA)
+    def compare_digests(self, name: str, replica: int) -> None:
+        """While nothing was lost they are equal."""
+        worker = self.live.get(name)
+        if worker is not None and worker.slot is not None:
+            self.do(self._verify(worker, replica))
+
     # What happens to the index
+
+    @rule(name=WORKER, data=st.data(), replica=REPLICA)
+    def lose_a_block(self, name: str, data: st.DataObject, replica: int) -> None:
+        """Redis drops one key by itself; its holders learn of it by their next digest."""
+        if name in self.live and self.live[name].tree:
+            block = data.draw(st.sampled_from(sorted(self.live[name].tree)))
+            self.do(self._lose_a_block(block, replica))
 
     @rule(replica=REPLICA)
     def sweep(self, replica: int) -> None:
@@ -245,6 +260,34 @@ class IndexMachine(RuleBasedStateMachine):
         )
         await self.replicas[replica].service.on_publish(message)
         worker.seq += 1
+
+    async def _verify(self, worker: Worker, replica: int) -> None:
+        assert worker.slot is not None
+        digest = TreeDigest()
+        for block in worker.tree:
+            digest.add(block)
+        await self.replicas[replica].service.on_verify(
+            Verify(
+                worker=worker.ref,
+                slot=worker.slot,
+                seq=worker.seq,
+                num_blocks=digest.num_blocks,
+                digest=digest.value,
+                sample=sorted(worker.tree),
+            )
+        )
+
+    async def _lose_a_block(self, block: bytes, replica: int) -> None:
+        await self.registry.link.command("DEL", layout.block_key(block))
+        for worker in self.live.values():
+            if block in worker.tree and worker.slot is not None:
+                try:
+                    await self._verify(worker, replica)
+                except PhloemError as error:
+                    assert error.code == "resync_needed"
+                else:
+                    raise AssertionError("a lost block went unnoticed")
+                await self._resync(worker, replica)
 
     async def _resync(self, worker: Worker, replica: int) -> None:
         worker.slot, worker.seq = None, 0
