@@ -90,9 +90,9 @@ class ModelFlags:
     announce_ttl_s: Annotated[float, Parameter(help="of announced placements; 0: none")] = (
         _DELAYS.announce_ttl_s
     )
-    push_s: Annotated[float, Parameter(help="between a worker's word on its load to its gateways")] = (
-        _DELAYS.push_s
-    )
+    tell_s: Annotated[
+        float, Parameter(help="workers tell gateways their load so often; 0: heartbeats only")
+    ] = _DELAYS.tell_s
     heartbeat_s: Annotated[float, Parameter(help="between a worker's heartbeats")] = _DELAYS.heartbeat_s
     poll_s: Annotated[float, Parameter(help="between a gateway's looks at them")] = _DELAYS.poll_s
 

@@ -70,7 +70,8 @@ class SimulatedCluster:
             if worker.role != "decode"
         }
         self._ticking: set[int] = set()
-        self._telling: set[int] = set()  # workers whose load is on its way to the gateways
+        self._pausing: set[int] = set()  # workers that told their load less than `tell_s` ago
+        self._to_tell: set[int] = set()  # those of them whose load has changed since
         self._registry = [worker.record() for worker in self.workers]
         refs = [worker.ref for worker in self.workers]
         self.gateways = [
@@ -153,16 +154,23 @@ class SimulatedCluster:
         self.events.after(delay_s, poll)
 
     def _on_load(self, worker: SimWorker) -> None:
-        """Tells every gateway over its session, at most every `push_s` seconds."""
-        if self.options.delays.push_s > 0 and worker.slot not in self._telling:
-            self._telling.add(worker.slot)
-            self.events.after(self.options.delays.push_s, partial(self._tell_load, worker))
-
-    def _tell_load(self, worker: SimWorker) -> None:
-        self._telling.remove(worker.slot)
-        record = worker.record()
+        """As the worker's `LoadTeller`: at once, then at most every `tell_s` with the latest."""
+        if self.options.delays.tell_s <= 0:
+            return
+        if worker.slot in self._pausing:
+            self._to_tell.add(worker.slot)
+            return
+        self._pausing.add(worker.slot)
+        self.events.after(self.options.delays.tell_s, partial(self._tell_again, worker))
+        load = worker.record().load
         for gateway in self.gateways:
-            self.events.after(self.options.delays.hop_s, partial(gateway.heard, worker.slot, record))
+            self.events.after(self.options.delays.hop_s, partial(gateway.heard, worker.slot, load))
+
+    def _tell_again(self, worker: SimWorker) -> None:
+        self._pausing.remove(worker.slot)
+        if worker.slot in self._to_tell:
+            self._to_tell.remove(worker.slot)
+            self._on_load(worker)
 
     @property
     def _is_busy(self) -> bool:

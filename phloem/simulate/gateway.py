@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from phloem.services.gateway.cluster.recent_placements import RecentPlacements
 from phloem.services.gateway.cluster.routing import (
     Candidate,
@@ -16,8 +18,9 @@ from phloem.services.gateway.cluster.routing import (
     RoutingRequest,
     route,
 )
+from phloem.services.gateway.cluster.told_load import ToldLoad
 from phloem.shared.block_hash import BLOCK_TOKENS
-from phloem.shared.protocol.cluster import WorkerRecord
+from phloem.shared.protocol.cluster import WorkerLoad, WorkerRecord
 from phloem.shared.protocol.session import PeerRef
 from phloem.simulate.events import EventQueue
 from phloem.simulate.index import SimIndex
@@ -50,30 +53,32 @@ class SimGateway:
     ) -> None:
         self._policy: RoutingPolicy = policy
         self._index = index
+        self._events = events
         self._refs = refs
         self._slots = {ref: slot for slot, ref in enumerate(refs)}
         self._block_tokens = block_tokens
         self._recent = RecentPlacements(_clock_of(events))
         self._records: list[WorkerRecord] = list(records)
-        self._pushed = [False] * len(refs)
-        self._known_requests = [0] * len(refs)
-        self._known_tokens = [0] * len(refs)
+        self._told = [ToldLoad() for _ in refs]
+        # Since a worker last told its load: placements there, and the tokens that each has it compute.
+        self._new: list[dict[Placement, int]] = [{} for _ in refs]
         self._own_requests = [0] * len(refs)
         self._own_prefill_tokens = [0] * len(refs)
         self._sequence = 0
 
     def poll(self, records: Sequence[WorkerRecord]) -> None:
-        """The workers' last heartbeats, by slot; who tells its load itself is better known already."""
-        for slot, record in enumerate(records):
-            if not self._pushed[slot]:
-                self._records[slot] = record
+        """The workers' last heartbeats, by slot; a load that a worker told itself lately is newer."""
+        now_s = self._events.now_s
+        for slot, heartbeat in enumerate(records):
+            self._records[slot] = self._told[slot].latest(heartbeat, now_s)
+            if self._records[slot] is heartbeat:
+                self._new[slot].clear()
 
-    def heard(self, slot: int, record: WorkerRecord) -> None:
+    def heard(self, slot: int, load: WorkerLoad) -> None:
         """A worker's load, over its session."""
-        self._records[slot] = record
-        self._pushed[slot] = True
-        self._known_requests[slot] = self._own_requests[slot]
-        self._known_tokens[slot] = self._own_prefill_tokens[slot]
+        self._told[slot].note(load, self._events.now_s)
+        self._records[slot] = msgspec.structs.replace(self._records[slot], load=load)
+        self._new[slot].clear()
 
     def place(self, request: SimRequest, block_hashes: list[bytes], attempt: int) -> Placement:
         """Where the attempt goes; it counts as under way from now on."""
@@ -96,6 +101,7 @@ class SimGateway:
         placement = Placement(decision, slots, lacking)
         for slot in slots:
             self._own_requests[slot] += 1
+            self._new[slot][placement] = lacking if slot == slots[0] else 0
         self._own_prefill_tokens[slots[0]] += lacking
         return placement
 
@@ -103,12 +109,15 @@ class SimGateway:
         """Its first token is here."""
         self._own_prefill_tokens[placement.slots[0]] -= placement.num_prefill_tokens
         placement.num_prefill_tokens = 0
+        if placement in self._new[placement.slots[0]]:
+            self._new[placement.slots[0]][placement] = 0
 
     def leg_over(self, placement: Placement, slot: int) -> None:
         """A worker is done with the attempt, or was told to give it up."""
         if slot in placement.open_slots:
             placement.open_slots.remove(slot)
             self._own_requests[slot] -= 1
+            self._new[slot].pop(placement, None)
 
     @property
     def is_idle(self) -> bool:
@@ -128,14 +137,10 @@ class SimGateway:
         return [
             Candidate(
                 record=record,
-                own_requests=_total(
-                    record.load.num_running + record.load.num_waiting,
-                    self._known_requests[slot],
-                    self._own_requests[slot],
-                ),
-                own_prefill_tokens=_total(
-                    record.load.queued_tokens, self._known_tokens[slot], self._own_prefill_tokens[slot]
-                ),
+                own_requests=self._own_requests[slot],
+                own_prefill_tokens=self._own_prefill_tokens[slot],
+                new_requests=len(self._new[slot]),
+                new_prefill_tokens=sum(self._new[slot].values()),
                 cached_tokens=min(cached.get(slot, 0), num_tokens),
             )
             for slot, record in enumerate(self._records)
@@ -144,8 +149,3 @@ class SimGateway:
 
 def _clock_of(events: EventQueue) -> Callable[[], float]:
     return lambda: events.now_s
-
-
-def _total(reported: int, own_then: int, own_now: int) -> int:
-    """What others have there, by the last report, and what we have there now."""
-    return max(0, reported - own_then) + own_now

@@ -8,6 +8,7 @@ from phloem.shared.block_hash import BLOCK_TOKENS
 from phloem.shared.discovery.lease import HEARTBEAT_S
 from phloem.shared.discovery.registry import POLL_INTERVAL_S
 from phloem.shared.errors import ConfigError
+from phloem.shared.worker.load_teller import INTERVAL_S
 
 
 class StepModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,7 +39,7 @@ class Delays(msgspec.Struct, frozen=True, kw_only=True):
     publish_s: float = 0.02  # from a tree's change until look-ups see it
     announce_ttl_s: float = 5.0  # as the index's --announce-ttl-s; 0: gateways don't tell each other
     heartbeat_s: float = HEARTBEAT_S
-    push_s: float = 0.0  # from a change of a worker's load until it tells its gateways; 0: heartbeats only
+    tell_s: float = INTERVAL_S  # a worker tells gateways its load at most so often; 0: heartbeats only
     poll_s: float = POLL_INTERVAL_S
     transfer_bytes_per_s: float = 50e9  # of one prefill worker's sending side
     transfer_latency_s: float = 0.002

@@ -165,7 +165,8 @@ class SimWorker:
         return WorkerLoad(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            queued_tokens=self._queued_units() * grain,
+            num_handing_over=self._num_others(),
+            queued_tokens=scheduler.num_queued_tokens * grain,
             free_pages=self.account.num_available_pages,
             total_pages=self.account.pool.num_pages,
             tree_pages=self.account.tree.num_pages,
@@ -174,8 +175,8 @@ class SimWorker:
             transfer_bytes_per_s=self._transfer_bytes_per_s,
         )
 
-    def _queued_units(self) -> int:
-        return self.scheduler.num_queued_tokens
+    def _num_others(self) -> int:
+        return self.scheduler.num_requests - self.scheduler.num_running - self.scheduler.num_waiting
 
     def problems(self) -> list[str]:
         """What is wrong once all requests have ended; empty when nothing is."""
@@ -187,7 +188,7 @@ class SimWorker:
 
     def _note_load(self) -> None:
         """Requests and queued tokens are what routing goes by; free pages change with every step."""
-        noted = (len(self.scheduler.requests()), self._queued_units())
+        noted = (self.scheduler.num_requests, self.scheduler.num_queued_tokens)
         if noted != self._noted_load:
             self._noted_load = noted
             self._on_load(self)

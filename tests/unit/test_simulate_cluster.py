@@ -138,7 +138,7 @@ def test_gateways_that_hear_of_load_late_collide() -> None:
     """Ten times the interval of the heartbeats and no word between: eight gateways pile up on one worker."""
     requests = shared_prefix(300, rate=30.0, seed=5, prefix_tokens=2048)
     shape = ClusterShape(num_prefill=4, num_decode=4, num_gateways=8)
-    stale = Delays(heartbeat_s=10.0, push_s=0.0, announce_ttl_s=0.0)
+    stale = Delays(heartbeat_s=10.0, tell_s=0.0, announce_ttl_s=0.0)
     one = run(requests, SimulationOptions(shape=msgspec.structs.replace(shape, num_gateways=1)))
     late = run(requests, SimulationOptions(shape=shape, delays=stale))
     assert one.ttft_p90_s < late.ttft_p90_s
