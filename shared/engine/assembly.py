@@ -96,6 +96,7 @@ def _wire(
             cluster_secret=config.cluster_secret,
             kv_layout=layout,
             device=str(model.device),
+            device_id=_device_id(model.device),
             staging_bytes=options.staging_bytes,
             staging_slots=options.staging_slots,
             max_ctas=options.transfer_max_ctas,
@@ -139,6 +140,11 @@ def _wire(
     )
     engines.append(engine)
     return engine, endpoint
+
+
+def _device_id(device: torch.device) -> str:
+    """Of a GPU, the same in every process and container; "" for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 def _send_rate(endpoint: TransferEndpoint) -> float:

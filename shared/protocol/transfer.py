@@ -17,13 +17,15 @@ from phloem.shared.protocol.session import PeerRef
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
-    """First message of the prefill side, after authentication; `kv_layout` must equal the decode side's."""
+    """First message of the prefill side, after authentication; `kv_layout` must equal the decode side's, and
+    `device_id` (of the GPU; "" on a CPU) must not."""
 
     prefill: PeerRef
     decode: PeerRef
     kv_layout: str
     staging_bytes: int
     channel_name: str  # both workers and epochs, and never the same twice
+    device_id: str = ""
 
 
 class Opened(msgspec.Struct, frozen=True, tag="opened"):

@@ -44,6 +44,12 @@ def refusal(request: Open, config: TransferConfig, newest_epoch: int, num_channe
             f"KV layout {request.kv_layout!r} is not {config.kv_layout!r}: run both workers with the same "
             "model, dtype and page size",
         )
+    if request.device_id and request.device_id == config.device_id:
+        return Refused(
+            "same_device",
+            f"{request.prefill.worker_id} and {config.me.worker_id} are on the same GPU, and NCCL joins no "
+            "two processes on one: give each its own, or run a `unified` worker instead of both",
+        )
     if request.staging_bytes <= 0 or len(request.channel_name) > MAX_NAME_BYTES:
         return Refused("transfer_protocol", "the Open message makes no sense")
     if num_channels >= MAX_CHANNELS:

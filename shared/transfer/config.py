@@ -16,10 +16,10 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything an endpoint needs.
 
     `host` is the one address that the control listener and the group's sockets bind to.
-    `kv_layout` must be equal on both sides of a channel. `staging_bytes` is the size of one slot (a channel
-    takes the smaller of both sides'), `staging_slots` the slots per channel and side. `timeout_s` bounds
-    every operation: a peer that is silent for that long is lost. `max_ctas`: of NCCL. `accepts`: decode and
-    unified workers listen, prefill workers don't.
+    `kv_layout` must be equal on both sides of a channel, `device_id` (a GPU's own, "" for a CPU) must not.
+    `staging_bytes` is the size of one slot (a channel takes the smaller of both sides'), `staging_slots` the
+    slots per channel and side. `timeout_s` bounds every operation: a peer that is silent for that long is
+    lost. `max_ctas`: of NCCL. `accepts`: decode and unified workers listen, prefill workers don't.
     """
 
     me: PeerRef
@@ -27,6 +27,7 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     cluster_secret: bytes
     kv_layout: str
     device: str = "cpu"  # "cpu" or "cuda:N"
+    device_id: str = ""
     staging_bytes: int = 32 * 1024 * 1024
     staging_slots: int = 4
     max_ctas: int = MAX_CTAS

@@ -145,7 +145,8 @@ class Dialer:
         nonce = secrets.token_hex(8)
         name = f"{me.worker_id}.{me.epoch}-{self.peer.worker_id}.{self.peer.epoch}-{nonce}"
         staging_bytes = self._config.staging_bytes
-        request = Open(me, self.peer, self._config.kv_layout, staging_bytes, name)
+        layout, device_id = self._config.kv_layout, self._config.device_id
+        request = Open(me, self.peer, layout, staging_bytes, name, device_id)
         frames.write(transfer_message.encode(request))
         answer = transfer_message.decode(frames.read(MAX_OPENING_FRAME_BYTES, deadline))
         match answer:
