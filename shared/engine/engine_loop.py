@@ -354,8 +354,8 @@ class Engine:
                 self._ends.handovers([self._receiver.on_piece(event)])
             case LastReceived(peer, last):
                 self._ends.handovers([self._receiver.on_last(peer, last)])
-            case AdmittedReceived(_, admitted):
-                self._sender.on_admitted((admitted.request_id, admitted.attempt))
+            case AdmittedReceived(_, admitted, at_s):
+                self._sender.on_admitted((admitted.request_id, admitted.attempt), at_s)
             case CancelReceived(peer, side, cancel):
                 if side == "decode":
                     self._ends.handovers([self._receiver.on_cancel(peer, cancel)])

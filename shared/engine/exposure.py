@@ -60,11 +60,11 @@ class Exposure:
         if len(self._open) > _MAX_OPEN:  # their decode sides are gone
             self._open.popitem(last=False)
 
-    def admitted(self, key: OwnerKey, now_s: float) -> None:
+    def admitted(self, key: OwnerKey, at_s: float) -> None:
         times = self._open.pop(key, None)
         if times is None:
             return
-        exposed_s = now_s - times.made_s
+        exposed_s = at_s - times.made_s
         self.average_s += (exposed_s - self.average_s) * (_WEIGHT if self._latest else 1.0)
         self._latest.append(exposed_s)
-        log.debug("hand-over of %s: %s", key[0], times.line(now_s))
+        log.debug("hand-over of %s: %s", key[0], times.line(at_s))

@@ -156,9 +156,9 @@ class HandoverSender:
         lost_error = ErrorInfo("channel_lost", f"KV channel to {peer.worker_id}: {error.message}", True, 503)
         return [Ended(plan.request.key, lost_error) for plan in lost]
 
-    def on_admitted(self, key: OwnerKey) -> None:
-        """The decode side generates: its word ends what the client can see of the transfer."""
-        self.exposure.admitted(key, self._clock())
+    def on_admitted(self, key: OwnerKey, at_s: float) -> None:
+        """The decode side generates: its word, at `at_s`, ends what the client can see of the transfer."""
+        self.exposure.admitted(key, at_s)
 
     def pump(self) -> list[Ended]:
         """Sends whatever is computed, wanted and has a staging slot; returns the hand-overs that are done."""

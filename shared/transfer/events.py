@@ -53,10 +53,11 @@ class ReadyReceived:
 
 @dataclass(frozen=True, slots=True)
 class AdmittedReceived:
-    """Prefill side."""
+    """Prefill side. It came at `at_s` (monotonic), when the engine's thread may have been busy."""
 
     peer: PeerRef
     message: Admitted
+    at_s: float
 
 
 @dataclass(frozen=True, slots=True)

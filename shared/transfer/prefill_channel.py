@@ -96,7 +96,7 @@ class PrefillChannel(Channel):
                     raise protocol_violation(f"{message.num_held_pages} held pages")
                 self._emit(ReadyReceived(self.peer, message))
             case Admitted():
-                self._emit(AdmittedReceived(self.peer, message))
+                self._emit(AdmittedReceived(self.peer, message, time.monotonic()))
             case Credit():
                 self._tell_if(self._ring.credit(message.num_slots))
             case Cancel():

@@ -43,6 +43,7 @@ class Pair:
         self.decode = EngineWorld(
             self.wire.decode, num_pages=decode_pages, slots=decode_slots, runs_ahead=runs_ahead
         )
+        self.wire.clock = lambda: self.prefill.now_s
         self.wire.deliver_to_prefill = self.prefill.engine.deliver
         self.wire.deliver_to_decode = self.decode.engine.deliver
 

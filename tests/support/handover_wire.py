@@ -123,6 +123,7 @@ class Wire:
         self.decode = WireEnd(self, "decode", P)
         self.to_prefill: deque[TransferEvent | StagingSlot] = deque()  # a slot: the credit for it
         self.to_decode: deque[TransferEvent] = deque()
+        self.clock: Callable[[], float] = lambda: 0.0  # the prefill side's
         self.deliver_to_prefill: Deliver = _nobody
         self.deliver_to_decode: Deliver = _nobody
         self.unreleased: list[PieceReceived] = []  # delivered to the decode side
@@ -246,7 +247,7 @@ class WireEnd:
 
     def send_admitted(self, peer: PeerRef, message: Admitted) -> None:
         self._check(peer, "decode")
-        self._wire.to_prefill.append(AdmittedReceived(D, message))
+        self._wire.to_prefill.append(AdmittedReceived(D, message, self._wire.clock()))
 
     def send_cancel(self, peer: PeerRef, message: Cancel, side: Side) -> None:
         self._check(peer, side)

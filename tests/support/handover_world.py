@@ -114,6 +114,7 @@ class HandoverWorld:
         self.receiver = HandoverReceiver(
             self.wire.decode, self.decode_store, timeout_s=TIMEOUT_S, clock=lambda: self.now_s
         )
+        self.wire.clock = lambda: self.now_s
         self.wire.deliver_to_prefill = self._take_at_prefill
         self.wire.deliver_to_decode = self._take_at_decode
         self.sent: dict[OwnerKey, ErrorInfo | None] = {}
@@ -174,8 +175,8 @@ class HandoverWorld:
             case ChannelLost(peer, _, error):
                 for ended in self.sender.on_lost(peer, error):
                     self.note_sent(ended)
-            case AdmittedReceived(_, admitted):
-                self.sender.on_admitted((admitted.request_id, admitted.attempt))
+            case AdmittedReceived(_, admitted, at_s):
+                self.sender.on_admitted((admitted.request_id, admitted.attempt), at_s)
             case SlotAvailable() | ChannelOpened():
                 pass
             case _:
