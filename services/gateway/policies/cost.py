@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
+from operator import attrgetter
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from phloem.services.gateway.policies.cost_model import (
@@ -20,7 +21,7 @@ from phloem.services.gateway.policies.cost_model import (
     pair_cost_s,
     pair_terms,
 )
-from phloem.services.gateway.policies.ranking import best_workers
+from phloem.services.gateway.policies.ranking import best_workers, ranked
 from phloem.services.gateway.policies.snapshot import Candidate, Decision, Ranking, RoutingRequest
 from phloem.services.gateway.policies.ties import Draw
 
@@ -137,12 +138,13 @@ def _drawn(equals: Sequence[Cost], draw: Draw, worker_of: Callable[[Cost], Candi
 
 
 def _rankings(
-    count: int, prefills: Sequence[PrefillCost], decodes: Sequence[DecodeCost], alone: Sequence[AloneCost]
+    count: int, prefills: list[PrefillCost], decodes: list[DecodeCost], alone: list[AloneCost]
 ) -> list[Ranking]:
     if not count:
         return []
+    fixed_s, total_s = attrgetter("fixed_s"), attrgetter("total_s")
     return [
-        best_workers("prefill", count, [(cost.fixed_s, cost.worker, cost.terms) for cost in prefills]),
-        best_workers("decode", count, [(cost.fixed_s, cost.worker, cost.terms) for cost in decodes]),
-        best_workers("both", count, [(cost.total_s, cost.decode.worker, cost.terms) for cost in alone]),
+        best_workers("prefill", count, prefills, fixed_s, lambda cost: ranked(cost.worker, cost.terms())),
+        best_workers("decode", count, decodes, fixed_s, lambda cost: ranked(cost.worker, cost.terms())),
+        best_workers("both", count, alone, total_s, lambda cost: ranked(cost.decode.worker, cost.terms())),
     ]

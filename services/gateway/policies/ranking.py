@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from heapq import nsmallest
-from typing import Any, TypeAlias
+from typing import TypeVar
 
 from phloem.services.gateway.policies.snapshot import Candidate, Part, RankedWorker, Ranking
 
-# Any: floats or tuples of them, alike within one ranking.
-Ranked: TypeAlias = tuple[Any, Candidate, Callable[[], dict[str, float]]]
+Entry = TypeVar("Entry")
 
 
-def best_workers(part: Part, count: int, ranked: Sequence[Ranked]) -> Ranking:
-    """The `count` lowest of `ranked`: (score, worker, its terms)."""
-    best = nsmallest(count, ranked, key=lambda entry: entry[0])
-    return Ranking(
-        part=part,
-        num_workers=len(ranked),
-        best=[
-            RankedWorker(worker=worker.ref, cached_tokens=worker.cached_tokens, terms=terms())
-            for _, worker, terms in best
-        ],
-    )
+def best_workers(
+    part: Part,
+    count: int,
+    entries: list[Entry],
+    score: Callable[[Entry], float | tuple[float, ...]],
+    told: Callable[[Entry], RankedWorker],
+) -> Ranking:
+    """The `count` entries of the lowest score, the lowest first."""
+    best: Iterable[Entry] = nsmallest(count, entries, key=score)
+    return Ranking(part=part, num_workers=len(entries), best=[told(entry) for entry in best])
+
+
+def ranked(worker: Candidate, terms: dict[str, float]) -> RankedWorker:
+    """A worker as it is told."""
+    return RankedWorker(worker=worker.ref, cached_tokens=worker.cached_tokens, terms=terms)

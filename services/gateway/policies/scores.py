@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 from phloem.services.gateway.policies.pools import Pool, simple_pools
-from phloem.services.gateway.policies.ranking import best_workers
+from phloem.services.gateway.policies.ranking import best_workers, ranked
 from phloem.services.gateway.policies.snapshot import (
     Candidate,
     Decision,
     Part,
+    RankedWorker,
     Ranking,
     RoutingPolicy,
     RoutingRequest,
@@ -92,18 +93,18 @@ def _rankings(count: int, pool: Pool, scores: Scores) -> list[Ranking]:
         return []
     rankings = []
     if pool.prefill:
-        rankings.append(
-            best_workers("prefill", count, _ranked(scores.prefill_names, scores.prefill, pool.prefill))
-        )
+        rankings.append(_ranking("prefill", count, scores.prefill_names, scores.prefill, pool.prefill))
     decoded: Part = "decode" if pool.prefill else "both"
-    rankings.append(best_workers(decoded, count, _ranked(scores.decode_names, scores.decode, pool.decode)))
+    rankings.append(_ranking(decoded, count, scores.decode_names, scores.decode, pool.decode))
     return rankings
 
 
-def _ranked(
-    names: tuple[str, ...], scores: list[Score], workers: Sequence[Candidate]
-) -> list[tuple[Score, Candidate, Callable[[], dict[str, float]]]]:
-    def terms_of(score: Score) -> Callable[[], dict[str, float]]:
-        return lambda: dict(zip(names, score, strict=True))
+def _ranking(
+    part: Part, count: int, names: tuple[str, ...], scores: list[Score], workers: Sequence[Candidate]
+) -> Ranking:
+    def told(entry: tuple[Score, Candidate]) -> RankedWorker:
+        score, worker = entry
+        return ranked(worker, dict(zip(names, score, strict=True)))
 
-    return [(score, worker, terms_of(score)) for worker, score in zip(workers, scores, strict=True)]
+    entries = list(zip(scores, workers, strict=True))
+    return best_workers(part, count, entries, lambda entry: entry[0], told)
