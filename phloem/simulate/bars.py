@@ -14,7 +14,7 @@ from phloem.simulate.workload import SimRequest
 
 BUSY_P90_S = (2.0, 4.0)  # round robin's p90 TTFT at the load that policies are compared at
 GATEWAY_COUNTS = (1, 2, 4, 8)
-COMPARED = ("random", "least_loaded", "cache_aware")
+COMPARED = ("least_loaded", "cache_aware")
 
 
 class Bar(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import random
-from collections.abc import Iterator, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from phloem.shared.bench.arrivals import Rate, arrival_times
+from phloem.shared.bench.datasets.trace_rows import MOONCAKE_BLOCK_TOKENS, TraceRow, trace_rows
 from phloem.shared.errors import ConfigError
 
-CONTENT_TOKENS = 512  # Mooncake's blocks; equal names are equal content at equal places
+CONTENT_TOKENS = MOONCAKE_BLOCK_TOKENS  # equal names are equal content at equal places
+_MAX_BLOCKS = 1 << 12  # of one prompt of a trace without names: 2 million tokens
 
 
 class SimRequest(msgspec.Struct, frozen=True):
@@ -38,22 +38,14 @@ class SimRequest(msgspec.Struct, frozen=True):
         return units
 
 
-class _MooncakeRow(msgspec.Struct):
-    timestamp: float  # ms
-    input_length: int
-    output_length: int
-    hash_ids: list[int] = []
-
-
 def load_trace(path: Path, *, max_requests: int = 0) -> list[SimRequest]:
     """A trace in Mooncake's format (JSON lines) or Azure's (CSV), told by its first character.
 
     `max_requests` takes the first ones only; 0: all. Raises `ConfigError` for what can't be read.
     """
     try:
-        with path.open("rb") as file:
-            rows = _mooncake(path) if file.read(1) == b"{" else _azure(path)
-        requests = [request for _, request in zip(range(max_requests or 1 << 62), rows, strict=False)]
+        rows = zip(range(max_requests or 1 << 62), trace_rows(path), strict=False)
+        requests = [_request(path, index, row) for index, row in rows]
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}") from error
     if not requests:
@@ -101,35 +93,15 @@ def shared_prefix(
     return requests
 
 
-def _mooncake(path: Path) -> Iterator[SimRequest]:
-    decoder = msgspec.json.Decoder(_MooncakeRow)
-    with path.open("rb") as lines:
-        for index, line in enumerate(lines):
-            try:
-                row = decoder.decode(line)
-            except msgspec.DecodeError as error:
-                raise ConfigError(f"{path}, line {index + 1}: {error}") from error
-            if row.input_length < 1 or len(row.hash_ids) != -(-row.input_length // CONTENT_TOKENS):
-                raise ConfigError(f"{path}, line {index + 1}: hash_ids don't cover input_length")
-            output = max(1, row.output_length)
-            yield SimRequest(index, row.timestamp / 1e3, row.input_length, output, row.hash_ids)
-
-
-def _azure(path: Path) -> Iterator[SimRequest]:
-    """The trace knows lengths and times only: prompts share nothing."""
-    first: datetime | None = None
-    next_name = 0
-    with path.open(encoding="utf-8", newline="") as rows:
-        for index, row in enumerate(csv.DictReader(rows)):
-            try:
-                at = datetime.fromisoformat(row["TIMESTAMP"])
-                num_input, num_output = int(row["ContextTokens"]), int(row["GeneratedTokens"])
-            except (KeyError, ValueError) as error:
-                raise ConfigError(f"{path}, row {index + 1}: {error!r}") from error
-            first = first or at
-            num_input = max(1, num_input)
-            count = -(-num_input // CONTENT_TOKENS)
-            names = range(next_name, next_name + count)
-            next_name += count
-            arrival_s = (at - first).total_seconds()
-            yield SimRequest(index, arrival_s, num_input, max(1, num_output), names)
+def _request(path: Path, index: int, row: TraceRow) -> SimRequest:
+    """Prompts of a trace that names no blocks share nothing."""
+    num_tokens = max(1, row.num_input)
+    count = -(-num_tokens // CONTENT_TOKENS)
+    content: Sequence[int]
+    if row.hash_ids is None:
+        content = range(index * _MAX_BLOCKS, index * _MAX_BLOCKS + count)
+    elif len(row.hash_ids) == count:
+        content = row.hash_ids
+    else:
+        raise ConfigError(f"{path}, line {index + 1}: hash_ids don't cover input_length")
+    return SimRequest(index, row.at_s, num_tokens, max(1, row.num_output), content)
