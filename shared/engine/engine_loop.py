@@ -158,6 +158,10 @@ class Engine:
         while not self._stopped:
             busy = self.turn(wait=not busy)
 
+    def close(self) -> None:
+        """Ends the grammar compiler, if one was started; for who drives an engine without `run`."""
+        self._grammars.close()
+
     def turn(self, *, wait: bool = False) -> bool:
         """One turn; with `wait` it first sleeps until there is a message or a deadline may be due.
 

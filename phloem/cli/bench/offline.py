@@ -33,6 +33,9 @@ def offline(
     decode: Annotated[str, Parameter(help="BATCHxCONTEXT, with commas")] = "1x1024,16x1024,64x1024",
     steps: Annotated[int, Parameter(help="decode steps per shape")] = 64,
     temperature: Annotated[float, Parameter(help="of the decode steps; 0 is greedy")] = 0.0,
+    grammar_share: Annotated[
+        float, Parameter(help="measure decode steps again with a grammar on this share of the rows, as 0.5")
+    ] = 0.0,
     disable_cuda_graph: Annotated[bool, Parameter(help="run decode steps eagerly")] = False,
     disable_decode_kernels: Annotated[
         bool, Parameter(help="capture decode steps of the library's kernels instead of Phloem's own")
@@ -65,6 +68,7 @@ def offline(
         decode_shapes=[_shape(item) for item in decode.split(",") if item],
         decode_steps=steps,
         temperature=temperature,
+        grammar_share=_share(grammar_share),
         progress=lambda what: console.print(f"[dim]{what}[/dim]"),
     )
     if output is not None:
@@ -121,6 +125,12 @@ def _resolve(model_path: str, load_format: str) -> Path:
 
     need_weights = load_format != "dummy"
     return resolve_model(model_path, cache_dir=default_cache_dir(), need_weights=need_weights)
+
+
+def _share(value: float) -> float:
+    if not 0.0 <= value <= 1.0:
+        raise ConfigError(f"--grammar-share {value} is no share: give a number from 0 to 1")
+    return value
 
 
 def _positive(text: str) -> int:

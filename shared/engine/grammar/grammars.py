@@ -22,6 +22,10 @@ class Grammars:
         self._fail = fail
         self._waiting: list[Request] = []
 
+    def close(self) -> None:
+        if self._parts is not None:
+            self._parts.desk.close()
+
     def check(self, request: Request) -> None:
         """Raises `PhloemError`: this engine follows no grammars, or this one is too long."""
         constraint = request.constraint

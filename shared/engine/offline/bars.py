@@ -70,6 +70,7 @@ BARS = (
     Bar("prefill, 8,192 tokens", "prefill", 1, 8192, _ratio, 1.45, "x floor"),
     Bar("prefill, 512 tokens", "prefill", 1, 512, _ratio, 2.0, "x floor"),
     Bar("idle device between decode steps, batch 64", "decode", 64, 0, _idle, 2.0, "%"),
+    Bar("the same, grammar masks on half of the rows", "decode, grammars", 64, 0, _idle, 5.0, "%"),
     Bar("host's work per decode step, batch 256", "decode", 256, 0, _host, 1.5, "ms"),
 )
 START_LIMIT_S = 40.0

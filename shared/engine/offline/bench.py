@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -26,7 +27,7 @@ from phloem.shared.model_store.model_config import ModelConfig, load_model_confi
 class Measurement(msgspec.Struct, frozen=True):
     """One figure beside its floor, in milliseconds."""
 
-    kind: str  # "prefill" or "decode"
+    kind: str  # "prefill", "decode", or "decode, grammars": a share of the rows follow one
     batch: int
     tokens: int  # prompt length, or context at the first measured step
     measured_ms: float
@@ -72,9 +73,11 @@ def run_offline(
     decode_shapes: list[tuple[int, int]],
     decode_steps: int = 48,
     temperature: float = 0.0,
+    grammar_share: float = 0.0,
     progress: Callable[[str], None],
 ) -> OfflineReport:
-    """Measures ceilings, then prefill by length and decode by (batch, context)."""
+    """Measures ceilings, then prefill by length and decode by (batch, context); with a `grammar_share` each
+    decode shape a second time, with grammar masks on that share of the rows."""
     device = find_device(options.device)
     model_dir = Path(options.model_path)
     config = load_model_config(model_dir)
@@ -116,8 +119,14 @@ def run_offline(
             measurements.append(_prefill(driver, cost, ceilings, length))
         for shape in decode_shapes:
             progress(f"decode {shape[0]} x {shape[1]}")
-            measurements.append(_decode(driver, timers[0], cost, ceilings, shape, decode_steps, temperature))
+            plain = _DecodeRun(*shape, decode_steps, temperature)
+            measurements.append(_decode(driver, timers[0], cost, ceilings, plain))
+            if grammar_share:
+                progress(f"decode {shape[0]} x {shape[1]}, grammars")
+                masked = plain._replace(grammar_share=grammar_share)
+                measurements.append(_decode(driver, timers[0], cost, ceilings, masked))
     finally:
+        engine.close()
         endpoint.close()
     return OfflineReport(
         model=options.model_path,
@@ -140,25 +149,36 @@ def _prefill(driver: Driver, cost: ModelCost, ceilings: Ceilings, length: int) -
     return Measurement("prefill", 1, length, 1e3 * statistics.median(times), 1e3 * floor_s, 1e3 * max(times))
 
 
+class _DecodeRun(NamedTuple):
+    batch: int
+    context: int
+    num_steps: int
+    temperature: float
+    grammar_share: float = 0.0
+
+
 def _decode(
-    driver: Driver,
-    timer: TimedRunner,
-    cost: ModelCost,
-    ceilings: Ceilings,
-    shape: tuple[int, int],
-    num_steps: int,
-    temperature: float,
+    driver: Driver, timer: TimedRunner, cost: ModelCost, ceilings: Ceilings, run: _DecodeRun
 ) -> Measurement:
     """The median time between reports of full decode steps; the first few after prefill are left out.
 
     Prompts differ by a few tokens, so that rows need new pages in different steps, as in service. The host's
     work per step is the wall time of half of the steps less what was spent waiting.
     """
-    batch, context = shape
+    batch, context, num_steps, temperature, grammar_share = run
     # Early prompts decode while later ones prefill: leave room for that before the batch is complete.
     lead = 8 + (batch * context) // 4096
     prompt = max(1, context - lead - num_steps // 2)
-    driver.start_batch(batch, prompt, num_steps + lead, temperature=temperature, staggered=True)
+    if grammar_share:
+        driver.run_batch(1, 1, 1, grammar_share=1.0)  # compiles it
+    driver.start_batch(
+        batch,
+        prompt,
+        num_steps + lead,
+        temperature=temperature,
+        staggered=True,
+        grammar_share=grammar_share,
+    )
     driver.run_until(lambda: driver.full_steps(batch) >= 4)
     timer.reset()
     driver.noting_s = 0.0
@@ -175,7 +195,7 @@ def _decode(
             "leave this shape out, or raise --mem-fraction-static",
         )
     return Measurement(
-        "decode",
+        "decode, grammars" if grammar_share else "decode",
         batch,
         context,
         measured_ms=1e3 * statistics.median(gaps),

@@ -11,7 +11,20 @@ from typing import NamedTuple
 from phloem.shared.engine.engine_loop import Engine
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.engine import EngineSubmit, EngineUp, FlushCache, StepReport, engine_up
-from phloem.shared.protocol.session import Ended, SamplingParams, Submit, TokensOut
+from phloem.shared.protocol.session import Ended, Grammar, SamplingParams, Submit, TokensOut
+
+# JSON objects without end: no request is over before its `max_tokens`.
+ENDLESS_JSON = Grammar(
+    "ebnf",
+    r"""
+root ::= object ", " root
+object ::= "{" name ", " age ", " tags "}"
+name ::= "\"name\": " string
+age ::= "\"age\": " ("0" | [1-9] [0-9]*) ("." [0-9]+)?
+tags ::= "\"tags\": [" string (", " string)* "]"
+string ::= "\"" ([^"\\\x00-\x1f] | "\\" ["\\/bfnrt])* "\""
+""",
+)
 
 
 class StepTime(NamedTuple):
@@ -61,9 +74,11 @@ class Driver:
         if num_tokens:
             self.steps.append(StepTime(time.perf_counter(), num_tokens))
 
-    def run_batch(self, batch: int, prompt_tokens: int, new_tokens: int) -> None:
+    def run_batch(
+        self, batch: int, prompt_tokens: int, new_tokens: int, *, grammar_share: float = 0.0
+    ) -> None:
         """Runs `batch` equal greedy requests to their end, from an empty cache."""
-        self.start_batch(batch, prompt_tokens, new_tokens)
+        self.start_batch(batch, prompt_tokens, new_tokens, grammar_share=grammar_share)
         self.run_until(lambda: False)
 
     def start_batch(
@@ -74,18 +89,21 @@ class Driver:
         *,
         temperature: float = 0.0,
         staggered: bool = False,
+        grammar_share: float = 0.0,
     ) -> None:
         """Submits `batch` equal requests to an empty cache; `run_until` runs them.
 
         `staggered`: prompts are up to 8 tokens shorter or longer than that, so that not all requests need
-        their next page in the same step.
+        their next page in the same step. `grammar_share` of the requests follow `ENDLESS_JSON`.
         """
         engine = self._attached()
         engine.deliver(FlushCache(0))
         self.steps = []
         for index in range(batch):
             length = max(1, prompt_tokens + (index % 17 - 8 if staggered else 0))
-            engine.deliver(EngineSubmit(0, self._submit(length, new_tokens, temperature)))
+            follows = int((index + 1) * grammar_share) > int(index * grammar_share)
+            grammar = ENDLESS_JSON if follows else None
+            engine.deliver(EngineSubmit(0, self._submit(length, new_tokens, temperature, grammar)))
 
     def run_until(self, enough: Callable[[], bool]) -> None:
         """Turns the engine until `enough`, or until all requests have ended."""
@@ -113,7 +131,9 @@ class Driver:
         work()
         return time.perf_counter() - start
 
-    def _submit(self, prompt_tokens: int, new_tokens: int, temperature: float) -> Submit:
+    def _submit(
+        self, prompt_tokens: int, new_tokens: int, temperature: float, grammar: Grammar | None
+    ) -> Submit:
         self._count += 1
         request_id = f"offline-{self._count}"
         self._open.add(request_id)
@@ -126,6 +146,10 @@ class Driver:
             token_ids=[self._rng.randrange(100, top) for _ in range(prompt_tokens)],
             num_prompt_tokens=prompt_tokens,
             sampling=SamplingParams(
-                max_tokens=new_tokens, temperature=temperature, ignore_eos=True, seed=self._count
+                max_tokens=new_tokens,
+                temperature=temperature,
+                ignore_eos=True,
+                seed=self._count,
+                grammar=grammar,
             ),
         )
