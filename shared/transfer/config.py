@@ -28,7 +28,7 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_layout: str
     device: str = "cpu"  # "cpu" or "cuda:N"
     device_id: str = ""
-    staging_bytes: int = 32 * 1024 * 1024
+    staging_bytes: int = 64 * 1024 * 1024
     staging_slots: int = 4
     max_ctas: int = MAX_CTAS
     timeout_s: float = 10.0
