@@ -116,6 +116,8 @@ class RunningSequence:
             raise PhloemError("aborted", "the generation was aborted", retryable=True, http_status=503)
         if arrival.finish_reason is None and self._is_plain:
             self.token_ids += arrival.token_ids
+            if len(arrival.token_ids) == 1:
+                return self._detokenizer.push(arrival.token_ids[0])
             return "".join(map(self._detokenizer.push, arrival.token_ids))
         # The engine knows no stop strings: with "stop" its last token is an end or stop token, not text.
         hidden_at = len(arrival.token_ids) - 1 if arrival.finish_reason == "stop" else None
@@ -143,7 +145,7 @@ class RunningSequence:
                 self.timeline[event] = self._submitted_s + seconds
         if not arrival.token_ids:
             return
-        now_s = self._since_arrival()
+        now_s = time.monotonic() - self._received_at
         if self._last_arrival_s is None:
             self.timeline["gateway_first_token"] = now_s
             metrics.first_token(now_s)

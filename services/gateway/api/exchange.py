@@ -37,13 +37,18 @@ class Reply:
         await self._start(status, [(b"content-type", JSON), (b"content-length", str(len(body)).encode())])
         await self._write({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def events(self, events: Sequence[bytes]) -> None:
-        """Sends `events`, each the data of one, in one write; waits while the client is slow to read."""
+    def events(self, events: Sequence[bytes]) -> Awaitable[None]:
+        """Sends `events`, each the data of one, in one write, when awaited; that waits while the client is slow
+        to read. No coroutine of its own once the answer has begun: this runs for every token."""
         if not events:
-            return
+            return _nothing()
         data = b"data: " + b"\n\ndata: ".join(events) + b"\n\n"
         if not self.started:
-            await self._start(200, [(b"content-type", EVENT_STREAM), (b"cache-control", b"no-cache")])
+            return self._first_events(data)
+        return self._write({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _first_events(self, data: bytes) -> None:
+        await self._start(200, [(b"content-type", EVENT_STREAM), (b"cache-control", b"no-cache")])
         await self._write({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
@@ -58,6 +63,10 @@ class Reply:
             "headers": headers,
         }
         await self._send(start)
+
+
+async def _nothing() -> None:
+    """Nothing is to be said."""
 
 
 Work: TypeAlias = Callable[[Reply], Awaitable[None]]
