@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import secrets
 from contextlib import AsyncExitStack, aclosing
@@ -55,6 +56,8 @@ async def run(config: CacheIndexConfig) -> None:
         scrape = await MetricsServer.start(prometheus, host, config.metrics_port)
         stack.push_async_callback(scrape.close)
         address = f"{config.advertise_host or host}:{port}"
+        gc.collect()
+        gc.freeze()  # what lives as long as the process is not looked at again while look-ups wait
         log.info("serving", extra={"address": address, "metrics_port": scrape.port})
         await replica.serve(address, secret, stop)
 
