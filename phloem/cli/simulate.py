@@ -15,7 +15,7 @@ from rich.console import Console
 from phloem.shared.errors import ConfigError
 from phloem.simulate.bars import Check, check, ideal_hit_rates
 from phloem.simulate.options import ClusterShape, Delays, SimulationOptions, StepModel
-from phloem.simulate.plot import write_plot
+from phloem.simulate.plot import check_plot_path, write_plot
 from phloem.simulate.result import SimulationResult
 from phloem.simulate.study import run_all
 from phloem.simulate.table import print_bars, print_ideal, print_results
@@ -136,6 +136,8 @@ def simulate(
     console = Console(highlight=False)
     options = _options(workload, cluster, model)
     options.shape.check()
+    if out.plot is not None:
+        check_plot_path(out.plot)
     requests = _requests(trace, workload)
     jobs = out.jobs or os.cpu_count() or 1
     if out.check:

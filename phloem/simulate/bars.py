@@ -61,12 +61,13 @@ def check(
     results = run_all(trace, others + several, jobs=jobs, progress=progress)
     by_policy = {result.options.policy: result for result in results[: len(COMPARED)]}
     by_gateways = results[len(COMPARED) :]
-    balance = run_all(shared_prefix, [_with_gateways(options, 1)], jobs=jobs, progress=progress)[0]
+    at_its_rate = msgspec.structs.replace(_with_gateways(options, 1), rate_scale=1.0)
+    balance = run_all(shared_prefix, [at_its_rate], jobs=jobs, progress=progress)[0]
     ideal = ideal_hit_rates(trace, options)
     cost = by_gateways[0]
     bars = [
         _at_least(
-            "hit rate / one LRU cache of the prefill pool", cost.hit_rate / ideal["prefill pool"], 0.92
+            "hit rate / one LRU cache of the prefill pool", _ratio(cost.hit_rate, ideal["prefill pool"]), 0.92
         ),
         _at_least("round_robin's p90 TTFT, s: at least", busy.ttft_p90_s, low_s),
         _at_most("round_robin's p90 TTFT, s: at most", busy.ttft_p90_s, high_s),
@@ -93,6 +94,10 @@ def ideal_hit_rates(requests: Sequence[SimRequest], options: SimulationOptions) 
 def _with_gateways(options: SimulationOptions, count: int) -> SimulationOptions:
     shape = msgspec.structs.replace(options.shape, num_gateways=count)
     return msgspec.structs.replace(options, policy="cost", shape=shape)
+
+
+def _ratio(value: float, ideal: float) -> float:
+    return value / ideal if ideal else 0.0
 
 
 def _spread(values: Sequence[float]) -> float:

@@ -19,10 +19,15 @@ _STYLE = (
 )
 
 
-def write_plot(results: Sequence[SimulationResult], title: str, path: Path) -> None:
-    """Distributions of TTFT, whole and its slowest tenth. Raises `ConfigError` when it can't be written."""
+def check_plot_path(path: Path) -> None:
+    """Raises `ConfigError` for a kind of file that can't be made: before the run, not after it."""
     if path.suffix != ".svg":
         raise ConfigError(f"--plot {path}: the name must end in .svg")
+
+
+def write_plot(results: Sequence[SimulationResult], title: str, path: Path) -> None:
+    """Distributions of TTFT, whole and its slowest tenth. Raises `ConfigError` when it can't be written."""
+    check_plot_path(path)
     try:
         path.write_text(render(results, title), encoding="utf-8")
     except OSError as error:
