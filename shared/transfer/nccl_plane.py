@@ -30,6 +30,9 @@ class NcclPlane:
         _keep_torch_from_ending_the_process()
         _bind_nccl_to(spec.host)
         self._device = torch.device(spec.device)
+        # torch may have given the channel's slots memory that a step uses which was launched before and still
+        # runs: what is left of it must be over before anything else is written there.
+        DeviceEvent(self._device).wait(spec.timeout_s)
         self._rank = RANKS[spec.side]
         options = ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=spec.timeout_s)
@@ -50,7 +53,7 @@ class NcclPlane:
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                 self._group.send([data], 1 - self._rank, 0).wait()  # the stream waits, not this thread
-                return DeviceEvent(self._device)
+                return self._used(data)
         except RuntimeError as error:
             raise channel_lost(f"sending failed: {error}") from error
 
@@ -58,9 +61,14 @@ class NcclPlane:
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                 self._group.recv([slot[:num_bytes]], 1 - self._rank, 0).wait()
-                return DeviceEvent(self._device)
+                return self._used(slot)
         except RuntimeError as error:
             raise channel_lost(f"receiving failed: {error}") from error
+
+    def _used(self, data: Tensor) -> Pending:
+        """A channel that breaks drops its slots at once: nobody gets their memory before this is done."""
+        data.record_stream(self._stream)
+        return DeviceEvent(self._device)
 
     def abort(self) -> None:
         self._group.abort()

@@ -7,7 +7,6 @@ import threading
 
 from phloem.shared.engine.timer_slack import ask_for_punctual_timers
 
-
 _PR_GET_TIMERSLACK = 30
 
 
