@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export VENV PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help up pull chat test check format test-gpu test-compose bench install install-dev clean
+.PHONY: help up pull chat test check format test-gpu test-fresh test-compose bench install install-dev clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ format: install-dev  ## let ruff rewrite the code
 
 test-gpu: install-dev  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-fresh:  ## `make up` as a newcomer does it, from a fresh clone of HEAD; takes minutes
+	scripts/fresh_clone_check.sh
 
 test-compose: install-dev  ## docker compose on a real engine; as root, with docker, debootstrap, iproute2
 	tests/compose/run.sh $(ARGS)

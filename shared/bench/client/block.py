@@ -236,6 +236,7 @@ def _answer_piece(kind: PromptKind, turn: Turn, answer: Answer) -> bytes:
 
 
 async def _sleep_until(due: float) -> None:
-    delay = due - time.monotonic()
-    if delay > 0:
+    """Never returns before `due`, as the loop's timers may: they count whole milliseconds, from a time that
+    the loop read up to one before."""
+    while (delay := due - time.monotonic()) > 0:  # noqa: ASYNC110 - what is awaited is a time
         await asyncio.sleep(delay)
