@@ -14,15 +14,16 @@ from typing import Protocol
 from msgspec import Struct
 
 from phloem.services.gateway.config import GatewayConfig
+from phloem.services.gateway.grammar import GrammarFields, plan_grammar
 from phloem.shared.errors import PhloemError, invalid_request
-from phloem.shared.protocol.session import SamplingParams
+from phloem.shared.protocol.session import Grammar, SamplingParams
 
 MAX_TEMPERATURE = 2.0
 _GREEDY_BELOW = 1e-5
 _SEED_MIN, _SEED_MAX = -(1 << 63), (1 << 63) - 1
 
 
-class SamplingFields(Struct, kw_only=True, frozen=True):
+class SamplingFields(GrammarFields, kw_only=True, frozen=True):
     """What every API takes, by the same names; null is as good as absent."""
 
     temperature: float | None = None
@@ -51,6 +52,7 @@ class SamplingPlan(Struct, kw_only=True, frozen=True):
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     skip_special_tokens: bool
+    grammar: Grammar | None = None
 
     def params(self, choice: int, max_tokens: int) -> SamplingParams:
         """For the `choice`-th of `n`: choice 0 has the request's own seed, each other one derived from it."""
@@ -63,6 +65,7 @@ class SamplingPlan(Struct, kw_only=True, frozen=True):
             seed=derived_seed(self.seed, choice),
             ignore_eos=self.ignore_eos,
             stop_token_ids=self.stop_token_ids,
+            grammar=self.grammar,
         )
 
 
@@ -111,6 +114,7 @@ def plan_sampling(
         stop_token_ids=stop_token_ids,
         ignore_eos=bool(fields.ignore_eos),
         skip_special_tokens=fields.skip_special_tokens is not False,
+        grammar=plan_grammar(fields, prefix),
     )
 
 

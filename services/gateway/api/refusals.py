@@ -27,10 +27,6 @@ def _is_one(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and value == 1)
 
 
-def _is_plain_text(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and value.get("type") == "text")
-
-
 def _is_text_only(value: Any) -> bool:
     return value is None or value == ["text"]
 
@@ -57,14 +53,13 @@ _PENALTIES: dict[str, Harmless] = {
 _CONSTRAINTS: dict[str, Harmless] = dict.fromkeys(
     (
         "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
-        "json_schema", "regex", "ebnf", "grammar", "structural_tag", "stop_regex",
+        "grammar", "structural_tag", "stop_regex",
     ),
     _is_empty,
 )  # fmt: skip
 _SHARED = {
     **_PENALTIES,
     **_CONSTRAINTS,
-    "response_format": _is_plain_text,
     "lora_path": _is_empty,
     "no_stop_trim": _is_off,
     "include_stop_str_in_output": _is_off,
