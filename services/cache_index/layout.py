@@ -16,6 +16,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from phloem.shared.block_hash import HASH_BYTES
 from phloem.shared.discovery.redis_link import Script
 from phloem.shared.protocol.session import PeerRef
@@ -42,6 +44,10 @@ def block_key(block_hash: bytes) -> bytes:
     return _BLOCK_PREFIX + block_hash
 
 
+def block_keys(block_hashes: Iterable[bytes]) -> Iterator[bytes]:
+    return map(_BLOCK_PREFIX.__add__, block_hashes)
+
+
 def hash_of(key: bytes) -> bytes:
     """The block of a `block_key`."""
     return key[len(_BLOCK_PREFIX) :]
@@ -56,9 +62,9 @@ def bit_offset(slot: int) -> int:
     return slot ^ 7
 
 
-def bitmap(value: bytes | None) -> int:
-    """A block's value as an integer whose bit s is slot s; a missing block is held by nobody."""
-    return 0 if value is None else int.from_bytes(value, "little")
+def bitmaps(values: Iterable[bytes | None]) -> list[int]:
+    """Blocks' values as integers whose bit s is slot s; a missing block is held by nobody."""
+    return [0 if value is None else int.from_bytes(value, "little") for value in values]
 
 
 def owner(worker: PeerRef) -> str:

@@ -1,6 +1,6 @@
 """Hot blocks, kept in the replica for a moment.
 
-What is answered from here was true in Redis at most `ttl_s` ago; see docs/adr/0012-near-cache.md for why
+What is answered from here was true in Redis at most `ttl_s` ago; see docs/adr/0020-near-cache.md for why
 that is all that can be wrong with it.
 """
 

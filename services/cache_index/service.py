@@ -161,5 +161,5 @@ def _check_seq(seq: int) -> None:
 def _check_hashes(block_hashes: Sequence[bytes], limit: int, param: str) -> None:
     if len(block_hashes) > limit:
         raise invalid_request(f"more than {limit} blocks in one call: send several", param=param)
-    if any(len(block_hash) != HASH_BYTES for block_hash in block_hashes):
+    if not set(map(len, block_hashes)) <= {HASH_BYTES}:
         raise invalid_request(f"a block hash has {HASH_BYTES} bytes", param=param)

@@ -52,13 +52,13 @@ class BlockStore:
         """The blocks, whom the landmarks were announced for, and the slot table's version, of one instant."""
         names: list[Argument] = [
             layout.VERSION,
-            *map(layout.block_key, block_hashes),
+            *layout.block_keys(block_hashes),
             *map(layout.announcement_key, landmarks),
         ]
         reply = await self._link.command("MGET", *names, timeout_s=self._read_timeout_s)
         end = 1 + len(block_hashes)
         announced = [None if value is None else layout.worker_of(value.decode()) for value in reply[end:]]
-        return Blocks(reply[0], [layout.bitmap(value) for value in reply[1:end]], announced)
+        return Blocks(reply[0], layout.bitmaps(reply[1:end]), announced)
 
     async def announce(self, placements: Iterable[tuple[bytes, PeerRef]], ttl_s: float) -> None:
         """Notes for each block the worker that is about to compute it; the last word counts."""
@@ -122,8 +122,7 @@ class BlockStore:
         )
         names: list[bytes] = reply[1]
         values = await self._link.command("MGET", *names) if names else []
-        bitmaps = {name: layout.bitmap(value) for name, value in zip(names, values, strict=True)}
-        return ScanBatch(int(reply[0]), bitmaps)
+        return ScanBatch(int(reply[0]), dict(zip(names, layout.bitmaps(values), strict=True)))
 
     async def clear(self, slot: int, stamp: bytes, names: Sequence[bytes]) -> bool:
         """Clears a retired slot's bit in these keys; deletes those that nobody holds any more. False when the
@@ -154,7 +153,7 @@ def _parts(message: Publish) -> Iterator[tuple[list[bytes], list[bytes], bool]]:
 
 
 def _slot_keys(block_hashes: Sequence[bytes]) -> list[Argument]:
-    return [layout.SLOTS, layout.SEQ, layout.DIGESTS, *map(layout.block_key, block_hashes)]
+    return [layout.SLOTS, layout.SEQ, layout.DIGESTS, *layout.block_keys(block_hashes)]
 
 
 def _resync_needed(worker: PeerRef, reason: str) -> PhloemError:
