@@ -216,6 +216,7 @@ class Engine:
         """For a step that computes KV to be sent."""
         if not self._sender.active:
             return None
+        self._parts.store.fence()  # it may write to pages of a retracted request that are still being read
         watch = self._sender.watch(
             plan.rows,
             tokens_per_s=self._rates.prefill_tokens_per_s,

@@ -242,3 +242,12 @@ def _disturb(pair: Pair, rng: random.Random, newest: int) -> None:
         pair.wire.lose()
     else:
         pair.wire.open()
+
+
+def test_steps_beside_hand_overs_begin_after_the_reads_of_pages_they_may_be_given() -> None:
+    pair = Pair()
+    sides = pair.submit("r", [1] * 100)
+    pair.assert_idle()
+    assert sides.handed_over
+    assert pair.prefill.device.num_fences >= pair.prefill.device.num_launched
+    assert pair.decode.device.num_fences == 0, "a decode step waits for no other request's pages"
