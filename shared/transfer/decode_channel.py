@@ -24,6 +24,7 @@ from phloem.shared.transfer.staging import ReceiveRing, StagingSlot, make_slots
 from phloem.shared.transfer.stats import PeerMeter
 
 _MAX_ARRIVALS = 4096  # messages and pieces that wait for bytes before them
+_LAST_BYTES_S = 1.0  # that posted receives get once the peer has left
 _ONE_CREDIT = Credit(1)
 
 
@@ -90,8 +91,11 @@ class DecodeChannel(Channel):
                 raise protocol_violation(f"prefill sent {type(message).__name__}")
 
     def _on_end_of_stream(self, error: PhloemError) -> None:
-        # What came before the end is good: a peer that drains hands its last request over and leaves.
+        # What came before the end is good: a peer that drains hands its last request over and leaves. Its
+        # bytes are on their way, or the peer is dead and NCCL would wait for them until the deadline.
         self._arrivals.put(error.info, self._timeout_s)
+        if not self._failed.wait(_LAST_BYTES_S):
+            self.fail(error)
 
     def _before_sending(self, item: Outgoing) -> None:
         if item.slot is not None:
