@@ -47,7 +47,7 @@ MAX_NEXT_REQUEST_S = 2.0
 MAX_GROWTH_MIB = 64.0
 TRANSFER_TIMEOUT_S = 2.0
 # A layer of a page has 64 KiB: small slots make a transfer last long enough to be interrupted.
-_SLOW_STAGING = ((131_072, 1), (2 * 2**20, 2))
+_SLOW_STAGING = ((131_072, 1), (2**20, 1))
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,7 +74,7 @@ def make_setting(device: str, gpus: str, folder: Path) -> Setting:
     options = EngineOptions(
         model_path=str(model),
         dtype="float32",
-        num_threads=0 if cuda else 1,
+        num_threads=4 if cuda else 1,
         max_total_tokens=131_072 if cuda else 16_384,
         max_running_requests=32,
         cuda_graph_max_bs=16,
@@ -179,8 +179,8 @@ def _loss_plan(setting: Setting, survivor: Role, how: signal.Signals, count: int
         survivor_gpu=setting.gpu(survivor),
         peer_gpu=setting.gpu(peer),
         staging=_SLOW_STAGING if cuda else ((65_536, 1),),
-        noticed_within_s=1.5 if how == signal.SIGKILL else TRANSFER_TIMEOUT_S + 1.5,
-        num_spares=4 if cuda else 2,
+        noticed_within_s=2.0 if how == signal.SIGKILL else TRANSFER_TIMEOUT_S + 1.5,
+        num_spares=8 if cuda else 2,
     )
 
 
