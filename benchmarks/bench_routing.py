@@ -20,7 +20,7 @@ from phloem.services.gateway.cluster.routing import Candidate, RoutingPolicy, Ro
 from phloem.shared.protocol.cluster import Role, WorkerLoad, WorkerRecord
 
 SIZES = (8, 32, 128)
-NUM_EXPLAINED = 8  # as the gateway's router asks for
+NUM_EXPLAINED = 5  # as the gateway's router asks for
 BAR_US = 500.0
 
 

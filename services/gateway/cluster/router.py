@@ -19,7 +19,7 @@ from phloem.services.gateway.route_report import RouteReport
 from phloem.shared.errors import PhloemError, unavailable
 from phloem.shared.protocol.session import PeerRef
 
-NUM_EXPLAINED = 8  # workers of each side that a decision lists
+NUM_EXPLAINED = 5  # workers of each side that a decision lists
 RETRY_PAUSE_S = 0.1  # before a worker that just failed is asked again, when there is no other
 
 

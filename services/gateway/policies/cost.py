@@ -28,7 +28,8 @@ from phloem.services.gateway.policies.ties import Draw
 # What orders two options: cost; one worker before two; the lesser fixed and transfer costs; the draws.
 Key: TypeAlias = tuple[float, ...]
 Side = TypeVar("Side", PrefillCost, DecodeCost)
-Cost = TypeVar("Cost", PrefillCost, DecodeCost, AloneCost)
+# Read from every worker at every request.
+_FIXED_S, _SHARE, _TOTAL_S = attrgetter("fixed_s"), attrgetter("share"), attrgetter("total_s")
 
 
 class Option(NamedTuple):
@@ -104,10 +105,11 @@ def pair_key(prefill: PrefillCost, decode: DecodeCost, draw: Draw) -> Key:
 
 def _cheapest_alone(costs: Sequence[AloneCost], draw: Draw, pair: Option | None) -> Option:
     """The cheapest single worker, or `pair` when that is cheaper."""
-    least = min(cost.total_s for cost in costs)
+    least = min(map(_TOTAL_S, costs))
     if pair is not None and pair.key[0] < least:
         return pair
-    best = _drawn([cost for cost in costs if cost.total_s == least], draw, lambda cost: cost.decode.worker)
+    equals = [cost for cost in costs if cost.total_s == least]
+    best = equals[draw.lowest([cost.decode.worker for cost in equals])]
     return Option(alone_key(best, draw), None, best.decode, best.terms)
 
 
@@ -124,17 +126,13 @@ def _undominated(costs: Sequence[Side], draw: Draw) -> list[Side]:
     """Those that no other beats or equals both in what is fixed and in its share; of equals the one drawn."""
     left, kept = list(costs), []
     while left:
-        fixed_s = min(cost.fixed_s for cost in left)
+        fixed_s = min(map(_FIXED_S, left))
         equals = [cost for cost in left if cost.fixed_s == fixed_s]
-        share = min(cost.share for cost in equals)
+        share = min(map(_SHARE, equals))
         equals = [cost for cost in equals if cost.share == share]
-        kept.append(_drawn(equals, draw, lambda cost: cost.worker))
+        kept.append(equals[draw.lowest([cost.worker for cost in equals])])
         left = [cost for cost in left if cost.share < share]
     return kept
-
-
-def _drawn(equals: Sequence[Cost], draw: Draw, worker_of: Callable[[Cost], Candidate]) -> Cost:
-    return min(equals, key=lambda cost: draw.of(worker_of(cost))) if len(equals) > 1 else equals[0]
 
 
 def _rankings(
@@ -142,9 +140,8 @@ def _rankings(
 ) -> list[Ranking]:
     if not count:
         return []
-    fixed_s, total_s = attrgetter("fixed_s"), attrgetter("total_s")
     return [
-        best_workers("prefill", count, prefills, fixed_s, lambda cost: ranked(cost.worker, cost.terms())),
-        best_workers("decode", count, decodes, fixed_s, lambda cost: ranked(cost.worker, cost.terms())),
-        best_workers("both", count, alone, total_s, lambda cost: ranked(cost.decode.worker, cost.terms())),
+        best_workers("prefill", count, prefills, _FIXED_S, lambda cost: ranked(cost.worker, cost.terms())),
+        best_workers("decode", count, decodes, _FIXED_S, lambda cost: ranked(cost.worker, cost.terms())),
+        best_workers("both", count, alone, _TOTAL_S, lambda cost: ranked(cost.decode.worker, cost.terms())),
     ]

@@ -80,8 +80,7 @@ def _pool_in_turn(pools: Sequence[Pool], sequence: int) -> Pool:
 def _best(names: tuple[str, ...], scores: list[Score], workers: Sequence[Candidate], draw: Draw) -> _Best:
     least = min(scores)
     equals = [worker for worker, score in zip(workers, scores, strict=True) if score == least]
-    worker = min(equals, key=draw.of) if len(equals) > 1 else equals[0]
-    return _Best(worker, dict(zip(names, least, strict=True)))
+    return _Best(equals[draw.lowest(equals)], dict(zip(names, least, strict=True)))
 
 
 def _prefixed(side: str, best: _Best) -> dict[str, float]:

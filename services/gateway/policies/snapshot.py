@@ -75,7 +75,7 @@ class RoutingRequest(Struct, frozen=True, kw_only=True):
 Part: TypeAlias = Literal["prefill", "decode", "both"]
 
 
-class RankedWorker(Struct, frozen=True, kw_only=True):
+class RankedWorker(Struct, frozen=True, kw_only=True, gc=False):
     """One worker in one part: `terms` are seconds with `cost`, else what the policy compares, in order."""
 
     worker: PeerRef
@@ -83,7 +83,7 @@ class RankedWorker(Struct, frozen=True, kw_only=True):
     terms: dict[str, float]
 
 
-class Ranking(Struct, frozen=True, kw_only=True):
+class Ranking(Struct, frozen=True, kw_only=True, gc=False):
     """The best of the workers that could take one part of the request, out of `num_workers`."""
 
     part: Part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from zlib import crc32
 
 from phloem.services.gateway.policies.snapshot import Candidate, RoutingRequest
@@ -17,6 +18,13 @@ class Draw:
     def of(self, worker: Candidate) -> int:
         """32 bits."""
         return _mixed(self._seed ^ crc32(worker.record.worker_id.encode()))
+
+    def lowest(self, workers: Sequence[Candidate]) -> int:
+        """Which of `workers` has the lowest number: its place among them."""
+        if len(workers) == 1:
+            return 0
+        numbers = [self.of(worker) for worker in workers]
+        return numbers.index(min(numbers))
 
 
 def _mixed(number: int) -> int:
