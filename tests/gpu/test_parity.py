@@ -50,6 +50,7 @@ def reference(model_dir: Path) -> ParityReference:
         pytest.param({"disable_overlap_schedule": True}, id="no overlap"),
         pytest.param({"disable_cuda_graph": True}, id="no graphs"),
         pytest.param({"cuda_graph_max_bs": 4}, id="few graphs"),
+        pytest.param({"disable_decode_kernels": True}, id="the library's decode kernels"),
         pytest.param({"attention_backend": "triton"}, id="triton"),
         pytest.param({"attention_backend": "torch"}, id="torch"),
         pytest.param({"chunked_prefill_size": 32}, id="chunks of 32"),

@@ -28,6 +28,7 @@ GOOD = [
     Measurement("decode", 1, 1024, 10.9, 10.0, host_ms=3.0, idle_percent=9.0),
     Measurement("decode", 64, 1024, 11.4, 10.0, host_ms=3.0, idle_percent=1.9),
     Measurement("decode", 256, 2048, 11.9, 10.0, host_ms=1.4, idle_percent=9.0),
+    Measurement("decode, grammars", 64, 1024, 13.0, 10.0, host_ms=3.0, idle_percent=4.9),
 ]
 SLOW = [Measurement("prefill", 1, 512, 21.0, 10.0), *GOOD[1:]]
 
@@ -50,6 +51,7 @@ def test_a_run_that_meets_everything() -> None:
         (2, {"measured_ms": 11.1}, "decode, batch 1, context 1k"),
         (3, {"measured_ms": 11.6}, "decode, batch 64, context 1k"),
         (3, {"idle_percent": 2.1}, "idle device between decode steps, batch 64"),
+        (5, {"idle_percent": 5.1}, "the same, grammar masks on half of the rows"),
         (4, {"measured_ms": 12.1}, "decode, batch 256, context 2k"),
         (4, {"host_ms": 1.6}, "host's work per decode step, batch 256"),
     ],
