@@ -182,7 +182,7 @@ def _check(
     shared = _shared_prefix(workload)
     checked = check(requests, shared, options, jobs=jobs, progress=_progress(console))
     print_results(checked.results, console)
-    print_ideal(checked.ideal_hit_rates, console)
+    print_ideal(checked.ideal_hit_rates, console, checked.cost.hit_rate)
     print_bars(checked.bars, console)
     return Report(
         workload=_name(trace),

@@ -34,6 +34,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     """All runs, the hit rates of ideal caches by name, and the bars."""
 
     results: list[SimulationResult]
+    cost: SimulationResult  # with one gateway, at the load of the comparison
     ideal_hit_rates: dict[str, float]
     bars: list[Bar]
 
@@ -77,7 +78,7 @@ def check(
         _at_most("1 to 8 gateways: spread of the hit rate", _spread([r.hit_rate for r in by_gateways]), 0.03),
         _at_most("shared prefix: CoV of the workers' load", balance.load_cov, 0.25),
     ]
-    return Check(results=[busy, *results, balance], ideal_hit_rates=ideal, bars=bars)
+    return Check(results=[busy, *results, balance], cost=cost, ideal_hit_rates=ideal, bars=bars)
 
 
 def ideal_hit_rates(requests: Sequence[SimRequest], options: SimulationOptions) -> dict[str, float]:

@@ -16,6 +16,7 @@ from phloem.simulate.workload import SimRequest
 Progress = Callable[[str], None]
 
 _MAX_TRIALS = 12
+_MARGIN = 1.05  # a found load is this far from either limit
 
 
 def run_all(
@@ -37,17 +38,16 @@ def find_rate_scale(
     high_s: float,
     progress: Progress,
 ) -> SimulationResult:
-    """A run at a `rate_scale` where p90 TTFT lies well within [low_s, high_s]: doubles or halves until
+    """A run at a `rate_scale` where p90 TTFT lies within [low_s, high_s]: doubles or halves until
     the aim is between two scales, then bisects. The last trial when none hits."""
     aim = math.sqrt(low_s * high_s)
-    near = math.sqrt(high_s / aim)
     low = high = None
     scale = options.rate_scale
     for _ in range(_MAX_TRIALS):
         result = run(requests, msgspec.structs.replace(options, rate_scale=scale))
         progress(_line(result))
         p90 = result.ttft_p90_s
-        if aim / near <= p90 <= aim * near:
+        if low_s * _MARGIN <= p90 <= high_s / _MARGIN:
             break
         if p90 < aim:
             low = scale

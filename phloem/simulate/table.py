@@ -39,10 +39,13 @@ def print_results(results: Sequence[SimulationResult], console: Console) -> None
             console.print(f"WRONG: {result.options.policy}: {problem}", markup=False, style="red")
 
 
-def print_ideal(ideal: Mapping[str, float], console: Console) -> None:
-    """What one cache for the cluster would hit."""
+def print_ideal(ideal: Mapping[str, float], console: Console, reached: float | None = None) -> None:
+    """What one cache for the cluster would hit, and which share of that was `reached`."""
     rates = ", ".join(f"{name} {rate:.1%}" for name, rate in ideal.items())
     console.print(f"hit rate of one LRU cache with the memory of: {rates}", markup=False)
+    if reached is not None:
+        shares = ", ".join(f"{name} {reached / rate:.3f}" for name, rate in ideal.items() if rate)
+        console.print(f"cost reaches of it: {shares}", markup=False)
 
 
 def print_bars(bars: Sequence[Bar], console: Console) -> None:

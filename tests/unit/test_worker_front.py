@@ -12,10 +12,12 @@ import pytest
 
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.errors import PhloemError
+from phloem.shared.protocol.cluster import WorkerLoad
 from phloem.shared.protocol.session import (
     Abort,
     Ended,
     Hello,
+    LoadReport,
     SamplingParams,
     SessionDown,
     SessionUp,
@@ -39,6 +41,7 @@ class Gateway:
         self.front = front
         self.answers = aiter(self.stream.__aiter__())
         self.steps: list[int] = []
+        self.loads: list[WorkerLoad] = []
 
     async def hello(self, gateway_id: str = "g1") -> Welcome:
         await self.stream.write(Hello(gateway_id))
@@ -65,8 +68,15 @@ class Gateway:
     async def first_tokens(self) -> None:
         """Returns when some tokens have come."""
         async with asyncio.timeout(10):
-            message = await anext(self.answers)
+            await self.step()
+
+    async def step(self) -> StepMessage:
+        """The next step's message; what is told of the load in between is kept in `loads`."""
+        while isinstance(message := await anext(self.answers), LoadReport):
+            assert message.epoch == self.front.record.epoch
+            self.loads.append(message.load)
         assert isinstance(message, StepMessage)
+        return message
 
     async def collect(self, num_ended: int) -> dict[str, tuple[list[int], Ended]]:
         """Reads until `num_ended` requests have ended: their tokens and ends."""
@@ -74,8 +84,7 @@ class Gateway:
         ended: dict[str, Ended] = {}
         async with asyncio.timeout(10):
             while len(ended) < num_ended:
-                message = await anext(self.answers)
-                assert isinstance(message, StepMessage)
+                message = await self.step()
                 self.steps.append(message.step)
                 for output in message.outputs:
                     assert output.request_id not in ended
@@ -111,6 +120,17 @@ async def test_request_gets_its_tokens_and_one_end(front: Front) -> None:
     tokens, ended = (await gateway.collect(1))["r"]
     assert tokens == [FIRST_TOKEN + n for n in range(4)]
     assert ended.reason == "finished"
+
+
+async def test_every_gateway_hears_of_the_load_as_it_changes(front: Front) -> None:
+    busy, other = Gateway(front), Gateway(front)
+    await busy.hello("busy")
+    await other.hello("other")
+    await busy.submit("r", 100_000)
+    async with asyncio.timeout(10):
+        message = await anext(other.answers)
+    assert isinstance(message, LoadReport) and message.load.num_running == 1
+    assert message.epoch == front.record.epoch
 
 
 async def test_record_says_what_the_engine_is(front: Front) -> None:
