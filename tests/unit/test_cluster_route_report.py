@@ -77,6 +77,25 @@ async def test_report_and_metrics_tell_decision_and_hits(registry: Registry) -> 
     assert sample(metrics, "achievable_cached_tokens_total") == 192
 
 
+@pytest.mark.parametrize(
+    ("threshold", "compared"), [(0.0, "decode_lacking_tokens"), (1.0, "decode_tree_tokens")]
+)
+async def test_flags_reach_the_policy(registry: Registry, threshold: float, compared: str) -> None:
+    options = ClusterOptions(routing_policy="cache_aware", cache_threshold=threshold)
+    async with (
+        ClusterClient(registry, SECRET, "g", CollectorRegistry(), options) as client,
+        fake_worker(registry, "u", "unified", SECRET) as worker,
+    ):
+        await until(lambda: worker.ref in client.workers())
+        for number in range(2):
+            arriving = asyncio.ensure_future(first_of(client.generate(generation(f"r{number}"))))
+            worker.send(worker.tokens(await worker.next_submit(number + 1), 0, finish="length"))
+            await arriving
+        decision = client.decision("r1")
+    assert decision is not None and decision.policy == "cache_aware"
+    assert list(decision.terms) == [compared]
+
+
 async def test_request_without_a_worker_leaves_no_report(registry: Registry) -> None:
     metrics = CollectorRegistry()
     async with ClusterClient(registry, SECRET, "g", metrics, OPTIONS) as client:
