@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import gc
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,31 +27,24 @@ from typing import NamedTuple
 
 import msgspec
 import uvloop
-from prometheus_client import CollectorRegistry
 
-from benchmarks.index.lookups import Barrage, Timing, measure, some_prompt
-from benchmarks.index.publish_load import Outcome
+from benchmarks.index.deadlines import PUBLISH_RATE, Deadlines, bench_deadlines
+from benchmarks.index.lookups import Timing, measure, some_prompt
 from benchmarks.index.world import (
     World,
     new_chain,
-    new_client,
     publish_trees,
-    record_of,
     running_world,
     used_bytes,
 )
-from phloem.services.gateway.cluster.index_client import IndexClient
 from phloem.shared.block_hash import BLOCK_TOKENS
-from phloem.shared.protocol.session import PeerRef
 
 RATE = 200.0
 WORKERS = 64
 PROMPT_BLOCKS = 8192 // BLOCK_TOKENS
 LENGTHS = (8, 32, 128, 512, 2048)  # blocks: 512 .. 131,072 tokens
 NUM_LONG_CHAINS = 16
-DEADLINE_S = 0.005
-PUBLISH_RATE = 20_000.0
-PUBLISHERS = 8
+SATURATING = 16
 
 MAX_P50_RATIO = 8.0
 MAX_P99_RATIO = 25.0
@@ -68,16 +60,9 @@ class Options(NamedTuple):
     output: Path | None
 
 
-class Deadlines(msgspec.Struct, frozen=True):
-    """Look-ups under their deadline while others publish."""
-
-    lookups: int
-    missed: int
-    published: Outcome
-
-
 class Figures(msgspec.Struct):
     bytes_per_block: float = 0.0
+    saturated_lookups_per_s: float = 0.0
     publish_blocks_per_s: float = 0.0
     main: Timing | None = None
     by_tokens: dict[int, Timing] = {}
@@ -129,7 +114,24 @@ async def bench_full(options: Options, figures: Figures, rng: random.Random) -> 
         figures.by_blocks[options.stored_blocks] = figures.main
         figures.equal_prompts["near cache"] = await measure_equal(world, chains[0])
         show("one prompt again and again", figures.equal_prompts["near cache"])
-        figures.deadlines = await bench_deadlines(world, chains, rng, options.seconds)
+        figures.saturated_lookups_per_s = await saturate(world, chains, rng)
+        print(f"{SATURATING} look-ups always under way: {figures.saturated_lookups_per_s:,.0f} per second")
+        figures.deadlines = await bench_deadlines(
+            world, lambda: some_prompt(chains, PROMPT_BLOCKS, rng), rate=RATE, seconds=options.seconds
+        )
+
+
+async def saturate(world: World, chains: list[list[bytes]], rng: random.Random) -> float:
+    """Look-ups per second of one replica when it never has nothing to do."""
+    prompts = [some_prompt(chains, PROMPT_BLOCKS, rng) for _ in range(4_000)]
+
+    async def ask(mine: list[list[bytes]]) -> None:
+        for prompt in mine:
+            await world.client.lookup(prompt)
+
+    start = time.perf_counter()
+    await asyncio.gather(*(ask(prompts[number::SATURATING]) for number in range(SATURATING)))
+    return len(prompts) / (time.perf_counter() - start)
 
 
 async def measure_equal(world: World, chain: list[bytes]) -> Timing:
@@ -161,48 +163,6 @@ async def bench_without_near_cache(figures: Figures, rng: random.Random) -> None
         await publish_trees(world, chains, WORKERS, rng)
         figures.equal_prompts["no near cache"] = await measure_equal(world, chains[0])
         show("the same without near cache", figures.equal_prompts["no near cache"])
-
-
-def start_publishers(address: str, seconds: float) -> subprocess.Popen[bytes]:
-    """Prints a line when it begins, and its outcome when it ends."""
-    command = [sys.executable, "-m", "benchmarks.index.publish_load", address]
-    command += ["--workers", str(PUBLISHERS), "--blocks-per-s", str(PUBLISH_RATE), "--seconds", str(seconds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE)
-
-
-async def bench_deadlines(
-    world: World, chains: list[list[bytes]], rng: random.Random, seconds: float
-) -> Deadlines:
-    """Look-ups at `RATE` by a gateway's client with its real deadline, while another process publishes."""
-    for number in range(PUBLISHERS):
-        await world.registry.renew_worker(record_of(PeerRef(f"publisher-{number}", 1)))
-    client, prometheus = new_client(DEADLINE_S)
-    await client.set_addresses([world.address])
-    load = start_publishers(world.address, seconds + 1.0)
-    assert load.stdout is not None
-    await asyncio.to_thread(load.stdout.readline)
-    missed_before = await lookups_missed(client, prometheus, chains, rng, 0.5)  # the connection's first calls
-    missed = await lookups_missed(client, prometheus, chains, rng, seconds) - missed_before
-    out, _ = await asyncio.to_thread(load.communicate)
-    await client.close()
-    return Deadlines(round(seconds * RATE), round(missed), msgspec.json.decode(out, type=Outcome))
-
-
-async def lookups_missed(
-    client: IndexClient,
-    prometheus: CollectorRegistry,
-    chains: list[list[bytes]],
-    rng: random.Random,
-    seconds: float,
-) -> float:
-    """How many look-ups the client has ever failed open, after `seconds` more of them."""
-    num_calls = round(seconds * RATE)
-    prompts = iter([some_prompt(chains, PROMPT_BLOCKS, rng) for _ in range(num_calls)])
-    lookups = Barrage(lambda: client.lookup(next(prompts)), time.perf_counter() + 0.05, 1.0 / RATE)
-    await lookups.run(num_calls)
-    missed = prometheus.get_sample_value("phloem_cluster_index_misses_total")
-    assert missed is not None
-    return missed
 
 
 async def bench(options: Options) -> Figures:

@@ -21,10 +21,11 @@ def plot(curves: Mapping[str, Mapping[int, Timing]], path: Path, title: str) -> 
         panel.plot(xs, [points[x].p50_ratio for x in xs], "o-", label="p50")
         panel.plot(xs, [points[x].p99_ratio for x in xs], "s--", label="p99")
         panel.set_xscale("log", base=2 if name == "workers" else 10)
-        panel.set_ylim(bottom=0)
         panel.set_xlabel(name)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("Match / median PING")
+    dearest = max(timing.p99_ratio for points in curves.values() for timing in points.values())
+    panels[0].set_ylim(0, 1.05 * dearest)  # for all: they share it
     panels[0].legend()
     figure.suptitle(title)
     figure.tight_layout()
