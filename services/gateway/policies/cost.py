@@ -87,10 +87,12 @@ def hand_over_pools(
 
 
 def alone_key(cost: AloneCost, draw: Draw) -> Key:
+    """What orders a single worker among all options."""
     return (cost.total_s, 0.0, 0.0, 0.0, 0.0, 0.0, draw.of(cost.decode.worker))
 
 
 def pair_key(prefill: PrefillCost, decode: DecodeCost, draw: Draw) -> Key:
+    """What orders a pair among all options."""
     return (
         pair_cost_s(prefill, decode),
         1.0,

@@ -127,6 +127,7 @@ class CostModel:
         self._norms = norms
 
     def prefill(self, worker: Candidate) -> PrefillCost:
+        """Of computing the prompt there; `worker` is not of role decode."""
         record = worker.record
         rate = self._norms.prefill_rate(record.load)
         queue_s = worker.queued_tokens / rate
@@ -140,6 +141,7 @@ class CostModel:
         )
 
     def decode(self, worker: Candidate) -> DecodeCost:
+        """Of generating there; `worker` is not of role prefill."""
         record = worker.record
         load, most, batch = record.load, record.max_running_requests, worker.num_requests + 1
         lacking = self._lacking(worker)
