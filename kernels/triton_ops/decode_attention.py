@@ -2,8 +2,8 @@
 
     program (KV head, part of the keys, sequence)
 
-Each part takes an equal share of a sequence's keys, and the query heads of its KV head as rows of one tile.
-The new token's key and value come from the projection's output; the last part writes them into their page
+Each part takes an equal share of a sequence's keys (`min_share` at least), and the query heads of its KV head
+as rows of one tile. The new token's key and value come from the projection's output; the last part writes them into their page
 and starts its online softmax with them, so that nobody reads what is just being written. The last part to
 arrive joins them all, in order (Dao et al., "Flash-Decoding", 2023).
 """
@@ -57,6 +57,7 @@ def _decode_attention_kernel(
     eps,
     scale_log2,
     num_parts: tl.constexpr,
+    min_share: tl.constexpr,
     group: tl.constexpr,
     num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
@@ -76,7 +77,8 @@ def _decode_attention_kernel(
     slot = tl.load(slots + sequence)
     target = tl.load(write_index + sequence)
     table = page_table + slot * table_stride
-    share = tl.cdiv(tl.cdiv(position + 1, num_parts), block_n) * block_n
+    # Short parts cost more to join than they save.
+    share = tl.maximum(tl.cdiv(tl.cdiv(position + 1, num_parts), 16) * 16, min_share)
     used_parts = tl.cdiv(position + 1, share)
     begin = part * share
     end = tl.minimum(begin + share, position)
@@ -215,6 +217,7 @@ def decode_attention(
     *,
     scale: float,
     num_parts: int,
+    min_share: int = 16,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
@@ -252,6 +255,7 @@ def decode_attention(
         eps,
         scale * 1.4426950408889634,
         num_parts=num_parts,
+        min_share=min_share,
         group=group,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,

@@ -125,6 +125,7 @@ class DecodeKernels:
             self._joints,
             scale=shape.head_dim**-0.5,
             num_parts=tiling.num_parts,
+            min_share=tiling.min_share,
             q_norm=norms[0] if norms is not None else None,
             k_norm=norms[1] if norms is not None else None,
             eps=eps,

@@ -34,6 +34,8 @@ _BEST: dict[tuple[Product, bool], Tiling] = {
     ("gated", False): Tiling(128, 64, 1, 4, 4, tma=True),
     ("adds", False): Tiling(64, 128, 2, 6, 4, tma=True),
 }
+_DEEP = 8_192  # inputs of a down projection
+_BEST_DEEP = Tiling(64, 128, 4, 3, 8)
 _LARGE = 65_536  # outputs of a vocabulary
 _BEST_LARGE = {True: Tiling(64, 128, 1, 5, 4), False: Tiling(128, 64, 1, 4, 4)}
 
@@ -43,12 +45,16 @@ def choose_tiling(product: Product, n: int, k: int, num_rows: int, *, hopper: bo
     if num_rows > MAX_ROWS:
         return None
     few = num_rows <= FEW_ROWS
-    best = _BEST_LARGE[few] if product == "normed" and n >= _LARGE else _BEST[product, few]
+    best = _BEST[product, few]
+    if product == "normed" and n >= _LARGE:
+        best = _BEST_LARGE[few]
+    elif product == "adds" and k >= _DEEP and not few:
+        best = _BEST_DEEP
     block_n = next((size for size in _down_from(best.block_n) if n % size == 0), None)
     block_k = next((size for size in _down_from(best.block_k) if k % size == 0), None)
     if block_n is None or block_k is None:
         return None
-    split = _split(n // block_n, k // block_k)
+    split = _split(n // block_n, k // block_k, best.split_k)
     return best._replace(block_n=block_n, block_k=block_k, split_k=split, tma=best.tma and hopper)
 
 
@@ -58,16 +64,18 @@ def _down_from(size: int) -> Iterator[int]:
         size //= 2
 
 
-def _split(num_tiles: int, num_blocks: int) -> int:
-    """The fewest parts that fill the device, each of whole blocks of k."""
+def _split(num_tiles: int, num_blocks: int, least: int) -> int:
+    """The fewest parts from `least` on that fill the device, each of whole blocks of k."""
     parts = [split for split in range(1, _MAX_SPLIT + 1) if num_blocks % split == 0]
-    return next((split for split in parts if num_tiles * split >= _MIN_BLOCKS), parts[-1])
+    enough = (split for split in parts if split >= least and num_tiles * split >= _MIN_BLOCKS)
+    return next(enough, parts[-1])
 
 
 class AttentionTiling(NamedTuple):
-    """num_parts: shares of a sequence's keys; block_n: keys at a time."""
+    """num_parts: shares of a sequence's keys, of `min_share` keys at least; block_n: keys at a time."""
 
     num_parts: int
+    min_share: int
     block_n: int
     stages: int
     warps: int
@@ -83,7 +91,7 @@ def choose_attention_tiling(num_rows: int, num_kv_heads: int, head_dim: int) -> 
     while parts < MAX_PARTS and 2 * parts * num_rows * num_kv_heads <= _BLOCKS:
         parts *= 2
     if parts > 4:
-        block_n, stages, warps = 64, 2, 4
+        block_n, stages, warps = 128, 2, 4
     elif num_rows <= 32:
         block_n, stages, warps = 32, 4, 4
     elif num_rows <= 128:
@@ -92,4 +100,4 @@ def choose_attention_tiling(num_rows: int, num_kv_heads: int, head_dim: int) -> 
         block_n, stages, warps = 32, 2, 2
     if head_dim > 128:
         block_n, stages = min(block_n, 32), 2
-    return AttentionTiling(parts, block_n, stages, warps)
+    return AttentionTiling(parts, 128 if parts > 4 else 16, block_n, stages, warps)

@@ -85,9 +85,9 @@ def normed(x: Tensor, weight: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize("has_norm", [True, False])
-@pytest.mark.parametrize("num_parts", [1, 3])
+@pytest.mark.parametrize(("num_parts", "min_share"), [(1, 16), (3, 16), (4, 32)])
 @pytest.mark.parametrize("heads", HEADS)
-def test_decode_attention(heads: Heads, num_parts: int, has_norm: bool) -> None:
+def test_decode_attention(heads: Heads, num_parts: int, min_share: int, has_norm: bool) -> None:
     page_size, kv_lens = 4, (1, 5, 40, 65)
     batch = paged_batch(heads, page_size, query_lens=(1, 1, 1, 1), kv_lens=kv_lens)
     qkv = torch.randn(4, heads.num_heads + 2 * heads.num_kv_heads, heads.head_dim)
@@ -132,6 +132,7 @@ def test_decode_attention(heads: Heads, num_parts: int, has_norm: bool) -> None:
         joints,
         scale=heads.head_dim**-0.5,
         num_parts=num_parts,
+        min_share=min_share,
         q_norm=q_norm,
         k_norm=k_norm,
         eps=EPS,
