@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 
 from phloem.shared.block_hash import BlockHasher
-from phloem.shared.engine.engine_loop import Engine, EngineParts
+from phloem.shared.engine.engine_loop import Engine
+from phloem.shared.engine.engine_parts import EngineParts
 from phloem.shared.engine.kv_pool import KVPool
 from phloem.shared.engine.limits import Limits
 from phloem.shared.engine.offline.driver import Driver

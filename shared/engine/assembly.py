@@ -11,7 +11,8 @@ import torch
 
 from phloem.shared.block_hash import BlockHasher
 from phloem.shared.engine.config import EngineConfig
-from phloem.shared.engine.engine_loop import Engine, EngineParts
+from phloem.shared.engine.engine_loop import Engine
+from phloem.shared.engine.engine_parts import EngineParts
 from phloem.shared.engine.fault_injection import damaging
 from phloem.shared.engine.grammar.parts import GrammarModel, grammar_parts
 from phloem.shared.engine.kv_pool import KVPool

@@ -13,29 +13,27 @@ from __future__ import annotations
 
 import logging
 import queue
-import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import TypeAlias
 
+from phloem.shared.engine.engine_parts import EngineParts
 from phloem.shared.engine.engine_socket import FrontGone
 from phloem.shared.engine.engine_status import EngineStatus
 from phloem.shared.engine.grammar.desk import GrammarReady
 from phloem.shared.engine.grammar.grammars import Grammars
-from phloem.shared.engine.grammar.parts import GrammarParts
-from phloem.shared.engine.handover import Channels, PageStore
 from phloem.shared.engine.handover_receive import HandoverReceiver
 from phloem.shared.engine.handover_send import HandoverSender
 from phloem.shared.engine.intake import Intake
-from phloem.shared.engine.limits import Limits
 from phloem.shared.engine.outbox import Outbox
-from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.rates import Rates
 from phloem.shared.engine.request_ends import RequestEnds
 from phloem.shared.engine.scheduler import Scheduler
 from phloem.shared.engine.step_plan import StepPlan
-from phloem.shared.engine.step_runner import LaunchedStep, LayerWatch, StepRunner
+from phloem.shared.engine.step_runner import LayerWatch
+from phloem.shared.engine.steps_in_flight import StepsInFlight
+from phloem.shared.engine.transfer_intake import TransferIntake
 from phloem.shared.errors import ErrorInfo
 from phloem.shared.protocol.engine import (
     AbortGateway,
@@ -44,7 +42,6 @@ from phloem.shared.protocol.engine import (
     EngineAbort,
     EngineMessage,
     EngineSubmit,
-    EngineUp,
     FlushCache,
     PeerDown,
     PeerUp,
@@ -52,14 +49,7 @@ from phloem.shared.protocol.engine import (
     Stop,
     TreeDump,
 )
-from phloem.shared.protocol.session import PeerRef
 from phloem.shared.transfer.events import (
-    AdmittedReceived,
-    CancelReceived,
-    ChannelLost,
-    ChannelOpened,
-    LastReceived,
-    PieceReceived,
     ReadyReceived,
     SlotAvailable,
     TransferEvent,
@@ -72,39 +62,6 @@ InboxItem: TypeAlias = EngineMessage | TransferEvent | GrammarReady | FrontGone
 
 _TICK_S = 0.25  # how often deadlines are looked at while nothing else happens
 _POLL_S = 0.000_05  # how often the device is looked at while no message comes
-_MAX_IN_FLIGHT = 2  # steps launched and not collected: one runs, the next waits behind it on the device
-
-
-class Peers(Channels, Protocol):
-    """What the loop needs of `TransferEndpoint` beyond hand-overs."""
-
-    def peer_up(self, peer: PeerRef, address: str) -> None: ...
-    def peer_down(self, peer: PeerRef) -> None: ...
-
-
-class EngineParts(NamedTuple):
-    """What an engine is made of; the tests exchange the runner and the channels."""
-
-    limits: Limits
-    account: PageAccount
-    runner: StepRunner
-    channels: Peers
-    store: PageStore
-    send: Callable[[EngineUp], None]
-    dials_peers: bool  # prefill and unified workers
-    eos_token_ids: tuple[int, ...]
-    context_length: int
-    handover_timeout_s: float
-    overlap: bool = True
-    grammars: GrammarParts | None = None  # none: requests with a grammar are refused
-    transfer_bytes_per_s: Callable[[], float] = lambda: 0.0  # measured; zero: not yet
-    clock: Callable[[], float] = time.monotonic
-
-
-class _InFlight(NamedTuple):
-    plan: StepPlan
-    step: LaunchedStep
-    launched_at_s: float
 
 
 class Engine:
@@ -119,7 +76,6 @@ class Engine:
         self._rates = Rates()
         self._inbox: queue.SimpleQueue[InboxItem] = queue.SimpleQueue()
         self._deferred: deque[InboxItem] = deque()  # taken from the inbox in the course of a launch
-        self._in_flight: deque[_InFlight] = deque()
         self._sender = HandoverSender(
             parts.channels,
             parts.store,
@@ -143,9 +99,10 @@ class Engine:
             context_length=parts.context_length,
             clock=parts.clock,
         )
+        self._transfers = TransferIntake(self._sender, self._receiver, self._ends)
+        self._steps = StepsInFlight(parts.runner, self._grammars, self._rates, parts.clock)
         self._status = EngineStatus(self._scheduler, parts.account, self._rates, self._sender, self._receiver)
         self._next_tick_s = 0.0
-        self._collected_at_s = 0.0  # of the step before: a device that runs ahead begins the next one then
         self._stopped = False
 
     def deliver(self, item: InboxItem) -> None:
@@ -171,7 +128,7 @@ class Engine:
         if self._stopped:
             return False
         moved = self._step()
-        return moved or bool(self._in_flight) or self._outbox.has_outputs
+        return moved or len(self._steps) > 0 or self._outbox.has_outputs
 
     # -- one turn --------------------------------------------------------------------------------------
 
@@ -179,23 +136,23 @@ class Engine:
         """Everything of a turn but the inbox; whether a step was launched, or one collected after planning:
         its pages may be what a waiting request needs."""
         self._status.num_turns += 1
-        if self._in_flight and (not self._parts.overlap or self._in_flight[0].step.ready()):
-            self._collect()
+        if len(self._steps) and (not self._parts.overlap or self._steps.oldest_is_ready()):
+            self._steps.collect(self._take_tokens)
         self._tick()
         self._flush()
         self._ends.handovers(self._sender.pump())
         self._take_arrived()
-        launched = len(self._in_flight) < _MAX_IN_FLIGHT and self._launch()
-        overdue = len(self._in_flight) > (1 if launched else 0)
-        if overdue and self._await_device(self._in_flight[0].step):
-            self._collect()
+        launched = self._steps.has_room and self._launch()
+        overdue = len(self._steps) > (1 if launched else 0)
+        if overdue and self._await_device():
+            self._steps.collect(self._take_tokens)
         return launched or overdue
 
-    def _await_device(self, step: LaunchedStep) -> bool:
-        """Whether the step is ready now. A message that comes before it is handled and ends the wait, and so
-        do KV that was computed or has arrived: a request to launch behind the running step, or pages to send,
-        must not wait for a whole step."""
-        while not step.ready():
+    def _await_device(self) -> bool:
+        """Whether the oldest step is ready now. A message that comes before it is handled and ends the wait,
+        and so do KV that was computed or has arrived: a request to launch behind the running step, or pages
+        to send, must not wait for a whole step."""
+        while not self._steps.oldest_is_ready():
             if self._deferred or self._sender.has_news or self._receiver.has_news:
                 return False
             try:
@@ -248,36 +205,19 @@ class Engine:
         plan = scheduled.plan
         if not plan.num_rows:
             return False
-        step = self._parts.runner.launch(plan, self._watch(plan))
-        self._in_flight.append(_InFlight(plan, step, now_s))
+        self._steps.launch(plan, self._watch(plan))
         self._status.num_steps += 1
         self._scheduler.launched(plan)
-        if len(self._in_flight) == 1:
-            self._sample_oldest()
         return True
 
-    def _sample_oldest(self) -> None:
-        """The second phase of a step with grammars: all tokens before it are known now. The device is in the
-        middle of its first phase, if the loop is in time."""
-        plan, step, _ = self._in_flight[0]
-        if plan.constrained:
-            step.sample(self._grammars.masks(plan))
-
-    def _collect(self) -> None:
-        """Takes the oldest step's tokens; waits for the device if it must."""
-        plan, step, launched_at_s = self._in_flight.popleft()
-        token_ids = step.token_ids()
-        now_s = self._clock()
-        self._rates.observe(plan, now_s - max(launched_at_s, self._collected_at_s))
-        self._collected_at_s = now_s
+    def _take_tokens(self, plan: StepPlan, token_ids: list[int], now_s: float) -> None:
+        """Of a collected step."""
         made = self._scheduler.collect(plan, token_ids)
         self._outbox.tokens(made, now_s)
         for request in made.finished:
             self._ends.drop(request, "finished")
         for request in made.prefilled:
             self._sender.tokens_made(request, request.token_ids[-1:])
-        if self._in_flight:
-            self._sample_oldest()
 
     def _flush(self) -> None:
         self._outbox.flush(self._status.num_turns, self._account.tree.take_events(), self._status.load())
@@ -342,40 +282,11 @@ class Engine:
                 log.warning("the front is gone, ending: %s", message)
                 self._stopped = True
             case _:
-                self._handle_transfer(item)
-
-    def _handle_transfer(self, event: TransferEvent) -> None:
-        match event:
-            case ChannelOpened(peer, side):
-                if side == "decode":
-                    self._receiver.on_opened(peer)
-            case ChannelLost(peer, side, error):
-                self._channel_lost(peer, side, error)
-            case ReadyReceived(peer, message):
-                self._sender.on_ready(peer, message)
-            case SlotAvailable():
-                pass  # the turn that follows pumps
-            case PieceReceived():
-                self._ends.handovers([self._receiver.on_piece(event)])
-            case LastReceived(peer, last):
-                self._ends.handovers([self._receiver.on_last(peer, last)])
-            case AdmittedReceived(_, admitted, at_s):
-                self._sender.on_admitted((admitted.request_id, admitted.attempt), at_s)
-            case CancelReceived(peer, side, cancel):
-                if side == "decode":
-                    self._ends.handovers([self._receiver.on_cancel(peer, cancel)])
-                else:
-                    ended = self._sender.on_cancel(peer, (cancel.request_id, cancel.attempt))
-                    self._ends.handovers([ended])
-
-    def _channel_lost(self, peer: PeerRef, side: str, error: ErrorInfo) -> None:
-        log.warning("KV channel with %s (as %s) is lost: %s", peer.worker_id, side, error.message)
-        end = self._receiver if side == "decode" else self._sender
-        self._ends.handovers(end.on_lost(peer, error))
+                self._transfers.take(item)
 
     def _stop(self) -> None:
         self._ends.abort_all()
-        while self._in_flight:
-            self._collect()
+        while len(self._steps):
+            self._steps.collect(self._take_tokens)
         self._flush()
         self._stopped = True

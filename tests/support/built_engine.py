@@ -88,4 +88,5 @@ def built_engine(options: EngineOptions) -> Iterator[BuiltEngine]:
         built.attach(engine, ready)
         yield built
     finally:
+        engine.close()
         endpoint.close()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from phloem.shared.block_hash import BlockHasher
-from phloem.shared.engine.engine_loop import Engine, EngineParts, Peers
+from phloem.shared.engine.engine_loop import Engine
+from phloem.shared.engine.engine_parts import EngineParts, Peers
 from phloem.shared.engine.grammar.masks import TokenMasks
 from phloem.shared.engine.grammar.parts import GrammarParts
 from phloem.shared.engine.kv_pool import KVPool

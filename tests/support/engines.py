@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from phloem.shared.block_hash import BlockHasher
-from phloem.shared.engine.engine_loop import Engine, EngineParts
+from phloem.shared.engine.engine_loop import Engine
+from phloem.shared.engine.engine_parts import EngineParts
 from phloem.shared.engine.kv_pool import KVPool
 from phloem.shared.engine.limits import Limits
 from phloem.shared.engine.models.decoder import Decoder
