@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -44,6 +45,22 @@ class RpcStream(Generic[Request, Response]):
                 yield self._up.decode(data)
         except grpc.aio.AioRpcError as error:
             raise error_from_call(error, self._address) from error
+
+    async def drive(self, *jobs: Coroutine[object, object, None]) -> None:
+        """Runs what reads and writes this stream until the first of them ends; then the stream and the others
+        are cancelled. Raises what it raised."""
+        # Tasks of their own: a stream that is cancelled cancels whoever reads it.
+        tasks = [asyncio.ensure_future(job) for job in jobs]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done() and not task.cancelled():
+                    task.result()
+        finally:
+            self.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def cancel(self) -> None:
         self._call.cancel()

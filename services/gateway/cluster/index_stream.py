@@ -82,21 +82,7 @@ class IndexStream:
 
     async def _talk(self) -> None:
         stream = self._channel.stream(INDEX_SERVICE, "Lookups", index_down, index_up)
-        # Tasks of their own: a stream that is cancelled cancels whoever reads it.
-        tasks = [
-            asyncio.create_task(self._read(aiter(stream.__aiter__()))),
-            asyncio.create_task(self._write(stream)),
-        ]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                if task.done() and not task.cancelled():
-                    task.result()
-        finally:
-            stream.cancel()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await stream.drive(self._read(aiter(stream.__aiter__())), self._write(stream))
 
     async def _read(self, frames: AsyncIterator[list[Answer]]) -> None:
         async for answers in frames:

@@ -127,23 +127,13 @@ class WorkerSession:
 
     async def _talk(self) -> None:
         stream = self.channel.stream(WORKER_SERVICE, "Session", session_down, session_up)
-        tasks: list[asyncio.Task[None]] = []
         try:
             answers = aiter(stream.__aiter__())
             await self._greet(stream, answers)
             self._open()
-            # Tasks of their own: a stream that is cancelled cancels whoever reads it.
-            tasks += [asyncio.create_task(self._read(answers)), asyncio.create_task(self._write(stream))]
-            tasks.append(asyncio.create_task(self._wait_until_given_up()))
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                if task.done() and not task.cancelled():
-                    task.result()
+            await stream.drive(self._read(answers), self._write(stream), self._wait_until_given_up())
         finally:
             stream.cancel()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _greet(
         self, stream: RpcStream[SessionDown, SessionUp], answers: AsyncIterator[SessionUp]
