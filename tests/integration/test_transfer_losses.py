@@ -74,7 +74,8 @@ async def test_survivor_of_a_loss_in_mid_transfer_serves_on(
     async with tiny_lab(model, tmp_path) as lab:
         losses = await LossRun(lab, plan, lambda engine: resident_mib(engine.pid), print).run()
     assert len(losses) == plan.count
-    assert max(loss.next_request_s for loss in losses) < 2.0
+    # On GPUs the bound is 2 s (benchmarks/check_pair.py); here busy cores compute the prompt, too.
+    assert max(loss.next_request_s for loss in losses) < 5.0
 
 
 async def test_altered_page_is_never_read(model: Path, tmp_path: Path) -> None:
