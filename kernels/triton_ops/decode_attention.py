@@ -3,9 +3,9 @@
     program (KV head, part of the keys, sequence)
 
 Each part takes an equal share of a sequence's keys (`min_share` at least), and the query heads of its KV head
-as rows of one tile. The new token's key and value come from the projection's output; the last part writes them into their page
-and starts its online softmax with them, so that nobody reads what is just being written. The last part to
-arrive joins them all, in order (Dao et al., "Flash-Decoding", 2023).
+as rows of one tile. The new token's key and value come from the projection's output; the last part writes
+them into their page and starts its online softmax with them, so that nobody reads what is just being written.
+The last part to arrive joins them all, in order (Dao et al., "Flash-Decoding", 2023).
 """
 
 from __future__ import annotations

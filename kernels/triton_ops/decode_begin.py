@@ -45,8 +45,10 @@ def begin_rows(
     squares: Tensor,
 ) -> None:
     """token, slot int64 `[B]`; where a token is negative, `last_token[slot]` takes its place. embedding
-    `[V, N]`, gain `[N]`. Writes residual and `scaled` (times the gain) `[B, N]`, and squares, float32 `[1, B]` or
-    wider."""
+    `[V, N]`, gain `[N]`.
+
+    Writes residual and `scaled` (times the gain) `[B, N]`, and squares, float32 `[1, B]` or wider.
+    """
     width = embedding.shape[1]
     block = triton.next_power_of_2(width)
     _begin_kernel[(len(token),)](
