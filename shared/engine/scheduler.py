@@ -152,7 +152,9 @@ class Scheduler:
         self.short_of_pages = admitted.short_of_pages
         if admitted.rows:
             plan = StepPlan(plan.rows + admitted.rows)
-        self._count(plan)
+        self._running.computing(plan.num_tokens)
+        self._num_launched_tokens += sum(row.num_tokens for row in plan.chunks)
+        plan.count()
         self._note_steady(plan)
         started = [row.request for row in admitted.rows]
         return Scheduled(plan, started, admitted.reserved, admitted.refused)
@@ -271,21 +273,6 @@ class Scheduler:
         self.num_retractions += 1
         self._settle(victim)
         return victim.num_in_flight == 0
-
-    def _count(self, plan: StepPlan) -> None:
-        """The plan will be launched: its tokens count as computed."""
-        self._running.computing(plan.num_tokens)
-        if plan.decode is not None:
-            for request in plan.decode.batch.requests:
-                request.num_computed_tokens += 1
-                request.num_in_flight += 1
-                request.num_pending += 1
-            return
-        self._num_launched_tokens += sum(row.num_tokens for row in plan.chunks)
-        for row in plan.rows:
-            row.request.num_computed_tokens += row.num_tokens
-            row.request.num_in_flight += 1
-            row.request.num_pending += row.samples
 
     # -- results ---------------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class DecodeStep(NamedTuple):
 
 
 class StepPlan:
-    """Immutable: rows, and for a step of decode rows alone the same as a `DecodeStep`."""
+    """Rows, and for a step of decode rows alone the same as a `DecodeStep`. It never changes."""
 
     __slots__ = ("_rows", "decode")
 
@@ -109,6 +109,19 @@ class StepPlan:
     def chunks(self) -> list[Row]:
         """Rows of more than one token."""
         return [] if self.decode is not None else [row for row in self.rows if row.num_tokens > 1]
+
+    def count(self) -> None:
+        """It will be launched: its tokens count as computed, and those that it samples as known."""
+        if self.decode is not None:
+            for request in self.decode.batch.requests:
+                request.num_computed_tokens += 1
+                request.num_in_flight += 1
+                request.num_pending += 1
+            return
+        for row in self.rows:
+            row.request.num_computed_tokens += row.num_tokens
+            row.request.num_in_flight += 1
+            row.request.num_pending += row.samples
 
     def _decode_rows(self) -> list[Row]:
         assert self.decode is not None
