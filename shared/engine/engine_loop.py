@@ -100,7 +100,9 @@ class Engine:
             clock=parts.clock,
         )
         self._transfers = TransferIntake(self._sender, self._receiver, self._ends)
-        self._steps = StepsInFlight(parts.runner, self._grammars, self._rates, parts.clock)
+        self._steps = StepsInFlight(
+            parts.runner, self._grammars, self._rates, parts.clock, overlap=parts.overlap
+        )
         self._status = EngineStatus(self._scheduler, parts.account, self._rates, self._sender, self._receiver)
         self._next_tick_s = 0.0
         self._stopped = False
@@ -136,7 +138,7 @@ class Engine:
         """Everything of a turn but the inbox; whether a step was launched, or one collected after planning:
         its pages may be what a waiting request needs."""
         self._status.num_turns += 1
-        if len(self._steps) and (not self._parts.overlap or self._steps.oldest_is_ready()):
+        if self._steps.oldest_is_ready():
             self._steps.collect(self._take_tokens)
         self._tick()
         self._flush()

@@ -25,8 +25,15 @@ class StepsInFlight:
     tokens before it are known then, and the device is in the middle of its forward pass."""
 
     def __init__(
-        self, runner: StepRunner, grammars: Grammars, rates: Rates, clock: Callable[[], float]
+        self,
+        runner: StepRunner,
+        grammars: Grammars,
+        rates: Rates,
+        clock: Callable[[], float],
+        *,
+        overlap: bool,
     ) -> None:
+        self._max_in_flight = MAX_IN_FLIGHT if overlap else 1
         self._runner = runner
         self._grammars = grammars
         self._rates = rates
@@ -39,7 +46,7 @@ class StepsInFlight:
 
     @property
     def has_room(self) -> bool:
-        return len(self._steps) < MAX_IN_FLIGHT
+        return len(self._steps) < self._max_in_flight
 
     def oldest_is_ready(self) -> bool:
         return bool(self._steps) and self._steps[0].step.ready()
