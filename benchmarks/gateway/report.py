@@ -71,7 +71,5 @@ def show_costs(results: Results, tokens_per_request: int) -> None:
     paced = results.median("paced, gateway CPU [us per token]") - share
     flat = results.median("flat out, gateway CPU [us per token]") - share
     merged = results.median("flat out, gateway [tokens per event]")
-    print(
-        f"  CPU time of the gateway: {request:,.0f} us per request, {paced:.1f} us per token that is an event"
-    )
-    print(f"  of its own, {flat:.1f} us per token where {merged:.0f} are one event")
+    print(f"  CPU time of the gateway: {request:,.0f} us per request,")
+    print(f"  {paced:.1f} us per token that is an event, {flat:.1f} us where {merged:.0f} tokens are one")

@@ -38,8 +38,8 @@ class Reply:
         await self._write({"type": "http.response.body", "body": body, "more_body": False})
 
     def events(self, events: Sequence[bytes]) -> Awaitable[None]:
-        """When awaited, sends `events`, each the data of one, in one write, and waits while the client is slow
-        to read. No coroutine of its own once the answer has begun: this runs for every token."""
+        """When awaited, sends `events`, each the data of one, in one write; waits while the client is slow to
+        read. No coroutine of its own once the answer has begun: this runs for every token."""
         if not events:
             return _nothing()
         data = b"data: " + b"\n\ndata: ".join(events) + b"\n\n"

@@ -107,7 +107,8 @@ class RequestState:
         leg = self._open_leg(worker, output.attempt)
         if leg is None or self.decided:
             return
-        self._note_origin(leg, output)
+        if output.timeline or output.num_cached_tokens:
+            self._note_origin(leg, output)
         leg.produced = True
         if output.start == len(self.emitted) and not self._pending:
             self.emitted += output.token_ids
@@ -198,7 +199,7 @@ class RequestState:
             self.emitted += token_ids[len(self.emitted) - start :]
 
     def _note_origin(self, leg: Leg, output: TokensOut) -> None:
-        if output.num_cached_tokens and leg.phase != "decode" and self._base == 0:
+        if leg.phase != "decode" and self._base == 0:
             self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         for name, seconds in output.timeline.items():
             self.timeline.setdefault(f"{leg.phase}.{name}", leg.submitted_at_s + seconds)

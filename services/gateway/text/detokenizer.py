@@ -45,6 +45,12 @@ class Detokenizer:
             self._said = [token_id]
         return text
 
+    def push_all(self, token_ids: list[int]) -> str:
+        """The same for tokens that came together."""
+        if len(token_ids) == 1:
+            return self.push(token_ids[0])
+        return "".join(map(self.push, token_ids))
+
     def flush(self) -> str:
         """The text of what is held at the end, with U+FFFD for half a character."""
         if not self._held:

@@ -1,4 +1,4 @@
-"""Prompts to token ids, off the event loop."""
+"""Prompts to token ids; all but short ones off the event loop."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ TemplateValue: TypeAlias = str | int | float | bool
 Value = TypeVar("Value", str, TemplateValue)
 
 ENCODE_TIMEOUT_S = 60.0
+# What is no longer is encoded at once, in about the time that a thread would cost: it has to be woken, and to
+# wait until the event loop lets it have the interpreter (up to 5 ms under load).
+_SHORT_CHARS = 1024
+_SHORT_PARTS = 8
 # A text this much longer than the context, in characters per token, is probed before all of it is encoded.
 _PROBE_CHARS_PER_TOKEN = 8
 _PROBE_SLACK_TOKENS = 64
@@ -42,7 +46,7 @@ class PromptEncoder:
             self._refuse_far_too_long(text, context_length, param)
             return self._tokenizer.encode(text, add_special_tokens=True)
 
-        return await self._run(encode)
+        return encode() if len(text) <= _SHORT_CHARS else await self._run(encode)
 
     async def encode_chat(
         self,
@@ -76,7 +80,15 @@ class PromptEncoder:
             self._refuse_far_too_long(rendered, context_length, "messages")
             return self._tokenizer.encode_rendered(rendered, shield)
 
-        return await self._run(encode)
+        return encode() if self._is_short_and_plain([*messages, extra]) else await self._run(encode)
+
+    def _is_short_and_plain(self, parts: Sequence[Mapping[str, TemplateValue]]) -> bool:
+        """Whether encoding takes about as long as the way to a thread and back. A control token in a text may
+        have to load the sealed tokenizer, which takes long."""
+        texts = [text for part in parts for text in part.values() if isinstance(text, str)]
+        if sum(map(len, texts)) > _SHORT_CHARS or len(parts) > _SHORT_PARTS:
+            return False
+        return not any(map(self._tokenizer.control_tokens.occur_in, texts))
 
     def detokenizer(self, context: Sequence[int], *, skip_special_tokens: bool) -> Detokenizer:
         return Detokenizer(self._tokenizer.backend, context=context, skip_special_tokens=skip_special_tokens)
