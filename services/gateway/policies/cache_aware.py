@@ -1,16 +1,18 @@
 """Policy `cache_aware`: what SGLang's router does, for comparison.
 
-Read in sgl-project/sglang at commit b6f2064, folder sgl-router: `src/policies/cache_aware.rs`, `tree.rs` for
-a worker, `src/routers/http/pd_router.rs` for pairs.
+Read in sgl-project/sglang, folder sgl-router: `src/policies/cache_aware.rs` (commit b6f2064), the trees in
+`src/tree.rs`, pairs in `src/routers/http/pd_router.rs`.
 
 - `select_worker`: when max - min of the workers' loads (requests under way) is more than
   `balance_abs_threshold` and max is more than `balance_rel_threshold` x min, the worker with the least load.
   Else the tree's best match: when it covers more than `cache_threshold` of the prompt, its worker; else
   `get_smallest_tenant`, the worker with the smallest tree, whatever its load.
-- `select_worker_pair`: prefill by that rule, decode by least load. (A router with one policy per side may use
-  another one for decode; least load is the one that does best of those that it has.)
-- Thresholds: the launcher (`py_src/sglang_router/router_args.py`) starts with 0.3, 64 and 1.5; the library's
-  own defaults were 0.5, 32 and 1.0001, later 1.1. They are flags here, with the launcher's defaults.
+- `select_worker_pair`: prefill by that rule, decode by least load. (The router for pairs can also take
+  another policy for decode, such as the lesser of two drawn; the least of all is no worse. A request counts
+  as load of both its workers.)
+- Thresholds: the launcher (`py_src/sglang_router/router_args.py`, commit 083d601) starts with 0.3, 64 and
+  1.5, in mid-2025 it did with 0.5, 32 and 1.0001; the library's own (`src/policies/mod.rs`, commit 08fc574)
+  are 0.5, 32 and 1.1. They are flags here, with the launcher's later defaults.
 
 SGLang keeps a tree of the text that it sent to each worker. Here the match and the size of a tree are what
 the workers themselves report, which can only help; prompt tokens under way to a worker count as its tree's.
