@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -16,6 +17,7 @@ from tests.support.index_replica import IndexReplica, record_of, some_chain, som
 from tests.support.valkey import ValkeyServer
 
 TTL_S = 0.5
+SLACK_S = 0.5  # one look-up on a busy machine
 BLOCKS = [some_hash(number) for number in range(8)]
 WORKER, NEXT = PeerRef("w", 1), PeerRef("w", 2)
 CHAIN = some_chain("hot", 40)
@@ -155,6 +157,23 @@ async def test_what_was_published_through_a_replica_is_known_there_at_once(
     one, _ = replicas
     await one.service.on_publish(Publish(worker=WORKER, slot=0, seq=2, removed=CHAIN[30:]))
     assert await one.lengths(CHAIN) == {WORKER: 30}
+
+
+async def test_block_that_was_evicted_elsewhere_is_named_no_longer_than_its_time(
+    valkey: ValkeyServer,
+) -> None:
+    one, two = IndexReplica(valkey.url, near_ttl_s=TTL_S), IndexReplica(valkey.url, near_ttl_s=TTL_S)
+    two.observe(ClusterSnapshot(workers=(record_of(WORKER),), redis_ok=True))
+    slot = await one.slots.attach(WORKER)
+    await one.store.publish(Publish(worker=WORKER, slot=slot, seq=1, stored=CHAIN))
+    for _ in range(3):
+        assert await two.lengths(CHAIN) == {WORKER: 40}
+    await one.store.publish(Publish(worker=WORKER, slot=slot, seq=2, removed=CHAIN[30:]))
+    evicted_at = time.monotonic()
+    while await two.lengths(CHAIN) != {WORKER: 30}:  # asked all the time: being hot does not keep it
+        assert time.monotonic() - evicted_at < TTL_S + SLACK_S
+    for replica in (one, two):
+        await replica.close()
 
 
 async def test_worker_that_died_is_not_named_however_hot_its_blocks_are(
