@@ -15,7 +15,7 @@ from phloem.shared.engine.grammar.wire import Compiled, CompilerSocket, Rejected
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import Grammar
 
-START_TIMEOUT_S = 120.0  # importing torch from a cold disk
+START_TIMEOUT_S = 60.0  # importing torch from a cold disk; less than a silent engine is given
 COMPILE_TIMEOUT_S = 10.0
 _MODULE = "phloem.shared.engine.grammar.compiler_main"
 
