@@ -20,7 +20,7 @@ from phloem.shared.engine.grammar.wire import Compiled, CompilerSocket, Rejected
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import Grammar
 
-_MAX_DATA_BYTES = 4 << 30
+_MAX_MORE_BYTES = 4 << 30  # than this process has when it is ready
 _MAX_COMPILE_S = 60
 _ANY_OBJECT = '{"type": "object", "additionalProperties": true}'
 
@@ -32,7 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vocab-size", type=int, required=True)
     parser.add_argument("--stop-token-ids", default="", help="with commas")
     options = parser.parse_args(argv)
-    resource.setrlimit(resource.RLIMIT_DATA, (_MAX_DATA_BYTES, _MAX_DATA_BYTES))
     wire = CompilerSocket(socket.socket(fileno=options.fd))
     stop_token_ids = [int(item) for item in options.stop_token_ids.split(",") if item]
     try:
@@ -41,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         wire.send(Rejected(error.info.message))
         return 1
     wire.send(Vocabulary(info.serialize_json()))
+    _bound_memory(_MAX_MORE_BYTES)
     # The engine keeps what was compiled.
     compiler = GrammarCompiler(info, max_threads=2, cache_enabled=False)
     try:
@@ -51,6 +51,14 @@ def main(argv: list[str] | None = None) -> int:
             signal.alarm(0)
     except EOFError:
         return 0
+
+
+def _bound_memory(more_bytes: int) -> None:
+    """What is allocated past the bound fails, as a `MemoryError` or with the process."""
+    with open("/proc/self/status") as status:
+        used_kib = next(int(line.split()[1]) for line in status if line.startswith("VmData:"))
+    limit = 1024 * used_kib + more_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def _answer(compiler: GrammarCompiler, grammar: Grammar) -> Compiled | Rejected:

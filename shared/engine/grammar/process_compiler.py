@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from phloem.shared.protocol.session import Grammar
 
 START_TIMEOUT_S = 60.0  # importing torch from a cold disk; less than a silent engine is given
 COMPILE_TIMEOUT_S = 10.0
+# The child computes nothing with torch: no GPU, and no threads that wait for work.
+_SMALL = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _MODULE = "phloem.shared.engine.grammar.compiler_main"
 
 
@@ -72,7 +75,9 @@ class ProcessCompiler:
         command = [sys.executable, "-m", _MODULE, "--fd", str(theirs.fileno())]
         command += ["--model-path", str(settings.model_dir), "--vocab-size", str(settings.vocab_size)]
         command += ["--stop-token-ids", ",".join(map(str, settings.stop_token_ids))]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=_environment()
+        )
         theirs.close()
         wire = CompilerSocket(ours)
         try:
@@ -91,6 +96,11 @@ class ProcessCompiler:
         wire.close()
         message = answer.message if isinstance(answer, Rejected) else "the compiler answers out of turn"
         raise PhloemError("grammar_unavailable", message, http_status=400)
+
+
+def _environment() -> dict[str, str]:
+    """Without what the engine was configured with: secrets are none of a grammar's business."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PHLOEM_")} | _SMALL
 
 
 def _bad_grammar(why: str) -> PhloemError:
