@@ -197,6 +197,7 @@ class IndexPublisher:
     async def _verify(self, channel: RpcChannel) -> None:
         """Compares digests. Nobody else writes to the slot, nothing is under way: they must be equal."""
         assert self._slot is not None
+        self._verify_at = self._next_verification()  # also when it fails: publishing must go on
         digest = self._published.digest
         message = Verify(
             worker=self._worker,
@@ -215,7 +216,6 @@ class IndexPublisher:
             raise
         finally:
             self._metrics.index_digests.labels(result).inc()
-        self._verify_at = self._next_verification()
 
     def _next_verification(self) -> float:
         """Workers that started together don't all ask at once."""
@@ -228,9 +228,10 @@ class IndexPublisher:
             return self._resync or self._pending.overflowed or address not in self._addresses
 
         try:
-            async with asyncio.timeout(_seconds_to(self._verify_at)):
-                await self._until(lambda: must_act() or self._has_news())
-            async with asyncio.timeout(_seconds_to(min(self._verify_at, self._publish_at))):
+            if not self._has_news():
+                async with asyncio.timeout(_seconds_to(self._verify_at)):
+                    await self._until(lambda: must_act() or self._has_news())
+            async with asyncio.timeout(_seconds_to(self._publish_at)):
                 await self._until(must_act)
         except TimeoutError:
             return

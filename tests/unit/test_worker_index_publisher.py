@@ -50,6 +50,7 @@ class FakeIndex:
         self.seqs: list[int] = []
         self.refuse: PhloemError | None = None
         self.lose_answer = False
+        self.cannot_verify = False
         self.num_verified = 0
         self.sampled: set[bytes] = set()
 
@@ -80,6 +81,8 @@ class FakeIndex:
         return Published(message.seq)
 
     async def on_verify(self, message: Verify) -> Verified:
+        if self.cannot_verify:
+            raise unavailable("an older version, say", code="peer_unavailable")
         digest = TreeDigest()
         for held in self.slots[message.slot]:
             digest.add(held)
@@ -254,6 +257,21 @@ async def test_index_that_holds_anything_else_is_repaired(
         damage(index.blocks)
         await until(lambda: len(index.slots) == 2 and index.blocks == worker.tree)
         assert worker.digests("different") == 1
+
+
+async def test_index_that_cannot_compare_digests_is_told_of_changes_all_the_same(
+    index: FakeIndex, address: str
+) -> None:
+    index.cannot_verify = True
+    async with publishing(verify_interval_s=0.2) as worker:
+        worker.publisher.set_addresses([address])
+        for number in range(5):
+            worker.store(number)
+            await until(lambda: index.blocks == worker.tree)
+        await until(lambda: worker.digests("failed") >= 2)
+        worker.store(100)
+        await until(lambda: index.blocks == worker.tree)
+        assert len(index.slots) == 1
 
 
 async def test_digests_are_compared_while_changes_never_stop(index: FakeIndex, address: str) -> None:
