@@ -185,3 +185,22 @@ async def test_consumers_that_take_long_are_woken_less_often() -> None:
     assert time.perf_counter() - busy_until >= 0.9 * busy_s
     assert not live.news(grace_s=1.0).done()  # the twenty were one
     live.close()
+
+
+async def test_the_pause_grows_while_news_come_faster_than_deliveries() -> None:
+    delivery, live = Delivery(max_pause_s=10.0), live_request()
+    pauses = []
+    for _ in range(3):
+        for _ in range(5):
+            delivery.add(live)
+        await live.news(grace_s=1.0)
+        time.sleep(0.02)  # noqa: ASYNC251 - what a busy event loop does
+        pauses.append(-time.perf_counter())
+        for _ in range(5):
+            delivery.add(live)
+        async with asyncio.timeout(10):
+            await live.news(grace_s=1.0)
+        pauses[-1] += time.perf_counter()
+    assert pauses[0] >= 2 * 0.9 * 0.02
+    assert pauses[1] >= 8 * 0.9 * 0.02
+    live.close()
