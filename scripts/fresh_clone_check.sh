@@ -37,7 +37,7 @@ start() {  # starts `make up` and waits until it has answered
 
 stop() {  # as a Ctrl-C on phloem itself; make passes its exit code on
     local phloem
-    phloem=$(pgrep -f "$work/phloem/.venv/bin/phloem up" | head -n 1)
+    phloem=$(pgrep -o -f "^$work/phloem/.venv/bin/python[0-9.]* .*/phloem up") || fail "no phloem up to stop"
     kill -INT "$phloem"
     wait "$up" || fail "make up ended with $?"
     up=""

@@ -1,7 +1,8 @@
 """The demo model for a GPU host without network: two ignored folders that travel in two calls.
 
-    PYTHONPATH=. python scripts/pack_model.py pack [MODEL_DIR]   # .gpu-model-a, .gpu-model-b; takes minutes
-    PYTHONPATH=. python scripts/pack_model.py unpack TARGET      # a Hugging Face directory, bfloat16
+    PYTHONPATH=. python scripts/pack_model.py pack [MODEL_DIR]    # .gpu-model-a, .gpu-model-b; takes minutes
+    PYTHONPATH=. python scripts/pack_model.py unpack TARGET       # a Hugging Face directory, bfloat16
+    PYTHONPATH=. python scripts/pack_model.py check cpu bfloat16  # the engine beside it: DEVICE DTYPE
 
 `pack` quantises the weights (tests/support/model_pack.py) and computes what transformers makes of them in
 float32 (tests/support/parity.py); `tests/gpu/test_parity.py` compares the engine with that.
@@ -15,9 +16,12 @@ from pathlib import Path
 
 import msgspec
 
+from phloem.shared.engine.config import DtypeName, EngineOptions
 from phloem.shared.model_store.resolve import default_cache_dir, resolve_model
+from tests.support.built_engine import built_engine
 from tests.support.model_pack import pack, unpack
-from tests.support.parity import REFERENCE_FILE, make_reference
+from tests.support.parity import REFERENCE_FILE, find_differences, make_reference, read_reference
+from tests.support.reference import MAX_TOKENS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (ROOT / ".gpu-model-a", ROOT / ".gpu-model-b")
@@ -47,6 +51,22 @@ def unpack_to(target: Path) -> None:
     print(target)
 
 
+def check(device: str, dtype: DtypeName) -> None:
+    """Prints where an engine's greedy tokens differ from the reference's, and how close the two are there."""
+    with tempfile.TemporaryDirectory() as scratch:
+        unpack_to(Path(scratch))
+        reference = read_reference(Path(scratch) / REFERENCE_FILE)
+        with built_engine(EngineOptions(model_path=scratch, device=device, dtype=dtype)) as engine:
+            differences = find_differences(engine, reference)
+    for difference in sorted(differences, key=lambda one: -one.gap):
+        print(difference)
+    num_tokens = len(reference.cases) * MAX_TOKENS
+    print(
+        f"{dtype} on {device}: {len(differences)} of {num_tokens} tokens differ; transformers' own bfloat16 "
+        f"moves gaps by up to {reference.bfloat16_error:.3f}"
+    )
+
+
 def main(arguments: list[str]) -> int:
     match arguments:
         case ["pack"]:
@@ -55,6 +75,8 @@ def main(arguments: list[str]) -> int:
             make_pack(Path(model_dir))
         case ["unpack", target]:
             unpack_to(Path(target))
+        case ["check", device, ("float32" | "bfloat16" | "float16") as dtype]:
+            check(device, dtype)
         case _:
             print(__doc__, file=sys.stderr)
             return 2

@@ -221,6 +221,15 @@ def test_warm_up_runs_chunk_and_decode_rows_and_leaves_the_runner_usable() -> No
     assert page_table(model.batches[-1]) == [[30]]
 
 
+def test_warm_up_of_many_rows_takes_a_slot_and_a_page_for_each() -> None:
+    model = RecordingModel()
+    runner = make_runner(model)
+    warm_up(runner, 10, PAGE, rows=4)
+    assert [batch.query_lens for batch in model.batches] == [[10], [1], [10], [1], [1] * 4]
+    assert [row[0] for row in page_table(model.batches[-1])] == [0, 1, 2, 3]
+    assert model.batches[-1].write_index.tolist() == [page * PAGE for page in range(4)]
+
+
 def test_decode_steps_over_pages_make_what_one_pass_over_all_tokens_makes() -> None:
     decoder = tiny_decoder()
     kv = KVCache.allocate(decoder.config, NUM_PAGES, PAGE, torch.float32, CPU)
