@@ -116,7 +116,7 @@ class RunningSequence:
             raise PhloemError("aborted", "the generation was aborted", retryable=True, http_status=503)
         if arrival.finish_reason is None and self._is_plain:
             self.token_ids += arrival.token_ids
-            return self._detokenizer.push_all(arrival.token_ids)
+            return self._detokenizer.push(*arrival.token_ids)
         # The engine knows no stop strings: with "stop" its last token is an end or stop token, not text.
         hidden_at = len(arrival.token_ids) - 1 if arrival.finish_reason == "stop" else None
         pieces = []

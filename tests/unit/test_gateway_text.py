@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from phloem.services.gateway.text.chat_template import ChatTemplate
 from phloem.services.gateway.text.control_tokens import Shield
+from phloem.services.gateway.text.detokenizer import Detokenizer
 from phloem.services.gateway.text.loading import load_prompt_encoder
 from phloem.services.gateway.text.model_files import TokenizerSettings, read_tokenizer_settings
 from phloem.services.gateway.text.prompt_encoder import PromptEncoder
@@ -311,3 +312,30 @@ def test_truncation_in_the_file_is_switched_off(tmp_path: Path) -> None:
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = PromptTokenizer(tmp_path, read_tokenizer_settings(tmp_path))
     assert len(tokenizer.encode("a b c d e f g h i j", add_special_tokens=True)) > 8
+
+
+PIECES = ["the ", "wörld", "👋🏽", " é", "漢字", "\n", "user "]
+
+
+@settings(deadline=None)
+@given(
+    text=st.lists(st.sampled_from(["the ", "wörld", "👋🏽", " é", "漢字", "\n", "user "]), max_size=20).map(
+        "".join
+    ),
+    noise=st.lists(st.integers(3, 399), max_size=40),
+    sizes=st.lists(st.integers(0, 8), min_size=1, max_size=10).filter(any),
+)
+def test_text_is_the_same_however_its_tokens_come(
+    model_dir: Path, text: str, noise: list[int], sizes: list[int]
+) -> None:
+    """Also the text of bytes that are no UTF-8."""
+    backend = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    for token_ids in (encode(model_dir, text), noise):
+        single, merged = Detokenizer(backend), Detokenizer(backend)
+        one_by_one = [single.push(token_id) for token_id in token_ids]
+        together, rest = [], list(token_ids)
+        while rest:
+            for size in sizes:
+                together.append(merged.push(*rest[:size]))
+                del rest[:size]
+        assert "".join(together) + merged.flush() == "".join(one_by_one) + single.flush()

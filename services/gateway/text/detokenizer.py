@@ -27,29 +27,24 @@ class Detokenizer:
         self._held: list[int] = []  # tokens since, whose text is not complete
         self._stream = self._new_stream()
 
-    def push(self, token_id: int) -> str:
-        """The text that this token completes; empty while it doesn't."""
+    def push(self, *token_ids: int) -> str:
+        """The text that these tokens complete; empty while they end in half a character. The text of all
+        pushes is the same, however the tokens are shared out among them."""
+        if not token_ids:
+            return ""
         try:
-            text = self._stream.step(self._backend, token_id)
+            text = self._stream.step(self._backend, token_ids[0] if len(token_ids) == 1 else [*token_ids])
         except Exception:  # the library raises bare Exception
             # A run of invalid bytes changed what was returned before: give up on joining the two.
-            self._held.append(token_id)
+            self._held += token_ids
             return self._restart()
         if not text:
-            self._held.append(token_id)
+            self._held += token_ids
             return ""
+        self._said = [*self._held, *token_ids]
         if self._held:
-            self._said = [*self._held, token_id]
             self._held = []
-        else:
-            self._said = [token_id]
         return text
-
-    def push_all(self, token_ids: list[int]) -> str:
-        """The same for tokens that came together."""
-        if len(token_ids) == 1:
-            return self.push(token_ids[0])
-        return "".join(map(self.push, token_ids))
 
     def flush(self) -> str:
         """The text of what is held at the end, with U+FFFD for half a character."""
