@@ -22,6 +22,7 @@ from phloem.simulate.table import print_bars, print_ideal, print_results
 from phloem.simulate.workload import SimRequest, load_trace, shared_prefix, spread_ticks
 
 EXIT_MISSED = 1
+TABLE_WIDTH = 120  # in a file or a pipe
 
 Picked = TypeVar("Picked", bound=msgspec.Struct)
 
@@ -134,6 +135,8 @@ def simulate(
     workload, cluster = workload or WorkloadFlags(), cluster or ClusterFlags()
     model, out = model or ModelFlags(), out or OutputFlags()
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=TABLE_WIDTH)
     options = _options(workload, cluster, model)
     options.shape.check()
     if out.plot is not None:
@@ -147,7 +150,8 @@ def simulate(
     if out.output is not None:
         _write(out.output, report)
     if out.plot is not None:
-        write_plot(report.results, f"phloem simulate {report.workload}", out.plot)
+        shown = report.check.at_load if report.check is not None else report.results
+        write_plot(shown, f"phloem simulate {report.workload}", out.plot)
     wrong = any(result.problems for result in report.results)
     return EXIT_MISSED if wrong or (report.check is not None and not report.check.is_met) else 0
 

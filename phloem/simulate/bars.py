@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from statistics import fmean
 
 import msgspec
 
@@ -14,6 +15,7 @@ from phloem.simulate.workload import SimRequest
 
 BUSY_P90_S = (2.0, 4.0)  # round robin's p90 TTFT at the load that policies are compared at
 GATEWAY_COUNTS = (1, 2, 4, 8)
+NUM_SEEDS = 2  # runs of each: which request evicts which is chaotic, and moves a hit rate by a percent or two
 COMPARED = ("least_loaded", "cache_aware")
 
 
@@ -39,6 +41,17 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     bars: list[Bar]
 
     @property
+    def at_load(self) -> list[SimulationResult]:
+        """The runs of the trace at one load with one seed: what a plot can show side by side."""
+        first = self.cost.options
+        alike = [
+            result
+            for result in self.results
+            if (result.options.rate_scale, result.options.seed) == (first.rate_scale, first.seed)
+        ]
+        return [result for result in alike if result.num_requests == self.cost.num_requests]
+
+    @property
     def is_met(self) -> bool:
         return all(bar.is_met for bar in self.bars) and not any(result.problems for result in self.results)
 
@@ -58,7 +71,11 @@ def check(
     busy = find_rate_scale(trace, start, low_s=low_s, high_s=high_s, progress=progress)
     at_load = msgspec.structs.replace(options, rate_scale=busy.options.rate_scale)
     others = [msgspec.structs.replace(at_load, policy=policy) for policy in COMPARED]
-    several = [_with_gateways(at_load, count) for count in GATEWAY_COUNTS]
+    several = [
+        msgspec.structs.replace(_with_gateways(at_load, count), seed=options.seed + n)
+        for count in GATEWAY_COUNTS
+        for n in range(NUM_SEEDS)
+    ]
     results = run_all(trace, others + several, jobs=jobs, progress=progress)
     by_policy = {result.options.policy: result for result in results[: len(COMPARED)]}
     by_gateways = results[len(COMPARED) :]
@@ -74,8 +91,12 @@ def check(
         _at_most("round_robin's p90 TTFT, s: at most", busy.ttft_p90_s, high_s),
         _at_most("p90 TTFT: cost / round_robin", cost.ttft_p90_s / busy.ttft_p90_s, 0.60),
         _at_most("p90 TTFT: cost / cache_aware", cost.ttft_p90_s / by_policy["cache_aware"].ttft_p90_s, 0.90),
-        _at_most("1 to 8 gateways: spread of p90 TTFT", _spread([r.ttft_p90_s for r in by_gateways]), 0.03),
-        _at_most("1 to 8 gateways: spread of the hit rate", _spread([r.hit_rate for r in by_gateways]), 0.03),
+        _at_most(
+            "1 to 8 gateways: spread of p90 TTFT", _spread(_means(r.ttft_p90_s for r in by_gateways)), 0.03
+        ),
+        _at_most(
+            "1 to 8 gateways: spread of the hit rate", _spread(_means(r.hit_rate for r in by_gateways)), 0.03
+        ),
         _at_most("shared prefix: CoV of the workers' load", balance.load_cov, 0.25),
     ]
     return Check(results=[busy, *results, balance], cost=cost, ideal_hit_rates=ideal, bars=bars)
@@ -99,6 +120,12 @@ def _with_gateways(options: SimulationOptions, count: int) -> SimulationOptions:
 
 def _ratio(value: float, ideal: float) -> float:
     return value / ideal if ideal else 0.0
+
+
+def _means(values: Iterable[float]) -> list[float]:
+    """One mean over the seeds for each number of gateways."""
+    left = list(values)
+    return [fmean(left[n : n + NUM_SEEDS]) for n in range(0, len(left), NUM_SEEDS)]
 
 
 def _spread(values: Sequence[float]) -> float:

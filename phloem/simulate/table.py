@@ -16,16 +16,16 @@ def print_results(results: Sequence[SimulationResult], console: Console) -> None
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("policy")
     for title in (
-        "gateways",
+        "G",
         "rate x",
-        "TTFT p50 s",
+        "TTFT p50",
         "p90",
-        "p99",
-        "TPOT p50 ms",
-        "p90",
-        "hit rate",
+        "p99 s",
+        "TPOT p50",
+        "p90 ms",
+        "hits",
         "local",
-        "load CoV P",
+        "CoV P",
         "D",
         "busy P",
         "D",
