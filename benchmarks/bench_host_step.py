@@ -1,17 +1,22 @@
 """The engine's own work per decode step, by part, on a device that computes nothing.
 
     python benchmarks/bench_host_step.py [--batch 256] [--context 2048] [--rounds 7] [--check]
+    python benchmarks/bench_host_step.py --grammar-share 0.5 [--step-ms 8] [--model-path DIR] [--check]
 
 The real loop, scheduler, pages, outbox and input planning run on this CPU; only CUDA's and FlashInfer's own
 calls are missing. The total is of turns without a stopwatch inside, the parts are of other turns, with one.
 Prompts differ in length, so that rows need new pages in different steps. CPU time of this thread counts, of
 the best round: what others do on this machine is not ours. With `--check` the exit status says whether the
 bar holds.
+
+With `--grammar-share` it measures instead how long a device whose steps take `--step-ms` would wait for the
+host, without and with grammar masks on that share of 64 rows, for the tokenizer of `--model-path`.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +27,7 @@ import torch
 from phloem.shared.block_hash import BlockHasher
 from phloem.shared.engine.engine_loop import Engine
 from phloem.shared.engine.engine_parts import EngineParts
+from phloem.shared.engine.grammar.parts import GrammarModel, grammar_parts
 from phloem.shared.engine.kv_pool import KVPool
 from phloem.shared.engine.limits import Limits
 from phloem.shared.engine.offline.driver import Driver
@@ -29,6 +35,8 @@ from phloem.shared.engine.offline.null_device import NullRunner
 from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.radix_tree import RadixTree
 from phloem.shared.engine.step_inputs import RunnerSizes
+from phloem.shared.model_store.model_config import load_model_config
+from phloem.shared.model_store.resolve import default_cache_dir, resolve_model
 from phloem.shared.protocol.engine import EngineUp, engine_up
 from tests.support.handover_wire import FakePageStore, Wire
 
@@ -37,6 +45,8 @@ MAX_BATCH = 256
 CONTEXT_LENGTH = 32_768
 STEPS = 48  # per round
 BAR_US = 1500.0  # of issue 3, at batch 256
+IDLE_BATCH, IDLE_BARS = 64, (2.0, 5.0)  # % of a step: plain, with masks
+EOS = 2
 
 
 class Stopwatch:
@@ -73,7 +83,15 @@ class Measured(NamedTuple):
 class World:
     """An engine on a null device with a batch that decodes."""
 
-    def __init__(self, batch: int, context: int, *, step_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        batch: int,
+        context: int,
+        *,
+        step_s: float = 0.0,
+        grammar_share: float = 0.0,
+        model: GrammarModel | None = None,
+    ) -> None:
         pages = MAX_BATCH * (-(-context // PAGE_SIZE) + 64)
         self.driver = Driver(40_000)
         self.runner = NullRunner(
@@ -88,14 +106,17 @@ class World:
                 store=FakePageStore(),
                 send=self.send,
                 dials_peers=False,
-                eos_token_ids=(2,),
+                eos_token_ids=(EOS,),
                 context_length=CONTEXT_LENGTH,
                 handover_timeout_s=60.0,
+                grammars=None if model is None else grammar_parts(model, lambda r: self.engine.deliver(r)),
             )
         )
         self.driver.attach(self.engine)
         self.driver_s = 0.0
-        self.driver.start_batch(batch, context, 900, staggered=True)
+        if grammar_share:
+            self.driver.run_batch(1, 1, 1, grammar_share=1.0)  # compiles it
+        self.driver.start_batch(batch, context, 900, staggered=True, grammar_share=grammar_share)
         self.driver.run_until(lambda: self.driver.full_steps(batch) >= 8)
 
     def send(self, message: EngineUp) -> None:
@@ -117,6 +138,13 @@ class World:
         elapsed_s = time.thread_time() - start - self.driver_s
         assert self.runner.num_launched == before + STEPS, "a turn without a step"
         return 1e6 * elapsed_s / STEPS
+
+    def idle_percent(self) -> float:
+        """Of the device's time over `STEPS` steps."""
+        runner = self.runner
+        start_s, idle_s, until = time.perf_counter(), runner.idle_s, runner.num_launched + STEPS
+        self.driver.run_until(lambda: runner.num_launched >= until)
+        return 100.0 * (runner.idle_s - idle_s) / (time.perf_counter() - start_s)
 
     def watched(self) -> dict[str, float]:
         """Microseconds per step by part."""
@@ -151,14 +179,41 @@ def show(measured: list[Measured]) -> None:
         print(f"  {name:16s}" + "".join(f"{m.parts.get(name, 0.0):12.0f}" for m in measured))
 
 
+def idle(model_path: str, share: float, step_s: float, rounds: int) -> list[float]:
+    """Percent of a step without and with masks: the median of the rounds."""
+    model_dir = resolve_model(model_path, cache_dir=default_cache_dir())
+    vocab_size = load_model_config(model_dir).vocab_size
+    model = GrammarModel(model_dir, vocab_size, (EOS,), MAX_BATCH, on_cuda=False)
+    found = []
+    for grammar_share in (0.0, share):
+        world = World(IDLE_BATCH, 1024, step_s=step_s, grammar_share=grammar_share, model=model)
+        found.append(statistics.median(world.idle_percent() for _ in range(rounds)))
+        world.engine.close()
+    return found
+
+
+def show_idle(found: list[float], share: float, step_ms: float) -> bool:
+    print(f"idle device, batch {IDLE_BATCH}, steps of {step_ms:g} ms")
+    for name, value, bar in zip(("plain", f"masks on {share:.0%}"), found, IDLE_BARS, strict=True):
+        print(f"  {name:16s}{value:8.2f} %   <= {bar:g}  {'met' if value <= bar else 'MISSED'}")
+    return all(value <= bar for value, bar in zip(found, IDLE_BARS, strict=True))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--batch", default="1,64,256", help="with commas")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--grammar-share", type=float, default=0.0)
+    parser.add_argument("--step-ms", type=float, default=8.0)
+    parser.add_argument("--model-path", default="smollm2-135m-instruct", help="of the tokenizer")
     parser.add_argument("--check", action="store_true", help="exit with 1 when the bar is missed")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.grammar_share:
+        share, step_ms = options.grammar_share, options.step_ms
+        found = idle(options.model_path, share, step_ms / 1e3, options.rounds)
+        return 1 if not show_idle(found, share, step_ms) and options.check else 0
     measured = [measure(int(batch), options.context, options.rounds) for batch in options.batch.split(",")]
     show(measured)
     worst = max(m.total for m in measured)

@@ -6,7 +6,9 @@ The inputs are planned and copied as for CUDA; only what CUDA and FlashInfer the
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from phloem.shared.engine.step_inputs import RunnerSizes, StepInputs
 from phloem.shared.engine.step_plan import StepPlan
 
 CPU = torch.device("cpu")
+_TOKEN = 7
 
 
 class _NullPart:
@@ -42,39 +45,50 @@ class NullLane:
 
 
 class NullStep:
-    def __init__(self, runner: NullRunner, num_tokens: int, ends_s: float) -> None:
+    """All rows make the same token; rows with a mask, the first that is allowed."""
+
+    def __init__(self, runner: NullRunner, num_tokens: int) -> None:
         self._runner = runner
         self._number = runner.num_launched
-        self._num_tokens = num_tokens
-        self._ends_s = ends_s
+        self._token_ids = [_TOKEN] * num_tokens
+        self._ends_s: float | None = None  # None: it is not sampled yet
+
+    def sample(self, masks: TokenMasks | None = None) -> None:
+        self._ends_s = self._runner.occupy(0.0)
+        if masks is not None:
+            for row, token_id in zip(masks.rows.tolist(), _first_allowed(masks.bitmask), strict=True):
+                self._token_ids[row] = token_id
 
     def ready(self) -> bool:
+        if self._ends_s is None:
+            return False
         if not self._runner.step_s:  # at once, but never before the step behind it was launched
             return self._runner.num_launched > self._number
-        return time.perf_counter() >= self._ends_s
-
-    def sample(self, masks: TokenMasks) -> None:
-        del masks  # there are no logits
+        return self._runner.clock() >= self._ends_s
 
     def token_ids(self) -> list[int]:
-        while not self.ready() and self._runner.step_s:
+        while self._runner.step_s and not self.ready():
             time.sleep(0)
-        return [7] * self._num_tokens
+        return self._token_ids
 
 
 class NullRunner:
     """A runner whose steps take `step_s` on the device, one after the other; 0: none at all.
 
-    `idle_s` sums up how long the device had nothing to do between steps.
+    `idle_s` sums up how long the device had nothing to do between steps, and between a step's forward pass
+    and its sampling.
     """
 
-    def __init__(self, sizes: RunnerSizes, *, step_s: float = 0.0) -> None:
+    def __init__(
+        self, sizes: RunnerSizes, *, step_s: float = 0.0, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.clock = clock
         self.attention = CudaAttention({0: (NullLane(sizes), NullLane(sizes))})
         self.inputs = StepInputs(self.attention, CPU, sizes)
         self.step_s = step_s
         self.num_launched = 0
         self.idle_s = 0.0
-        self._ends_s = 0.0  # of the last step
+        self._free_s = 0.0  # when the device is done with all that it was given
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, watch: object = None) -> NullStep:
@@ -84,8 +98,25 @@ class NullRunner:
         else:
             sampled = self.inputs.mixed(plan.rows).sampled
             num_tokens = sampled.num_rows if sampled is not None else 0
-        now_s = time.perf_counter()
-        self.idle_s += max(0.0, now_s - self._ends_s)
-        self._ends_s = max(now_s, self._ends_s) + self.step_s
+        self.occupy(self.step_s)
         self.num_launched += 1
-        return NullStep(self, num_tokens, self._ends_s)
+        step = NullStep(self, num_tokens)
+        if not plan.constrained:
+            step.sample()
+        return step
+
+    def occupy(self, seconds: float) -> float:
+        """Gives the device so much to do behind what it has; when it will be done."""
+        now_s = self.clock()
+        self.idle_s += max(0.0, now_s - self._free_s)
+        self._free_s = max(now_s, self._free_s) + seconds
+        return self._free_s
+
+
+def _first_allowed(bitmask: Tensor) -> list[int]:
+    """The lowest allowed token of each row; every row allows one."""
+    words = bitmask.numpy()
+    columns = (words != 0).argmax(axis=1)
+    bits = words[range(len(words)), columns].astype(np.uint32)
+    lowest = np.bitwise_count((bits & -bits) - np.uint32(1))
+    return [int(column) * 32 + int(bit) for column, bit in zip(columns, lowest, strict=True)]
