@@ -9,7 +9,7 @@ import sys
 
 from phloem.shared.engine.config import EngineConfig
 from phloem.shared.engine.engine_socket import EngineSocket
-from phloem.shared.engine.timer_slack import ask_for_punctual_timers
+from phloem.shared.engine.punctuality import ask_for_punctual_threads
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.engine import EngineFailed, Progress
 from phloem.shared.telemetry.logs import setup_logging
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(config: EngineConfig, socket: EngineSocket) -> None:
-    ask_for_punctual_timers()
+    ask_for_punctual_threads()
     # torch's own NCCL watchdog must not end the process; it reads these when the first group is made.
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
