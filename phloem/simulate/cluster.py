@@ -20,6 +20,7 @@ from phloem.simulate.events import EventQueue
 from phloem.simulate.gateway import Placement, SimGateway
 from phloem.simulate.index import SimIndex
 from phloem.simulate.kv_sender import KvSender
+from phloem.simulate.load_news import LoadNews
 from phloem.simulate.options import SimulationOptions
 from phloem.simulate.outcome import Outcome
 from phloem.simulate.worker import SimWorker, StepDone
@@ -70,9 +71,6 @@ class SimulatedCluster:
             if worker.role != "decode"
         }
         self._ticking: set[int] = set()
-        self._pausing: set[int] = set()  # workers that told their load less than `tell_s` ago
-        self._to_tell: set[int] = set()  # those of them whose load has changed since
-        self._registry = [worker.record() for worker in self.workers]
         refs = [worker.ref for worker in self.workers]
         self.gateways = [
             SimGateway(
@@ -80,21 +78,19 @@ class SimulatedCluster:
                 self.events,
                 self.index,
                 refs,
-                self._registry,
+                [worker.record() for worker in self.workers],
                 BLOCK_TOKENS * shape.grain,
             )
             for _ in range(shape.num_gateways)
         ]
+        self._news = LoadNews(self.events, delays, self.workers, self.gateways)
         self._live: dict[str, _Live] = {}
         self.outcomes: list[Outcome] = []
         self._num_left = len(requests)
 
     def run(self) -> list[Outcome]:
         """All requests, from the first arrival to the last end; in order of the workload."""
-        for worker in self.workers:
-            self._heartbeat_later(worker, self._rng.random() * self.options.delays.heartbeat_s)
-        for gateway in self.gateways:
-            self._poll_later(gateway, self._rng.random() * self.options.delays.poll_s)
+        self._news.start(self._rng)
         self._arrive_later(0)
         self.events.run(lambda: self._num_left == 0 and not self._is_busy)
         return self.outcomes
@@ -116,7 +112,7 @@ class SimulatedCluster:
         found += [f"gateway {n} still counts requests" for n, g in enumerate(self.gateways) if not g.is_idle]
         return found
 
-    # -- arrivals, heartbeats --------------------------------------------------------------------------
+    # -- arrivals -------------------------------------------------------------------------------------
 
     def _arrive_later(self, index: int) -> None:
         if index < len(self._requests):
@@ -138,39 +134,6 @@ class SimulatedCluster:
         self._live[str(request.index)] = live
         self.events.after(self.options.delays.lookup_s, lambda: self._start_attempt(live))
         self._arrive_later(index + 1)
-
-    def _heartbeat_later(self, worker: SimWorker, delay_s: float) -> None:
-        def beat() -> None:
-            self._registry[worker.slot] = worker.record()
-            self._heartbeat_later(worker, self.options.delays.heartbeat_s)
-
-        self.events.after(delay_s, beat)
-
-    def _poll_later(self, gateway: SimGateway, delay_s: float) -> None:
-        def poll() -> None:
-            gateway.poll(self._registry)
-            self._poll_later(gateway, self.options.delays.poll_s)
-
-        self.events.after(delay_s, poll)
-
-    def _on_load(self, worker: SimWorker) -> None:
-        """As the worker's `LoadTeller`: at once, then at most every `tell_s` with the latest."""
-        if self.options.delays.tell_s <= 0:
-            return
-        if worker.slot in self._pausing:
-            self._to_tell.add(worker.slot)
-            return
-        self._pausing.add(worker.slot)
-        self.events.after(self.options.delays.tell_s, partial(self._tell_again, worker))
-        load = worker.record().load
-        for gateway in self.gateways:
-            self.events.after(self.options.delays.hop_s, partial(gateway.heard, worker.slot, load))
-
-    def _tell_again(self, worker: SimWorker) -> None:
-        self._pausing.remove(worker.slot)
-        if worker.slot in self._to_tell:
-            self._to_tell.remove(worker.slot)
-            self._on_load(worker)
 
     @property
     def _is_busy(self) -> bool:
@@ -319,7 +282,7 @@ class SimulatedCluster:
             on_step=self._on_step,
             on_reserved=self._on_reserved,
             on_short=self._on_short,
-            on_load=self._on_load,
+            on_load=lambda worker: self._news.on_load(worker),
             on_tree=self.index.publish,
         )
 
