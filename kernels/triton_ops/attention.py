@@ -2,7 +2,7 @@
 
 One program takes a block of queries of one sequence and one KV head; the query heads that share the KV head
 are rows of the same block, so that decode (one query) still fills the matrix units. Softmax is computed
-online (Dao et al., FlashAttention-2, 2023).
+online (Dao et al., FlashAttention-2, 2023). float32 is multiplied as float32, not as tf32.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _attention_kernel(
         place = ((page * page_size + n % page_size) * num_kv_heads + kv_head) * head_dim
         in_tile = in_kv[:, None] & in_dim[None, :]
         keys = tl.load(k_pages + place[:, None] + dim[None, :], mask=in_tile, other=0.0)
-        scores = tl.dot(q_block, tl.trans(keys)) * scale_log2
+        scores = tl.dot(q_block, tl.trans(keys), input_precision="ieee") * scale_log2
         visible = (n[None, :] <= position[:, None]) & in_kv[None, :]
         if window > 0:
             visible = visible & (n[None, :] > position[:, None] - window)
@@ -75,7 +75,8 @@ def _attention_kernel(
         shrink = tl.exp2(best - safe_best)
         values = tl.load(v_pages + place[:, None] + dim[None, :], mask=in_tile, other=0.0)
         total = total * shrink + tl.sum(weights, axis=1)
-        sums = sums * shrink[:, None] + tl.dot(weights.to(values.dtype), values)
+        weighted = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        sums = sums * shrink[:, None] + weighted
         best = new_best
     result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(
