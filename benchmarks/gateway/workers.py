@@ -39,6 +39,9 @@ from phloem.shared.protocol.worker_rpc import WORKER_SERVICE
 from phloem.shared.rpc.server import RpcServer
 
 _HEARTBEAT_S = 1.0
+# A busy machine is no dead worker.
+_REDIS_TIMEOUT_S = 30.0
+_LEASE_TTL_S = 60.0
 # By phase: the first token that the worker says, and how its part ends.
 _FIRST: dict[Phase, int] = {"prefill": 0, "decode": 1, "both": 0}
 _TIMELINE = {"queued": 0.0001, "matched": 0.0002, "computed": 0.0003}
@@ -188,7 +191,7 @@ async def follow_stdin(pace: Pace) -> None:
 
 
 async def serve(url: str, secret: str, text: list[int], roles: list[Role]) -> None:
-    registry = Registry(url)
+    registry = Registry(url, timeout_s=_REDIS_TIMEOUT_S, lease_ttl_s=_LEASE_TTL_S)
     await registry.connect(10.0)
     pace = Pace()
     async with asyncio.TaskGroup() as tasks:
