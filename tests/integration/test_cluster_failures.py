@@ -23,14 +23,7 @@ PROMPT = "The history of the city begins"
 
 
 def generate(cluster: Cluster, max_tokens: int, prompt: str = PROMPT) -> str:
-    answer = cluster.openai().completions.create(
-        model=MODEL_NAME,
-        prompt=prompt,
-        temperature=0,
-        max_tokens=max_tokens,
-        extra_body={"ignore_eos": True},
-    )
-    return answer.choices[0].text
+    return cluster.generate(prompt, max_tokens)
 
 
 class Stream:

@@ -32,18 +32,6 @@ FLOAT32 = ("--dtype", "float32")
 RESUME_BOUND_S = 10.0
 
 
-def generate(cluster: Cluster, prompt: str, max_tokens: int) -> str:
-    """Greedy and exactly `max_tokens` long."""
-    answer = cluster.openai().completions.create(
-        model=MODEL_NAME,
-        prompt=prompt,
-        temperature=0,
-        max_tokens=max_tokens,
-        extra_body={"ignore_eos": True},
-    )
-    return answer.choices[0].text
-
-
 def post(cluster: Cluster, path: str, body: bytes) -> tuple[int, dict[str, object]]:
     """Status and the `error` object of an answer that is one."""
     request = urllib.request.Request(
@@ -89,10 +77,10 @@ def exact_pair(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def test_bad_requests_get_their_own_error_and_touch_nobody_else(exact_pair: Cluster) -> None:
-    expected = generate(exact_pair, PROMPT, 100)
+    expected = exact_pair.generate(PROMPT, 100)
     before = exact_pair.counters("prefill-0")
     with ThreadPoolExecutor(16) as pool:
-        good = [pool.submit(generate, exact_pair, PROMPT, 100) for _ in range(4)]
+        good = [pool.submit(exact_pair.generate, PROMPT, 100) for _ in range(4)]
         bad = [pool.submit(post, exact_pair, path, encoded(body)) for path, body, _ in BAD * 3]
         found = [future.result(60) for future in bad]
         assert [future.result(60) for future in good] == [expected] * 4
@@ -156,15 +144,15 @@ def test_pool_smaller_than_the_context_refuses_what_never_fits_and_serves_the_re
         smollm2_dir, tmp_path, prefill=0, decode=0, unified=1, worker_flags=small
     ) as cluster:
         prompts = [f"{PROMPT} with the number {number}, and then" for number in range(6)]
-        alone = [generate(cluster, prompt, 32) for prompt in prompts]
+        alone = [cluster.generate(prompt, 32) for prompt in prompts]
         with ThreadPoolExecutor(6) as pool:  # six of 45 tokens don't fit at once
-            together = list(pool.map(lambda prompt: generate(cluster, prompt, 32), prompts))
+            together = list(pool.map(lambda prompt: cluster.generate(prompt, 32), prompts))
         assert together == alone
         assert cluster.counters("unified-0")["retractions"] > 0
         code, error = post(cluster, COMPLETIONS, encoded({"prompt": "x", "max_tokens": 600}))
         assert code == 400, error
         assert "160" in str(error["message"])
-        assert generate(cluster, prompts[0], 32) == alone[0]
+        assert cluster.generate(prompts[0], 32) == alone[0]
 
 
 # -- the only prefill worker dies ---------------------------------------------------------------------------
@@ -175,11 +163,11 @@ def test_death_of_the_only_prefill_worker_costs_a_pause_or_one_typed_error(
 ) -> None:
     long = " ".join(f"Item {number} of the list." for number in range(120))
     with running_cluster(smollm2_dir, tmp_path, worker_flags=FLOAT32) as cluster:
-        expected = generate(cluster, PROMPT, 120)
+        expected = cluster.generate(PROMPT, 120)
         with ThreadPoolExecutor(2) as pool:
-            handed_over = pool.submit(generate, cluster, PROMPT, 120)
+            handed_over = pool.submit(cluster.generate, PROMPT, 120)
             cluster.wait_until(lambda: cluster.audit("decode-0").num_requests == 1, "it is decoding")
-            in_prefill = pool.submit(generate, cluster, long, 4)
+            in_prefill = pool.submit(cluster.generate, long, 4)
             cluster.wait_until(lambda: cluster.audit("prefill-0").num_requests >= 1, "it is in prefill")
             cluster.kill_worker("prefill-0")
             killed_at = time.monotonic()
@@ -193,4 +181,4 @@ def test_death_of_the_only_prefill_worker_costs_a_pause_or_one_typed_error(
                 assert text, "it was resumed, by a prefill of decode's own"
         cluster.spawn_worker("prefill", "prefill-0")
         cluster.wait_for_workers({"prefill-0", "decode-0"})
-        assert generate(cluster, PROMPT, 120) == expected
+        assert cluster.generate(PROMPT, 120) == expected

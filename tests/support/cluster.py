@@ -157,6 +157,17 @@ class Cluster:
     def openai(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
+    def generate(self, prompt: str, max_tokens: int) -> str:
+        """Greedy, and exactly `max_tokens` long."""
+        answer = self.openai().completions.create(
+            model=MODEL_NAME,
+            prompt=prompt,
+            temperature=0,
+            max_tokens=max_tokens,
+            extra_body={"ignore_eos": True},
+        )
+        return answer.choices[0].text
+
     def workers(self) -> list[WorkerRecord]:
         """Every worker whose lease lives."""
 
