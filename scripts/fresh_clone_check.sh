@@ -5,12 +5,13 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-port=${PORT:-30990}
+port=${PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 cache=$(python3 -m pip cache dir 2>/dev/null || true)
 work=$(mktemp -d)
 up=""
-cleanup() {
-    if [ -n "$up" ]; then kill -INT "$up" 2>/dev/null || true; fi
+find_up() { pgrep -o -f "^$work/phloem/.venv/bin/python[0-9.]* .*/phloem up"; }
+cleanup() {  # killed, it takes its children along
+    if [ -n "$up" ]; then find_up | xargs -r kill -KILL; fi
     rm -rf "$work"
 }
 trap cleanup EXIT
@@ -37,7 +38,7 @@ start() {  # starts `make up` and waits until it has answered
 
 stop() {  # as a Ctrl-C on phloem itself; make passes its exit code on
     local phloem
-    phloem=$(pgrep -o -f "^$work/phloem/.venv/bin/python[0-9.]* .*/phloem up") || fail "no phloem up to stop"
+    phloem=$(find_up) || fail "no phloem up to stop"
     kill -INT "$phloem"
     wait "$up" || fail "make up ended with $?"
     up=""
