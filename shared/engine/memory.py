@@ -160,20 +160,25 @@ def _asked_for(wish: PoolWish, memory: DeviceMemory, most: int) -> int:
 
 
 def _fraction_too_low(wish: PoolWish, memory: DeviceMemory, room: int) -> PhloemError:
-    tokens = min(wish.context_length, USEFUL_TOKENS)
-    useful = (-(-tokens // wish.page_size) + 1) * wish.page_bytes
-    beside = min(useful, room)
-    # Rounded up to a percent, so that what is suggested does hold it.
-    fraction = -(-100 * (memory.own + beside) // memory.total) / 100
-    holds = (_pages(memory.total * fraction - memory.own, wish)) * wish.page_size
     static = memory.total * wish.fraction
     return out_of_memory(
         f"--mem-fraction-static {wish.fraction:g} allows weights and KV pages {gb(static)} of "
         f"{memory.name}'s {gb(memory.total)}; the weights alone take {gb(memory.own)}, and a page "
-        f"of {wish.page_size} tokens {gb(wish.page_bytes)}: raise it to {fraction:.2f}, which holds "
-        f"{holds} tokens, or use a smaller model",
+        f"of {wish.page_size} tokens {gb(wish.page_bytes)}: {_more_room(wish, memory, room)}, or use a "
+        "smaller model",
         "mem_fraction_static",
     )
+
+
+def _more_room(wish: PoolWish, memory: DeviceMemory, room: int) -> str:
+    """A share, rounded up to a percent, that holds a long request; where that would be everything, a size."""
+    tokens = min(wish.context_length, USEFUL_TOKENS)
+    useful = (-(-tokens // wish.page_size) + 1) * wish.page_bytes
+    fraction = -(-100 * (memory.own + min(useful, room)) // memory.total) / 100
+    if fraction >= 1:
+        return f"give --max-total-tokens {_pages(room, wish) * wish.page_size}"
+    holds = _pages(memory.total * fraction - memory.own, wish) * wish.page_size
+    return f"raise it to {fraction:.2f}, which holds {holds} tokens"
 
 
 # -- steps and graphs ---------------------------------------------------------------------------------------

@@ -111,6 +111,15 @@ def test_fraction_too_low_is_refused_with_one_that_holds_a_long_request() -> Non
     assert suggested.num_pages * 16 == 13_632
 
 
+def test_where_no_share_would_do_a_size_is_suggested() -> None:
+    full = DeviceMemory("GPU", 800 * GB, 5 * GB, 795 * GB)
+    with pytest.raises(PhloemError, match=r"give --max-total-tokens \d+, or use a smaller model") as caught:
+        plan_pool(WISH._replace(fraction=0.5), full, overhead=GB)
+    tokens = int(str(caught.value).split("--max-total-tokens ")[1].split(",")[0])
+    plan = plan_pool(WISH._replace(fraction=0.5, max_total_tokens=tokens), full, overhead=GB)
+    assert plan.num_pages == tokens // 16
+
+
 def test_no_room_beside_graphs_and_steps_names_what_makes_them_smaller() -> None:
     with pytest.raises(PhloemError) as caught:
         plan_pool(WISH, H100._replace(free=3 * GB), overhead=3 * GB)
