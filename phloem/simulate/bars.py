@@ -42,14 +42,19 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def at_load(self) -> list[SimulationResult]:
-        """The runs of the trace at one load with one seed: what a plot can show side by side."""
+        """What a plot shows side by side: the trace at one load with one seed, and the most gateways."""
         first = self.cost.options
         alike = [
             result
             for result in self.results
             if (result.options.rate_scale, result.options.seed) == (first.rate_scale, first.seed)
         ]
-        return [result for result in alike if result.num_requests == self.cost.num_requests]
+        return [
+            result
+            for result in alike
+            if result.num_requests == self.cost.num_requests
+            and result.options.shape.num_gateways in (GATEWAY_COUNTS[0], GATEWAY_COUNTS[-1])
+        ]
 
     @property
     def is_met(self) -> bool:

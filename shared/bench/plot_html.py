@@ -11,7 +11,7 @@ from phloem.shared.bench.result import RunResult
 
 _WIDTH, _HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 30, 42
-_COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
+COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
 _STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:24px;color:#1f2937;background:#fff}
 h1{font-size:20px;margin:0 0 4px}p{margin:2px 0;color:#4b5563}.bad{color:#b91c1c;font-weight:600}
@@ -89,7 +89,7 @@ def _number(value: float | int | str | None) -> str:
     return f"{value:,}" if isinstance(value, int) else "-"
 
 
-def chart_svg(chart: Chart) -> str:
+def chart_svg(chart: Chart, *, legend: bool = True) -> str:
     """One chart; its text and grid lines want the classes of the page's style."""
     x_axis, y_axis = _axes(chart)
     parts = [f'<text class="t" x="{_LEFT}" y="18">{escape(chart.title)}</text>', *_grid(x_axis, y_axis)]
@@ -100,11 +100,12 @@ def chart_svg(chart: Chart) -> str:
         f"{escape(chart.y_label)}</text>",
     ]
     for index, curve in enumerate(chart.curves):
-        color = _COLORS[index % len(_COLORS)]
+        color = COLORS[index % len(COLORS)]
         parts.append(
             _dots(curve, x_axis, y_axis, color) if curve.dots else _line(curve, x_axis, y_axis, color)
         )
-        parts.append(_legend(curve.name, color, len(chart.curves) - index))
+        if legend:
+            parts.append(_legend(curve.name, color, len(chart.curves) - index))
     return f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
