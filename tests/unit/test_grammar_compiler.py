@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from xgrammar import GrammarMatcher
+from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo, VocabType
 
+from phloem.shared.engine.grammar.compiler_main import answer
 from phloem.shared.engine.grammar.process_compiler import CompilerSettings, ProcessCompiler
 from phloem.shared.engine.grammar.vocabulary import tokenizer_info
+from phloem.shared.engine.grammar.wire import Rejected
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import Grammar
 from tests.support.byte_tokenizer import EOS, VOCAB_SIZE, encode, write_tokenizer
@@ -79,6 +81,12 @@ def test_model_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     with pytest.raises(PhloemError, match=r"tokenizer\.json") as caught:
         tokenizer_info(tmp_path, VOCAB_SIZE, (EOS,))
     assert caught.value.code == "grammar_unavailable"
+
+
+def test_grammar_that_no_token_begins_is_refused() -> None:
+    info = TokenizerInfo(["w0 ", "w1 ", "</s>"], VocabType.RAW, stop_token_ids=[2])
+    found = answer(GrammarCompiler(info, max_threads=1), Grammar("json_object"))
+    assert found == Rejected("no token of the model begins what it allows")
 
 
 def test_special_tokens_are_never_text(model_dir: Path) -> None:

@@ -13,7 +13,7 @@ import socket
 import sys
 from pathlib import Path
 
-from xgrammar import CompiledGrammar, GrammarCompiler
+from xgrammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, allocate_token_bitmask
 
 from phloem.shared.engine.grammar.vocabulary import tokenizer_info
 from phloem.shared.engine.grammar.wire import Compiled, CompilerSocket, Rejected, Vocabulary
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         while True:
             grammar = wire.read_grammar()
             signal.alarm(_MAX_COMPILE_S)  # ends this process, should the engine not be there to do it
-            wire.send(_answer(compiler, grammar))
+            wire.send(answer(compiler, grammar))
             signal.alarm(0)
     except EOFError:
         return 0
@@ -61,11 +61,21 @@ def _bound_memory(more_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def _answer(compiler: GrammarCompiler, grammar: Grammar) -> Compiled | Rejected:
+def answer(compiler: GrammarCompiler, grammar: Grammar) -> Compiled | Rejected:
+    """What the engine is told of its grammar."""
     try:
-        return Compiled(compile_grammar(compiler, grammar).serialize_json())
+        compiled = compile_grammar(compiler, grammar)
+        if not _can_begin(compiled):
+            return Rejected("no token of the model begins what it allows")
+        return Compiled(compiled.serialize_json())
     except (RuntimeError, ValueError, MemoryError) as error:
         return Rejected(_first_line(str(error)) or type(error).__name__)
+
+
+def _can_begin(compiled: CompiledGrammar) -> bool:
+    bitmask = allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
+    GrammarMatcher(compiled).fill_next_token_bitmask(bitmask)
+    return bool((bitmask != 0).any())
 
 
 def compile_grammar(compiler: GrammarCompiler, grammar: Grammar) -> CompiledGrammar:

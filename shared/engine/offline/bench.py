@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from phloem.shared.engine.config import EngineConfig, EngineOptions
 from phloem.shared.engine.offline.ceilings import Ceilings, measure_ceilings
 from phloem.shared.engine.offline.driver import Driver
 from phloem.shared.engine.offline.floors import ModelCost, decode_floor_s, model_cost, prefill_floor_s
+from phloem.shared.engine.offline.made_up_tokenizer import with_tokenizer
 from phloem.shared.engine.offline.timing import TimedRunner
 from phloem.shared.engine.runners import find_device
 from phloem.shared.engine.step_runner import StepRunner
@@ -78,6 +80,28 @@ def run_offline(
 ) -> OfflineReport:
     """Measures ceilings, then prefill by length and decode by (batch, context); with a `grammar_share` each
     decode shape a second time, with grammar masks on that share of the rows."""
+    work = _Work(prefill_lengths, decode_shapes, decode_steps, temperature, grammar_share, progress)
+    if not grammar_share or options.load_format != "dummy":
+        return _run(options, work)
+    with tempfile.TemporaryDirectory(prefix="phloem-bench-") as folder:
+        model_dir = Path(options.model_path)
+        vocab_size = load_model_config(model_dir).vocab_size
+        spelling = str(with_tokenizer(model_dir, Path(folder), vocab_size))
+        report = _run(msgspec.structs.replace(options, model_path=spelling), work)
+        return msgspec.structs.replace(report, model=options.model_path)
+
+
+class _Work(NamedTuple):
+    prefill_lengths: list[int]
+    decode_shapes: list[tuple[int, int]]
+    decode_steps: int
+    temperature: float
+    grammar_share: float
+    progress: Callable[[str], None]
+
+
+def _run(options: EngineOptions, work: _Work) -> OfflineReport:
+    progress = work.progress
     device = find_device(options.device)
     model_dir = Path(options.model_path)
     config = load_model_config(model_dir)
@@ -114,16 +138,16 @@ def run_offline(
     cost = model_cost(config, dtype.itemsize)
     measurements = []
     try:
-        for length in prefill_lengths:
+        for length in work.prefill_lengths:
             progress(f"prefill {length}")
             measurements.append(_prefill(driver, cost, ceilings, length))
-        for shape in decode_shapes:
+        for shape in work.decode_shapes:
             progress(f"decode {shape[0]} x {shape[1]}")
-            plain = _DecodeRun(*shape, decode_steps, temperature)
+            plain = _DecodeRun(*shape, work.decode_steps, work.temperature)
             measurements.append(_decode(driver, timers[0], cost, ceilings, plain))
-            if grammar_share:
+            if work.grammar_share:
                 progress(f"decode {shape[0]} x {shape[1]}, grammars")
-                masked = plain._replace(grammar_share=grammar_share)
+                masked = plain._replace(grammar_share=work.grammar_share)
                 measurements.append(_decode(driver, timers[0], cost, ceilings, masked))
     finally:
         engine.close()
