@@ -95,7 +95,8 @@ class DecodeRows(NamedTuple):
     """B sequences with one new token each, on the device; all that changes from step to step.
 
     token, slot, position, write_index: int64 `[B]`; a negative token stands for `last_token[slot]` (int64
-    `[num_slots]`). page_table: int32 `[num_slots, max_pages]`, by slot. cos, sin: `[max_position, D / 2]`.
+    `[num_slots]`). page_table: int32 `[num_slots, max_pages]`, by slot. work: int32, which block of the
+    attention reads which keys (`triton_ops/key_shares.py`). cos, sin: `[max_position, D / 2]`.
     """
 
     token: Tensor
@@ -104,5 +105,6 @@ class DecodeRows(NamedTuple):
     write_index: Tensor
     last_token: Tensor
     page_table: Tensor
+    work: Tensor
     cos: Tensor
     sin: Tensor

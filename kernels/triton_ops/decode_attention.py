@@ -1,11 +1,11 @@
 """Attention of one new token per sequence over paged K and V: rotation, the write of K and V, and the sum.
 
-    program (KV head, part of the keys, sequence)
+    program (KV head, item)          item: one row's share of keys (`key_shares.py`)
 
-Each part takes an equal share of a sequence's keys (`min_share` at least), and the query heads of its KV head
-as rows of one tile. The new token's key and value come from the projection's output; the last part writes
-them into their page and starts its online softmax with them, so that nobody reads what is just being written.
-The last part to arrive joins them all, in order (Dao et al., "Flash-Decoding", 2023).
+Each takes the query heads of its KV head as rows of one tile. The new token's key and value come from the
+projection's output; the last part writes them into their page and starts its online softmax with them, so
+that nobody reads what is just being written. The last part to arrive joins them all, in order (Dao et al.,
+"Flash-Decoding", 2023).
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton_ops.tilings import MAX_PARTS
+from phloem.kernels.triton_ops.key_shares import num_items
+
+_JOIN = 8  # parts whose loads are under way together
 
 
 @triton.jit
@@ -36,7 +38,7 @@ def _rotated_halves(
     return low * cos - high * sin, high * cos + low * sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _decode_attention_kernel(
     qkv,
     cos,
@@ -50,14 +52,14 @@ def _decode_attention_kernel(
     k_pages,
     v_pages,
     out,
+    work,
     part_sums,
     part_stats,
     arrivals,
+    num_rows,
     table_stride,
     eps,
     scale_log2,
-    num_parts: tl.constexpr,
-    min_share: tl.constexpr,
     group: tl.constexpr,
     num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
@@ -65,27 +67,29 @@ def _decode_attention_kernel(
     block_g: tl.constexpr,
     block_n: tl.constexpr,
     stages: tl.constexpr,
+    join: tl.constexpr,
     has_norm: tl.constexpr,
     pdl: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
-    part = tl.program_id(1)
-    sequence = tl.program_id(2)
+    item = tl.program_id(1)
     half: tl.constexpr = head_dim // 2
     heads: tl.constexpr = group * num_kv_heads
-    position = tl.load(positions + sequence).to(tl.int32)  # the keys before it are in their pages
-    slot = tl.load(slots + sequence)
-    target = tl.load(write_index + sequence)
-    table = page_table + slot * table_stride
-    # Short parts cost more to join than they save.
-    share = tl.maximum(tl.cdiv(tl.cdiv(position + 1, num_parts), 16) * 16, min_share)
-    used_parts = tl.cdiv(position + 1, share)
-    begin = part * share
-    end = tl.minimum(begin + share, position)
+    share = tl.load(work)
+    sequence = tl.load(work + 1 + num_rows + item)
     if pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if part < used_parts:
+    if sequence >= 0:
+        first = tl.load(work + 1 + sequence)
+        part = item - first
+        position = tl.load(positions + sequence).to(tl.int32)  # the keys before it are in their pages
+        slot = tl.load(slots + sequence)
+        target = tl.load(write_index + sequence)
+        table = page_table + slot * table_stride
+        used_parts = tl.cdiv(position + 1, share)
+        begin = part * share
+        end = tl.minimum(begin + share, position)
         g = tl.arange(0, block_g)
         in_g = g < group
         dim = tl.arange(0, head_dim)
@@ -147,8 +151,7 @@ def _decode_attention_kernel(
                 mask=in_g[:, None],
             )
         else:
-            first = (sequence.to(tl.int64) * num_kv_heads + kv_head) * num_parts
-            cell = (first + part) * group + g
+            cell = (item.to(tl.int64) * num_kv_heads + kv_head) * group + g
             tl.store(part_sums + cell[:, None] * head_dim + dim[None, :], sums, mask=in_g[:, None])
             tl.store(part_stats + cell * 2, best, mask=in_g)
             tl.store(part_stats + cell * 2 + 1, total, mask=in_g)
@@ -157,31 +160,34 @@ def _decode_attention_kernel(
             if tl.atomic_add(counter, 1, sem="acq_rel") == used_parts - 1:
                 tl.store(counter, 0)
                 top = tl.full((block_g,), float("-inf"), tl.float32)
-                for other in tl.static_range(num_parts):
-                    there = in_g & (other < used_parts)
-                    stats = part_stats + ((first + other) * group + g) * 2
-                    top = tl.maximum(
-                        top, tl.load(stats, mask=there, other=float("-inf"), cache_modifier=".cg")
-                    )
+                for base in range(0, used_parts, join):
+                    for step in tl.static_range(join):
+                        there = in_g & (base + step < used_parts)
+                        cell = ((first + base + step).to(tl.int64) * num_kv_heads + kv_head) * group + g
+                        stat = tl.load(
+                            part_stats + cell * 2, mask=there, other=float("-inf"), cache_modifier=".cg"
+                        )
+                        top = tl.maximum(top, stat)
                 top = tl.where(in_g, top, 0.0)
                 joined = tl.zeros((block_g, head_dim), tl.float32)
                 mass = tl.zeros((block_g,), tl.float32)
-                for other in tl.static_range(num_parts):
-                    there = in_g & (other < used_parts)
-                    cell = (first + other) * group + g
-                    stat = tl.load(
-                        part_stats + cell * 2, mask=there, other=float("-inf"), cache_modifier=".cg"
-                    )
-                    factor = tl.exp2(stat - top)
-                    mass += factor * tl.load(
-                        part_stats + cell * 2 + 1, mask=there, other=0.0, cache_modifier=".cg"
-                    )
-                    joined += factor[:, None] * tl.load(
-                        part_sums + cell[:, None] * head_dim + dim[None, :],
-                        mask=there[:, None],
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
+                for base in range(0, used_parts, join):
+                    for step in tl.static_range(join):
+                        there = in_g & (base + step < used_parts)
+                        cell = ((first + base + step).to(tl.int64) * num_kv_heads + kv_head) * group + g
+                        stat = tl.load(
+                            part_stats + cell * 2, mask=there, other=float("-inf"), cache_modifier=".cg"
+                        )
+                        factor = tl.exp2(stat - top)
+                        mass += factor * tl.load(
+                            part_stats + cell * 2 + 1, mask=there, other=0.0, cache_modifier=".cg"
+                        )
+                        joined += factor[:, None] * tl.load(
+                            part_sums + cell[:, None] * head_dim + dim[None, :],
+                            mask=there[:, None],
+                            other=0.0,
+                            cache_modifier=".cg",
+                        )
                 mass = tl.where(in_g, mass, 1.0)
                 tl.store(
                     target_row + dim[None, :],
@@ -196,7 +202,7 @@ class Joints:
     def __init__(
         self, device: torch.device, *, max_rows: int, num_heads: int, num_kv_heads: int, head_dim: int
     ) -> None:
-        cells = max_rows * num_heads * MAX_PARTS
+        cells = max(num_items(rows, num_kv_heads) for rows in (1, max_rows)) * num_heads
         self.sums = torch.empty(cells * head_dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(cells * 2, dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device)
@@ -210,14 +216,13 @@ def decode_attention(
     write_index: Tensor,
     slots: Tensor,
     page_table: Tensor,
+    work: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
     out: Tensor,
     joints: Joints,
     *,
     scale: float,
-    num_parts: int,
-    min_share: int = 16,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
@@ -229,13 +234,14 @@ def decode_attention(
     """See the module. qkv `[B, H + 2 * H_kv, D]`, dense: query, key and value heads of one new token each.
 
     cos, sin `[max_position, D / 2]`; positions, write_index, slots int64 `[B]`; page_table int32
-    `[num_slots, max_pages]`; out `[B, H, D]`. D is a power of two of at least 32.
+    `[num_slots, max_pages]`; work int32, `share_keys` of the rows' lengths; out `[B, H, D]`. D is a power of
+    two of at least 32.
     """
     batch, num_heads, head_dim = out.shape
     num_kv_heads = k_pages.shape[2]
     group = num_heads // num_kv_heads
     options = {"launch_pdl": True} if pdl else {}
-    _decode_attention_kernel[(num_kv_heads, num_parts, batch)](
+    _decode_attention_kernel[(num_kv_heads, num_items(batch, num_kv_heads))](
         qkv,
         cos,
         sin,
@@ -248,14 +254,14 @@ def decode_attention(
         k_pages,
         v_pages,
         out,
+        work,
         joints.sums,
         joints.stats,
         joints.arrivals,
+        batch,
         page_table.stride(0),
         eps,
         scale * 1.4426950408889634,
-        num_parts=num_parts,
-        min_share=min_share,
         group=group,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -263,6 +269,7 @@ def decode_attention(
         block_g=max(16, triton.next_power_of_2(group)),
         block_n=block_n,
         stages=stages,
+        join=_JOIN,
         has_norm=q_norm is not None,
         pdl=pdl,
         num_warps=warps,

@@ -109,7 +109,7 @@ class DecodeKernels:
         """Rotates, writes K and V, and attends. qkv `[B, (H + 2 * H_kv) * D]`, norms of q and k `[D]` each.
         Returns `[B, H * D]`."""
         shape, batch = self._shape, len(rows.token)
-        tiling = choose_attention_tiling(batch, shape.num_kv_heads, shape.head_dim)
+        tiling = choose_attention_tiling(batch, shape.head_dim)
         out = torch.empty((batch, shape.num_heads, shape.head_dim), dtype=qkv.dtype, device=qkv.device)
         decode_attention(
             qkv,
@@ -119,13 +119,12 @@ class DecodeKernels:
             rows.write_index,
             rows.slot,
             rows.page_table,
+            rows.work,
             k_pages,
             v_pages,
             out,
             self._joints,
             scale=shape.head_dim**-0.5,
-            num_parts=tiling.num_parts,
-            min_share=tiling.min_share,
             q_norm=norms[0] if norms is not None else None,
             k_norm=norms[1] if norms is not None else None,
             eps=eps,

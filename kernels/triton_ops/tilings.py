@@ -72,32 +72,23 @@ def _split(num_tiles: int, num_blocks: int, least: int) -> int:
 
 
 class AttentionTiling(NamedTuple):
-    """num_parts: shares of a sequence's keys, of `min_share` keys at least; block_n: keys at a time."""
+    """block_n: keys at a time."""
 
-    num_parts: int
-    min_share: int
     block_n: int
     stages: int
     warps: int
 
 
-_BLOCKS = 512  # of a launch, sequences times KV heads times parts
-MAX_PARTS = 16
-
-
-def choose_attention_tiling(num_rows: int, num_kv_heads: int, head_dim: int) -> AttentionTiling:
+def choose_attention_tiling(num_rows: int, head_dim: int) -> AttentionTiling:
     """For `num_rows` sequences of one new token each."""
-    parts = 1
-    while parts < MAX_PARTS and 2 * parts * num_rows * num_kv_heads <= _BLOCKS:
-        parts *= 2
-    if parts > 4:
-        block_n, stages, warps = 128, 2, 4
+    if num_rows <= 8:
+        tiling = AttentionTiling(128, 2, 4)
     elif num_rows <= 32:
-        block_n, stages, warps = 32, 4, 4
+        tiling = AttentionTiling(32, 4, 4)
     elif num_rows <= 128:
-        block_n, stages, warps = 64, 2, 8
+        tiling = AttentionTiling(64, 2, 8)
     else:
-        block_n, stages, warps = 32, 2, 2
+        tiling = AttentionTiling(32, 2, 2)
     if head_dim > 128:
-        block_n, stages = min(block_n, 32), 2
-    return AttentionTiling(parts, 128 if parts > 4 else 16, block_n, stages, warps)
+        return tiling._replace(block_n=min(tiling.block_n, 32), stages=2)
+    return tiling

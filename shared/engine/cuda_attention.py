@@ -17,7 +17,7 @@ from torch import Tensor
 
 from phloem.kernels.flashinfer_ops.page_lists import PagedRows
 from phloem.kernels.triton_ops.lane import TritonLane
-from phloem.shared.engine.page_mirror import PageMirror
+from phloem.shared.engine.decode_tables import DecodeTables
 from phloem.shared.model_store.model_config import ModelConfig
 
 DeviceBackend: TypeAlias = Literal["flashinfer", "triton"]
@@ -55,17 +55,17 @@ class Lane(Protocol):
 class CudaAttention:
     """The lanes of every window of a model: (decode rows, chunks of prompts).
 
-    With a `mirror`, steps of decode rows alone go without lanes.
+    With `tables`, steps of decode rows alone go without lanes.
     """
 
-    def __init__(self, lanes: Mapping[int, tuple[Lane, Lane]], mirror: PageMirror | None = None) -> None:
+    def __init__(self, lanes: Mapping[int, tuple[Lane, Lane]], tables: DecodeTables | None = None) -> None:
         self._lanes = lanes
-        self._mirror = mirror
+        self._tables = tables
 
     def plan_decode(self, rows: PagedRows, *, in_graph: bool) -> dict[int, PlannedRows]:
         """One query per row."""
-        if self._mirror is not None:
-            self._mirror.update(rows)
+        if self._tables is not None:
+            self._tables.update(rows)
             return {}
         return {
             window: PlannedRows(lanes[0].plan(rows, in_graph=in_graph), None, len(rows.slots))
@@ -113,7 +113,7 @@ def device_attention(
     device: torch.device,
     backend: DeviceBackend,
     sizes: AttentionSizes,
-    mirror: PageMirror | None = None,
+    tables: DecodeTables | None = None,
 ) -> CudaAttention:
     """Layers with a window go to the Triton kernel whatever the backend."""
     lanes: dict[int, tuple[Lane, Lane]] = {}
@@ -126,7 +126,7 @@ def device_attention(
                 for _ in range(2)
             )
             lanes[window] = (_TritonRows(decode, sizes.page_size), _TritonRows(chunks, sizes.page_size))
-    return CudaAttention(lanes, mirror)
+    return CudaAttention(lanes, tables)
 
 
 def _flashinfer_lanes(

@@ -23,11 +23,11 @@ from phloem.kernels import ops
 from phloem.kernels.types import DecodeRows
 from phloem.shared.engine.cuda_attention import CudaAttention, PlannedRows
 from phloem.shared.engine.cuda_inputs import RING, RowInputs
+from phloem.shared.engine.decode_tables import DecodeTables
 from phloem.shared.engine.grammar.masks import TokenMasks
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.decode_pass import DecodePass
 from phloem.shared.engine.models.kv_cache import KVCache
-from phloem.shared.engine.page_mirror import PageMirror
 from phloem.shared.engine.step_inputs import RunnerSizes, SampledRows, StepInputs
 from phloem.shared.engine.step_plan import DecodeStep, Row, StepPlan
 from phloem.shared.engine.step_runner import Forward, LayerWatch
@@ -75,7 +75,7 @@ class DecodeParts(NamedTuple):
     """What captured steps are made of, not the decoder's own forward pass. cos, sin: as `DecodeRows`."""
 
     forward: DecodePass
-    mirror: PageMirror  # the same that the runner's `CudaAttention` keeps up to date
+    tables: DecodeTables  # the same that the runner's `CudaAttention` keeps up to date
     cos: Tensor
     sin: Tensor
 
@@ -142,7 +142,8 @@ class CudaStepRunner:
             position=inputs.position,
             write_index=inputs.write_index,
             last_token=self._last_token,
-            page_table=parts.mirror.table,
+            page_table=parts.tables.page_table,
+            work=parts.tables.work(len(inputs.token)),
             cos=parts.cos,
             sin=parts.sin,
         )

@@ -159,7 +159,7 @@ def _cuda_runner(
         model.device,
         backend,
         AttentionSizes(options.page_size, options.max_running_requests, max_pages),
-        decode.mirror if decode is not None else None,
+        decode.tables if decode is not None else None,
     )
     runner = CudaStepRunner(
         model.decoder,

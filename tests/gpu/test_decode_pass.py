@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from phloem.kernels import ops
+from phloem.kernels.triton_ops.key_shares import share_keys
 from phloem.kernels.types import DecodeRows
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.decode_pass import DecodePass, decode_shape
@@ -106,6 +107,7 @@ def test_logits_and_kv(architecture: str, heads: tuple[int, int, int], num_rows:
         write_index=write_index.to(CUDA),
         last_token=last_token.to(CUDA),
         page_table=pages.to(CUDA),
+        work=torch.from_numpy(share_keys((positions + 1).numpy(), config.num_kv_heads)).to(CUDA),
         cos=cos,
         sin=sin,
     )

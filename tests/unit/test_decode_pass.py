@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from phloem.kernels.triton_ops.decode_kernels import DecodeKernels
-from phloem.kernels.triton_ops.tilings import choose_attention_tiling, choose_tiling
+from phloem.kernels.triton_ops.key_shares import share_keys
+from phloem.kernels.triton_ops.tilings import choose_tiling
 from phloem.kernels.types import DecodeRows
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.decode_pass import DecodePass, decode_shape
@@ -93,12 +94,13 @@ def test_logits_and_kv_are_the_decoders(
     given = tokens.clone()
     given[1] = -1
     last_token[slots[1]] = tokens[1]
+    work = torch.from_numpy(share_keys((at.positions + 1).numpy(), decoder.config.num_kv_heads))
     kernels = DecodeKernels(decode_shape(decoder.config), CPU, max_rows=3)
     if not few:
         monkeypatch.setattr(kernels, "takes", lambda num_rows: False)
     assert kernels.takes(3) is few
     logits = DecodePass(decoder, kernels).forward(
-        DecodeRows(given, slots, at.positions, at.write_index, last_token, page_table, cos, sin), mine
+        DecodeRows(given, slots, at.positions, at.write_index, last_token, page_table, work, cos, sin), mine
     )
     assert relative_error(logits, expected(decoder, at, tokens, theirs)) < 1e-5
     for ours, other in zip(mine.k + mine.v, theirs.k + theirs.v, strict=True):
@@ -125,9 +127,3 @@ def test_tiles_divide_the_weight(product: Any, n: int, k: int, num_rows: int) ->
 def test_shapes_without_tiles_are_left_alone() -> None:
     assert choose_tiling("normed", 1000, 4096, 1, hopper=True) is None
     assert choose_tiling("normed", 4096, 4096, 65, hopper=True) is None
-
-
-@pytest.mark.parametrize("num_rows", [1, 2, 16, 64, 256, 1024])
-def test_parts_fill_the_device_and_no_more(num_rows: int) -> None:
-    parts = choose_attention_tiling(num_rows, 8, 128).num_parts
-    assert parts == 1 or num_rows * 8 * parts <= 512
