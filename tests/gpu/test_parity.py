@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 MAX_SHARE = 0.04  # of the tokens may be ties; the same engine on a CPU, in bfloat16, has 2%
-FLOAT32_TIE = 0.02  # TF32 products in the Triton kernel, full float32 elsewhere
+FLOAT32_TIE = 1e-3  # sums in another order
 
 
 @pytest.fixture(scope="module")
