@@ -32,7 +32,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
     """The bound of `relative_error` of a kernel, beside the reference in float64 from the same inputs.
 
-    Triton's interpreter computes float32 with numpy's own functions, and cuts bfloat16 where a device rounds it.
+    Triton's interpreter has numpy's functions in float32, and cuts bfloat16 where a device rounds it.
     """
     if device.type == "cpu" and dtype == torch.float32:
         return 1e-5
