@@ -44,14 +44,14 @@ def test_equals_the_hosts_table(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 12))):
         same = data.draw(st.booleans()) and bool((host.lengths[slots] < MAX_PAGES * PAGE_SIZE).all())
         if same:
-            for slot in slots:
-                host.grow(int(slot))
+            for slot in slots.tolist():
+                host.grow(slot)
         else:
             slots = np.array(data.draw(st.permutations(range(NUM_SLOTS)))[: data.draw(st.integers(1, 5))])
-            for slot in data.draw(st.sets(st.sampled_from(slots.tolist()))):
-                host.rebind(slot, data.draw(st.integers(1, MAX_PAGES * PAGE_SIZE)))
+            for changed in data.draw(st.sets(st.sampled_from(slots.tolist()))):
+                host.rebind(changed, data.draw(st.integers(1, MAX_PAGES * PAGE_SIZE)))
         kv_lens = host.lengths[slots]
         mirror.update(PagedRows(host.table, slots, np.ones_like(slots), kv_lens, same_rows=same))
-        for slot, length in zip(slots, kv_lens, strict=True):
-            used = -(-int(length) // PAGE_SIZE)
+        for row, length in enumerate(kv_lens.tolist()):
+            slot, used = int(slots[row]), -(-length // PAGE_SIZE)
             assert mirror.table[slot, :used].tolist() == host.table[slot, :used].tolist()

@@ -41,7 +41,7 @@ def test_normed_gated_product(split_k: int, bias: bool) -> None:
     stream, gain, w = torch.randn(5, 128), torch.randn(128), torch.randn(2 * 64, 128) / 8
     offsets = torch.randn(128) if bias else None
     squares = torch.zeros(3, 8)
-    squares[:, :5] = torch.stack([part.square().sum(1) for part in stream.split([32, 64, 32], dim=1)])
+    squares[:, :5] = torch.stack([part.square().sum(1) for part in torch.split(stream, [32, 64, 32], dim=1)])
     out = torch.empty(5, 64)
     skinny_linear(
         stream * gain,
