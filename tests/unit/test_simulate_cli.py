@@ -108,20 +108,8 @@ def test_the_check_measures_every_bar(tmp_path: Path) -> None:
     shared = shared_prefix(60, rate=30.0, seed=1)
     options = SimulationOptions(shape=ClusterShape(num_prefill=1, num_decode=1))
     found = check(_bursts(), shared, options, jobs=1, progress=lambda line: None)
-    assert [result.options.shape.num_gateways for result in found.results] == [
-        1,
-        1,
-        1,
-        1,
-        1,
-        2,
-        2,
-        4,
-        4,
-        8,
-        8,
-        1,
-    ]
+    num_gateways = [result.options.shape.num_gateways for result in found.results]
+    assert num_gateways == [1, 1, 1, 1, 1, 2, 2, 4, 4, 8, 8, 1]
     assert not any(result.problems for result in found.results)
     assert len(found.bars) == 8
     assert [result.options.shape.num_gateways for result in found.at_load] == [1, 1, 1, 1, 8]
