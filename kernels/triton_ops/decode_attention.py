@@ -38,16 +38,14 @@ def _rotated_halves(
     return low * cos - high * sin, high * cos + low * sin
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
 def _decode_attention_kernel(
     qkv,
     cos,
     sin,
     q_norm,
     k_norm,
-    positions,
     write_index,
-    slots,
     page_table,
     k_pages,
     v_pages,
@@ -56,7 +54,6 @@ def _decode_attention_kernel(
     part_sums,
     part_stats,
     arrivals,
-    num_rows,
     table_stride,
     eps,
     scale_log2,
@@ -75,26 +72,27 @@ def _decode_attention_kernel(
     item = tl.program_id(1)
     half: tl.constexpr = head_dim // 2
     heads: tl.constexpr = group * num_kv_heads
-    share = tl.load(work)
-    sequence = tl.load(work + 1 + num_rows + item)
+    record = work + item * 8
+    row_index = tl.load(record)
+    slot = tl.load(record + 1)
+    position = tl.load(record + 2)
+    begin = tl.load(record + 3)
+    end = tl.load(record + 4)
+    first = tl.load(record + 5)
+    used_parts = tl.load(record + 6)
     if pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if sequence >= 0:
-        first = tl.load(work + 1 + sequence)
+    if row_index >= 0:
+        sequence = row_index.to(tl.int64)
         part = item - first
-        position = tl.load(positions + sequence).to(tl.int32)  # the keys before it are in their pages
-        slot = tl.load(slots + sequence)
         target = tl.load(write_index + sequence)
-        table = page_table + slot * table_stride
-        used_parts = tl.cdiv(position + 1, share)
-        begin = part * share
-        end = tl.minimum(begin + share, position)
+        table = page_table + slot.to(tl.int64) * table_stride
         g = tl.arange(0, block_g)
         in_g = g < group
         dim = tl.arange(0, head_dim)
         half_dim = tl.arange(0, half)
-        row = qkv + sequence.to(tl.int64) * ((heads + 2 * num_kv_heads) * head_dim)
+        row = qkv + sequence * ((heads + 2 * num_kv_heads) * head_dim)
         angle = position.to(tl.int64) * half
         q_low, q_high = _rotated_halves(
             row, cos + angle, sin + angle, q_norm, eps, (kv_head * group + g) * head_dim, half, in_g, has_norm
@@ -143,7 +141,7 @@ def _decode_attention_kernel(
             sums = sums * shrink[:, None] + tl.dot(weights.to(dtype), values)
             best = new_best
 
-        target_row = out + (sequence.to(tl.int64) * heads + kv_head * group + g[:, None]) * head_dim
+        target_row = out + (sequence * heads + kv_head * group + g[:, None]) * head_dim
         if used_parts == 1:
             tl.store(
                 target_row + dim[None, :],
@@ -212,9 +210,7 @@ def decode_attention(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    positions: Tensor,
     write_index: Tensor,
-    slots: Tensor,
     page_table: Tensor,
     work: Tensor,
     k_pages: Tensor,
@@ -233,23 +229,21 @@ def decode_attention(
 ) -> None:
     """See the module. qkv `[B, H + 2 * H_kv, D]`, dense: query, key and value heads of one new token each.
 
-    cos, sin `[max_position, D / 2]`; positions, write_index, slots int64 `[B]`; page_table int32
-    `[num_slots, max_pages]`; work int32, `share_keys` of the rows' lengths; out `[B, H, D]`. D is a power of
-    two of at least 32.
+    cos, sin `[max_position, D / 2]`; write_index int64 `[B]`; page_table int32 `[num_slots, max_pages]`; work
+    int32 `[num_items, 8]`, the rows' items (`key_shares.py`); out `[B, H, D]`. D is a power of two of at
+    least 32.
     """
-    batch, num_heads, head_dim = out.shape
+    num_heads, head_dim = out.shape[1:]
     num_kv_heads = k_pages.shape[2]
     group = num_heads // num_kv_heads
     options = {"launch_pdl": True} if pdl else {}
-    _decode_attention_kernel[(num_kv_heads, num_items(batch, num_kv_heads))](
+    _decode_attention_kernel[(num_kv_heads, len(work))](
         qkv,
         cos,
         sin,
         qkv if q_norm is None else q_norm,
         qkv if k_norm is None else k_norm,
-        positions,
         write_index,
-        slots,
         page_table,
         k_pages,
         v_pages,
@@ -258,7 +252,6 @@ def decode_attention(
         joints.sums,
         joints.stats,
         joints.arrivals,
-        batch,
         page_table.stride(0),
         eps,
         scale * 1.4426950408889634,

@@ -1,17 +1,24 @@
 """Which keys each block of the decode attention reads. Pure.
 
 Rows of a step differ in length; the longest must not decide how long all wait. So the keys of all rows are
-cut into shares of one size, such that there are about as many as keep the device busy:
+cut into shares of one size, such that there are about as many as keep the device busy. Each share is an item:
 
-    work (int32):  [ share | first item of each row ... | row of each item ..., -1 where there is none ]
-                       1               B                              num_items(B)
+    work, int32 [num_items, 8]:   row, slot, position, begin, end, first item of the row, items of the row, 0
+
+Keys [begin, end) are in their pages already; the row's new token, at `position`, belongs to its last item. A
+row of -1 is no item.
 """
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 import numpy.typing as npt
 
+Int64Array: TypeAlias = npt.NDArray[np.int64]
+
+FIELDS = 8
 _BLOCKS = 512  # that keep a large device busy, of all KV heads
 _ROUND = 64  # keys
 _LEAST = 128  # shorter parts cost more to join than they save
@@ -22,19 +29,25 @@ def num_items(num_rows: int, num_kv_heads: int) -> int:
     return num_rows + _wanted(num_rows, num_kv_heads)
 
 
-def share_keys(kv_lens: npt.NDArray[np.int64], num_kv_heads: int) -> npt.NDArray[np.int32]:
-    """The work of rows with so many keys each, the new token's included."""
-    num_rows = len(kv_lens)
-    even = -(-int(kv_lens.sum()) // _wanted(num_rows, num_kv_heads))
-    share = max(_LEAST, -(-even // _ROUND) * _ROUND)
+def share_size(kv_lens: Int64Array, num_kv_heads: int) -> int:
+    """Keys of a share, for rows with so many keys each, the new token's included."""
+    even = -(-int(kv_lens.sum()) // _wanted(len(kv_lens), num_kv_heads))
+    return max(_LEAST, -(-even // _ROUND) * _ROUND)
+
+
+def make_items(slots: Int64Array, kv_lens: Int64Array, share: int, out: npt.NDArray[np.int32]) -> None:
+    """Writes the items of rows cut into shares of so many keys. out: int32 `[num_items, FIELDS]`."""
     counts = -(-kv_lens // share)
-    work = np.full(1 + num_rows + num_items(num_rows, num_kv_heads), -1, dtype=np.int32)
-    work[0] = share
-    work[1] = 0
-    np.cumsum(counts[:-1], out=work[2 : num_rows + 1])
-    items = np.repeat(np.arange(num_rows, dtype=np.int32), counts)
-    work[1 + num_rows : 1 + num_rows + len(items)] = items
-    return work
+    firsts = np.cumsum(counts) - counts
+    rows = np.repeat(np.arange(len(kv_lens)), counts)
+    count = len(rows)
+    begins = (np.arange(count) - firsts[rows]) * share
+    positions = (kv_lens - 1)[rows]
+    items = out[:count]
+    items[:, 0], items[:, 1], items[:, 2] = rows, slots[rows], positions
+    items[:, 3], items[:, 4] = begins, np.minimum(begins + share, positions)
+    items[:, 5], items[:, 6] = firsts[rows], counts[rows]
+    out[count:, 0] = -1
 
 
 def _wanted(num_rows: int, num_kv_heads: int) -> int:

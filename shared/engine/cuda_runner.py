@@ -139,7 +139,6 @@ class CudaStepRunner:
         return DecodeRows(
             token=inputs.token,
             slot=inputs.slot,
-            position=inputs.position,
             write_index=inputs.write_index,
             last_token=self._last_token,
             page_table=parts.tables.page_table,

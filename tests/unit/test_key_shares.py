@@ -3,39 +3,46 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from phloem.kernels.flashinfer_ops.page_lists import PagedRows
-from phloem.kernels.triton_ops.key_shares import num_items, share_keys
+from phloem.kernels.triton_ops.key_shares import FIELDS, make_items, num_items, share_size
 from phloem.shared.engine.decode_tables import DecodeTables
 from phloem.shared.engine.page_mirror import PageMirror
 
 LENGTHS = st.lists(st.integers(1, 40_000), min_size=1, max_size=80)
 
 
+def items_of(lengths: list[int], num_kv_heads: int) -> npt.NDArray[np.int32]:
+    """With slots 100 and up."""
+    work = np.full((num_items(len(lengths), num_kv_heads), FIELDS), 99, dtype=np.int32)
+    kv_lens = np.array(lengths)
+    make_items(100 + np.arange(len(lengths)), kv_lens, share_size(kv_lens, num_kv_heads), work)
+    return work[work[:, 0] >= 0]
+
+
 @given(LENGTHS, st.sampled_from([1, 2, 8, 32]))
 def test_each_key_is_read_once(lengths: list[int], num_kv_heads: int) -> None:
-    work = share_keys(np.array(lengths), num_kv_heads)
-    share, firsts, items = int(work[0]), work[1 : 1 + len(lengths)], work[1 + len(lengths) :]
-    assert len(items) == num_items(len(lengths), num_kv_heads)
     read = [0] * len(lengths)
-    for index, row in enumerate(items.tolist()):
-        if row >= 0:
-            assert (index - int(firsts[row])) * share == read[row]
-            read[row] += min(share, lengths[row] - read[row])
+    for index, (row, slot, position, begin, end, first, count, _) in enumerate(
+        items_of(lengths, num_kv_heads).tolist()
+    ):
+        assert (slot, position, begin) == (100 + row, lengths[row] - 1, read[row])
+        is_last = index == first + count - 1
+        read[row] = end + 1 if is_last else end  # the last one has the new token, too
     assert read == lengths
 
 
 def test_one_long_row_among_short_ones_is_cut() -> None:
-    work = share_keys(np.array([1_100] * 32 + [8_200]), 8)
-    assert 512 <= int(work[0]) <= 1_152
+    items = items_of([1_100] * 32 + [8_200], 8)
+    assert int((items[:, 4] - items[:, 3]).max()) <= 1_280
 
 
 def test_equal_rows_that_fill_the_device_are_not_cut() -> None:
-    work = share_keys(np.array([1_100] * 64), 8)
-    assert int((work[65:] >= 0).sum()) == 64
+    assert len(items_of([1_100] * 64, 8)) == 64
 
 
 def test_tables_hold_the_steps_work() -> None:
@@ -45,5 +52,9 @@ def test_tables_hold_the_steps_work() -> None:
     for lengths in ([700, 3, 1_200], [701, 4, 1_201], [5]):
         slots, kv_lens = np.arange(len(lengths)), np.array(lengths)
         tables.update(PagedRows(table, slots, np.ones_like(slots), kv_lens))
-        assert tables.work(len(lengths)).tolist() == share_keys(kv_lens, 2).tolist()
+        expected = np.zeros((num_items(len(lengths), 2), FIELDS), dtype=np.int32)
+        make_items(slots, kv_lens, share_size(kv_lens, 2), expected)
+        found = tables.work(len(lengths)).numpy()
+        assert (found[:, 0] == expected[:, 0]).all()
+        assert (found[found[:, 0] >= 0] == expected[expected[:, 0] >= 0]).all()
         assert tables.page_table[slots[-1], 0] == table[slots[-1], 0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from phloem.kernels.reference import rope
 from phloem.kernels.triton_ops.decode_attention import Joints, decode_attention
-from phloem.kernels.triton_ops.key_shares import num_items
+from phloem.kernels.triton_ops.key_shares import FIELDS, make_items, num_items
 from phloem.kernels.triton_ops.skinny import Squares, Workspace, skinny_linear
 from phloem.kernels.triton_ops.tilings import Tiling
 from tests.support.device_ops import HEADS, Heads, paged_batch, relative_error
@@ -84,13 +85,11 @@ def normed(x: Tensor, weight: Tensor | None) -> Tensor:
     return x if weight is None else torch.nn.functional.rms_norm(x, x.shape[-1:], weight, EPS)
 
 
-def shares_of(kv_lens: tuple[int, ...], share: int, num_kv_heads: int) -> Tensor:
-    """Work cut finer than `share_keys` would for so few keys."""
-    counts = [-(-length // share) for length in kv_lens]
-    firsts = [sum(counts[:row]) for row in range(len(counts))]
-    items = [row for row, count in enumerate(counts) for _ in range(count)]
-    items += [-1] * (num_items(len(kv_lens), num_kv_heads) - len(items))
-    return torch.tensor([share, *firsts, *items], dtype=torch.int32)
+def work_of(slots: Tensor, kv_lens: tuple[int, ...], share: int, num_kv_heads: int) -> Tensor:
+    """Items of shares that are smaller than they would be for so few keys."""
+    work = np.full((num_items(len(kv_lens), num_kv_heads), FIELDS), 99, dtype=np.int32)
+    make_items(slots.numpy(), np.array(kv_lens), share, work)
+    return torch.from_numpy(work)
 
 
 WAYS = [(heads, 16, False) for heads in HEADS]
@@ -133,11 +132,9 @@ def test_decode_attention(heads: Heads, share: int, has_norm: bool) -> None:
         qkv,
         angles.cos(),
         angles.sin(),
-        positions,
         write_index,
-        slots,
         table,
-        shares_of(kv_lens, share, heads.num_kv_heads),
+        work_of(slots, kv_lens, share, heads.num_kv_heads),
         batch.k_pages,
         batch.v_pages,
         out,
