@@ -10,8 +10,9 @@ where something is wrong (`phloem.shared.transfer_bench.equality` says why not b
 proof fails.
 
 kills: a survivor keeps its peers for so many losses in mid-transfer, SIGKILL but for `--stop` SIGSTOPs; one
-half is survived by a decode engine, the other by a prefill engine. The next request, on another peer, starts
-with the signal. Bars: it gives a token within 2 s; tokens are right; audits are clean; memory does not grow.
+half is survived by a decode engine, the other by a prefill engine. The next request starts with the signal,
+on a peer that lives on and has ordinary staging slots (who is killed has small ones, so that a transfer has a
+middle). Bars: it gives a token within 2 s; tokens are right; audits are clean; memory does not grow.
 """
 
 from __future__ import annotations

@@ -101,3 +101,6 @@ class _Moved:
 
     def digest(self) -> int:
         return int(self._digest)
+
+    def hold_back(self, stream: torch.cuda.Stream) -> None:
+        self._event.hold_back(stream)

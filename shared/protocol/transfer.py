@@ -2,8 +2,9 @@
 
 The prefill side dials. Life of one request on it: decode sends `Ready` (it holds the first pages and has
 reserved the rest); prefill sends `Piece` headers, each followed by its bytes on the channel in the same
-order, and `Last`; decode returns a `Credit` for each staging slot it has emptied, and `Admitted` when all is
-checked. Either side may send `Cancel` at any time; pieces already under way are received and dropped.
+order and by its `PieceDigest`, and `Last`; decode returns a `Credit` for each staging slot it has emptied,
+and `Admitted` when all is checked. Either side may send `Cancel` at any time; pieces already under way are
+received and dropped.
 """
 
 from __future__ import annotations
@@ -66,6 +67,12 @@ class Piece(msgspec.Struct, frozen=True, tag="piece"):
     layer_start: int
     layer_end: int
     num_bytes: int
+    digest: int = 0  # comes in `PieceDigest`: the header leaves while the pages are still being gathered
+
+
+class PieceDigest(msgspec.Struct, frozen=True, tag="digest"):
+    """Of the channel's oldest piece that had none yet; it may come after the request's `Last`."""
+
     digest: int
 
 
@@ -99,7 +106,7 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
 
 
 TransferMessage: TypeAlias = (
-    Open | Opened | Refused | Rendezvous | Ready | Piece | Last | Admitted | Credit | Cancel
+    Open | Opened | Refused | Rendezvous | Ready | Piece | PieceDigest | Last | Admitted | Credit | Cancel
 )
 
 transfer_message: Codec[TransferMessage] = Codec(TransferMessage, max_bytes=1024 * 1024)

@@ -7,10 +7,10 @@ a two-rank process group of its own for the bytes. Life of one channel:
    secret (`handshake`).
 2. `Open` / `Opened` agree on epochs, layout and slot size; both ranks find each other over the same
    connection (`rendezvous`) and join the process group of a `DataPlane`; one byte goes through it.
-3. Three threads serve a `Channel`: its own reads control frames, `write` sends them (a piece's when its pages
-   are gathered and their digest is known, a credit when its slot is emptied) and posts data, `complete` waits
-   for posted data in order. Silence past the deadline, a broken rule or a dead peer ends all three with one
-   `ChannelLost`.
+3. Three threads serve a `Channel`: its own reads control frames, `write` sends them (a piece's at once, a
+   credit when its slot is emptied) and posts data, which the device sends when it is gathered; `complete`
+   waits for gathered and posted data in order. A piece's digest follows it. Silence past the deadline, a
+   broken rule or a dead peer ends all three with one `ChannelLost`.
 
 The engine's thread talks to `TransferEndpoint` only, never blocks there, and is answered by events.
 """

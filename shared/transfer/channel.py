@@ -1,8 +1,9 @@
 """One channel: three threads over a control connection and a data plane.
 
     the thread of `run`   reads control frames
-    write                 sends what the outbox holds; after a Piece header it posts the data
-    complete              waits for posted data, in order, and tells the engine
+    write                 sends what the outbox holds; after a Piece header it posts the data, which the
+                          device sends once it is gathered
+    complete              waits for gathered and posted data, in order; sends digests, or tells the engine
 
 Whoever sees something break calls `fail`; that silences the channel at once, and `run` takes it apart.
 """
@@ -23,7 +24,7 @@ from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.events import ChannelLost, ChannelOpened, Side, TransferEvent
 from phloem.shared.transfer.frames import KEEPALIVE, FrameSocket
 from phloem.shared.transfer.mailbox import Mailbox
-from phloem.shared.transfer.pending import Pending
+from phloem.shared.transfer.pending import Moved, Pending
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec, open_plane
 from phloem.shared.transfer.rendezvous import ControlStore
 from phloem.shared.transfer.staging import StagingSlot
@@ -38,13 +39,13 @@ KEEPALIVES_PER_TIMEOUT = 4
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """`after` must be done on the device before the message is made and leaves; then `slot` is emptied
-    (decode's Credit) or its first `num_bytes` are sent (prefill's Piece)."""
+    """A message, alone or with the slot that it is about: decode's Credit leaves when the device is done with
+    `emptied`; prefill's Piece leaves at once, its bytes when the device is done with `gathered`."""
 
-    message: Callable[[], TransferMessage]
-    after: Pending | None = None
+    message: TransferMessage
     slot: StagingSlot | None = None
-    num_bytes: int = 0
+    emptied: Pending | None = None
+    gathered: Moved | None = None
 
 
 class Channel(ABC):
@@ -83,7 +84,7 @@ class Channel(ABC):
 
     def send(self, message: TransferMessage) -> None:
         """Queues a message that no bytes follow. Raises `channel_lost`."""
-        self._post(Outgoing(lambda: message))
+        self._post(Outgoing(message))
 
     @property
     def is_idle(self) -> bool:
@@ -140,7 +141,7 @@ class Channel(ABC):
 
     @abstractmethod
     def _before_sending(self, item: Outgoing) -> None:
-        """What is due when `item.after` is done."""
+        """What is due before the message leaves."""
 
     @abstractmethod
     def _after_sending(self, item: Outgoing, plane: DataPlane) -> None:
@@ -190,10 +191,8 @@ class Channel(ABC):
             if item is None:
                 self._frames.write(KEEPALIVE)
                 continue
-            if item.after is not None:
-                item.after.wait(self._timeout_s)
             self._before_sending(item)
-            self._frames.write(transfer_message.encode(item.message()))
+            self._frames.write(transfer_message.encode(item.message))
             self._after_sending(item, plane)
 
     def _guarded(self, body: Callable[[], None]) -> None:

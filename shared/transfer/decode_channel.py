@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import msgspec
 import torch
 
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.protocol.transfer import Cancel, Credit, Last, Piece, TransferMessage
+from phloem.shared.protocol.transfer import Cancel, Credit, Last, Piece, PieceDigest, TransferMessage
 from phloem.shared.transfer.channel import Channel, Outgoing
-from phloem.shared.transfer.errors import protocol_violation
+from phloem.shared.transfer.errors import protocol_violation, transfer_timeout
 from phloem.shared.transfer.events import CancelReceived, LastReceived, PieceReceived, TransferEvent
 from phloem.shared.transfer.frames import FrameSocket
 from phloem.shared.transfer.mailbox import Mailbox
@@ -58,6 +59,7 @@ class DecodeChannel(Channel):
         self._staging_bytes = staging_bytes
         self._ring = ReceiveRing(make_slots(self.name, staging_slots, staging_bytes, plane_spec.device))
         self._arrivals: Mailbox[_Arrival] = Mailbox(_MAX_ARRIVALS)
+        self._digests: Mailbox[int] = Mailbox(staging_slots)  # in the order of the pieces
 
     def release(self, piece: PieceReceived, after: Pending) -> None:
         """Empties the slot; one of an older channel is left alone, and so is one of a lost channel."""
@@ -65,7 +67,7 @@ class DecodeChannel(Channel):
             return
         self._ring.releasing(piece.slot)
         with contextlib.suppress(PhloemError):  # lost: its event comes
-            self._post(Outgoing(lambda: _ONE_CREDIT, after, piece.slot))
+            self._post(Outgoing(_ONE_CREDIT, piece.slot, emptied=after))
 
     def _warm_up(self, plane: DataPlane) -> None:
         byte = torch.zeros(1, dtype=torch.uint8, device=self._plane_spec.device)
@@ -81,6 +83,8 @@ class DecodeChannel(Channel):
                 posted_at = time.monotonic()
                 pending = plane.post_receive(slot.tensor, message.num_bytes)
                 self._arrivals.put(_Receiving(pending, message, slot, posted_at), self._timeout_s)
+            case PieceDigest():
+                self._digests.put(message.digest)  # more of them than slots: the peer breaks a rule
             case Last():
                 if message.num_pieces < 0:
                     raise protocol_violation(f"{message.num_pieces} pieces")
@@ -98,7 +102,8 @@ class DecodeChannel(Channel):
             self.fail(error)
 
     def _before_sending(self, item: Outgoing) -> None:
-        if item.slot is not None:
+        if item.slot is not None and item.emptied is not None:
+            item.emptied.wait(self._timeout_s)
             self._ring.emptied(item.slot)
 
     def _after_sending(self, item: Outgoing, plane: DataPlane) -> None:
@@ -121,13 +126,17 @@ class DecodeChannel(Channel):
 
     def _receive(self, arrival: _Receiving) -> None:
         arrival.pending.wait(self._deadline_from(arrival.posted_at))
-        header = arrival.header
+        digest = self._digests.get(max(0.0, self._deadline_from(arrival.posted_at)))
+        if digest is None:
+            raise transfer_timeout("a piece came, but not its digest")
+        header = msgspec.structs.replace(arrival.header, digest=digest)
         self._meter.received(header.num_bytes, arrival.posted_at, time.monotonic())
         data = arrival.slot.tensor[: header.num_bytes]
         self._emit(PieceReceived(self.peer, header, data, arrival.slot))
 
     def _close_completions(self) -> None:
         self._arrivals.close()
+        self._digests.close()
 
 
 def check_header(piece: Piece, staging_bytes: int) -> None:

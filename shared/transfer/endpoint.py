@@ -116,8 +116,8 @@ class TransferEndpoint:
             channel.give_back(slot)
 
     def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
-        """Sends `slot.tensor[:piece.num_bytes]` once `gathered` is done, whose digest goes into the header.
-        The slot is the endpoint's again."""
+        """Sends `slot.tensor[:piece.num_bytes]` once `gathered` is done, and its digest. The slot is the
+        endpoint's again."""
         self._open_prefill_channel(peer).send_piece(piece, slot, gathered)
 
     def send_last(self, peer: PeerRef, message: Last) -> None:

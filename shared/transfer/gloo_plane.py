@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroupGloo
 
 from phloem.shared.transfer.errors import channel_lost, transfer_timeout
-from phloem.shared.transfer.pending import Pending
+from phloem.shared.transfer.pending import Moved, Pending
 from phloem.shared.transfer.planes import RANKS, PlaneSpec
 from phloem.shared.transfer.rendezvous import ControlStore
 
@@ -25,6 +25,7 @@ class GlooPlane:
 
     def __init__(self, spec: PlaneSpec, store: ControlStore) -> None:
         self._rank = RANKS[spec.side]
+        self._timeout_s = spec.timeout_s
         try:
             # Any: the stubs lack send and recv.
             self._group: Any = ProcessGroupGloo(store, self._rank, 2, _options(spec))
@@ -32,7 +33,9 @@ class GlooPlane:
             raise channel_lost(f"the peer did not join the group: {error}") from error
         self._nothing = torch.empty(1, dtype=torch.uint8)
 
-    def post_send(self, data: Tensor) -> Pending:
+    def post_send(self, data: Tensor, after: Moved | None = None) -> Pending:
+        if after is not None:
+            after.wait(self._timeout_s)
         try:
             return _PendingWork(self._group.send([data], 1 - self._rank, _DATA_TAG))
         except RuntimeError as error:

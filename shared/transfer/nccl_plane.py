@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroupNCCL
 from phloem.shared.transfer.device_event import HIGH_PRIORITY, DeviceEvent
 from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.interfaces import interface_of
-from phloem.shared.transfer.pending import Pending
+from phloem.shared.transfer.pending import Moved, Pending
 from phloem.shared.transfer.planes import RANKS, PlaneSpec
 from phloem.shared.transfer.rendezvous import ControlStore
 
@@ -49,9 +49,11 @@ class NcclPlane:
         except RuntimeError as error:
             raise channel_lost(f"the NCCL group can't be made: {error}") from error
 
-    def post_send(self, data: Tensor) -> Pending:
+    def post_send(self, data: Tensor, after: Moved | None = None) -> Pending:
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                if after is not None:
+                    after.hold_back(self._stream)
                 self._group.send([data], 1 - self._rank, 0).wait()  # the stream waits, not this thread
                 return self._used(data)
         except RuntimeError as error:

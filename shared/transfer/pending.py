@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch.cuda import Stream
 
 
 class Pending(Protocol):
@@ -20,6 +23,9 @@ class Moved(Pending, Protocol):
 
     def digest(self) -> int:
         """Of the bytes that moved; only when done."""
+
+    def hold_back(self, stream: Stream) -> None:
+        """What `stream` is given from now on begins when they have moved, on the device."""
 
 
 class Done:
@@ -40,6 +46,9 @@ class MovedNow(Done):
 
     def digest(self) -> int:
         return self._digest
+
+    def hold_back(self, stream: Stream) -> None:
+        del stream
 
 
 DONE = Done()

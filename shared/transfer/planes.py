@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phloem.shared.transfer.config import MAX_CTAS
 from phloem.shared.transfer.events import Side
-from phloem.shared.transfer.pending import Pending
+from phloem.shared.transfer.pending import Moved, Pending
 from phloem.shared.transfer.rendezvous import ControlStore
 
 RANKS: dict[Side, int] = {"decode": 0, "prefill": 1}
@@ -23,7 +23,8 @@ class DataPlane(Protocol):
     """`post_*` never block for the peer; `abort` may be called from any thread, and wakes every wait. After a
     wait that raised, the plane is broken."""
 
-    def post_send(self, data: Tensor) -> Pending: ...
+    def post_send(self, data: Tensor, after: Moved | None = None) -> Pending:
+        """Sends `data` once `after` is done, and what was posted before."""
 
     def post_receive(self, slot: Tensor, num_bytes: int) -> Pending:
         """Receives the first `num_bytes` of `slot`."""

@@ -6,12 +6,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import msgspec
 import torch
 
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.protocol.transfer import Admitted, Cancel, Credit, Piece, Ready, TransferMessage
+from phloem.shared.protocol.transfer import (
+    Admitted,
+    Cancel,
+    Credit,
+    Piece,
+    PieceDigest,
+    Ready,
+    TransferMessage,
+)
 from phloem.shared.transfer.channel import Channel, Outgoing, not_open
 from phloem.shared.transfer.errors import protocol_violation
 from phloem.shared.transfer.events import (
@@ -31,6 +38,7 @@ from phloem.shared.transfer.stats import PeerMeter
 
 @dataclass(frozen=True, slots=True)
 class _Sending:
+    gathered: Moved
     pending: Pending
     slot: StagingSlot
     num_bytes: int
@@ -74,11 +82,7 @@ class PrefillChannel(Channel):
             raise not_open(self.peer)
         assert 0 < piece.num_bytes <= slot.tensor.numel(), "the piece doesn't fit into the slot"
         self._ring.sending(slot)
-
-        def header() -> Piece:
-            return msgspec.structs.replace(piece, digest=gathered.digest())
-
-        self._post(Outgoing(header, gathered, slot, piece.num_bytes))
+        self._post(Outgoing(piece, slot, gathered=gathered))
 
     @property
     def is_idle(self) -> bool:
@@ -111,16 +115,19 @@ class PrefillChannel(Channel):
         pass
 
     def _after_sending(self, item: Outgoing, plane: DataPlane) -> None:
-        if item.slot is None:
+        if item.slot is None or item.gathered is None:
             return
-        posted_at = time.monotonic()
-        pending = plane.post_send(item.slot.tensor[: item.num_bytes])
-        self._sendings.put(_Sending(pending, item.slot, item.num_bytes, posted_at))
+        assert isinstance(item.message, Piece)
+        posted_at, num_bytes = time.monotonic(), item.message.num_bytes
+        pending = plane.post_send(item.slot.tensor[:num_bytes], item.gathered)
+        self._sendings.put(_Sending(item.gathered, pending, item.slot, num_bytes, posted_at))
 
     def _complete(self) -> None:
         while True:
             sending = self._sendings.get()
             assert sending is not None
+            sending.gathered.wait(self._deadline_from(sending.posted_at))
+            self.send(PieceDigest(sending.gathered.digest()))
             sending.pending.wait(self._deadline_from(sending.posted_at))
             self._meter.sent(sending.num_bytes, sending.posted_at, time.monotonic())
             self._tell_if(self._ring.sent(sending.slot))

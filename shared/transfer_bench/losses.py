@@ -1,7 +1,8 @@
 """Peers that die or freeze in the middle of a transfer, again and again, and what that does to the survivor.
 
-One engine survives all of it. Each loss takes the newest of its peers; others have been started ahead and
-hold channels already, as a cluster's other workers do. A loss counts as *in mid-transfer* when some but not
+One engine survives all of it. Each loss takes a victim, a peer whose few small staging slots make transfers
+last; others have been started ahead. The next request goes to a peer with ordinary slots that holds a channel
+all the time, as a cluster's other workers do. A loss counts as *in mid-transfer* when some but not
 all KV of a hand-over had crossed: only those are counted, what came too early or too late is repeated.
 """
 
@@ -30,7 +31,7 @@ LOSS_CODES = ("channel_lost", "peer_gone", "transfer_timeout", "handover_cancell
 
 
 class LossPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is done to whom. `staging` are (bytes, slots) of the peers in turn: small ones make a transfer
+    """What is done to whom. `staging` are (bytes, slots) of the victims in turn: small ones make a transfer
     last. `noticed_within_s`: the survivor must give the lost request up in this time."""
 
     count: int
@@ -42,7 +43,7 @@ class LossPlan(msgspec.Struct, frozen=True, kw_only=True):
     peer_gpu: int | None = None
     staging: tuple[tuple[int, int], ...]
     noticed_within_s: float
-    num_spares: int = 3  # peers that start while others are lost
+    num_spares: int = 3  # victims that start while others are lost
     seed: int = 0
 
 
@@ -72,39 +73,41 @@ class LossRun:
         """Raises `PhloemError` when a bound is not kept, a token is wrong, or an audit is not clean."""
         plan = self.plan
         self._rng = random.Random(plan.seed)
-        self._num_peers = 0
-        self._spares: list[asyncio.Task[EngineClient]] = []
+        self._num_victims = 0
+        self._victims: list[asyncio.Task[EngineClient]] = []
         survivor = self.lab.start(plan.survivor, plan.survivor_gpu, name="survivor")
         self._starting = asyncio.create_task(survivor)
+        steady = asyncio.create_task(self._start_peer({}))
         try:
-            self._top_up(plan.count + 1)
+            self._top_up(plan.count)
             self._survivor = await self._starting
-            victim = await self._next_peer(plan.count)
+            other = await steady
             while len(self.losses) < plan.count:
                 self.num_tries += 1
                 if self.num_tries > _MAX_TRIES_PER_LOSS * plan.count:
                     raise PhloemError("bench_failed", "transfers end before they can be interrupted")
-                spare = await self._next_peer(plan.count - len(self.losses) - 1)
-                await self._lose(victim, spare)
-                victim = spare
+                victim = await self._next_victim(plan.count - len(self.losses) - 1)
+                await self._lose(victim, other)
         finally:
-            for task in (self._starting, *self._spares):
+            tasks = (self._starting, steady, *self._victims)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(self._starting, *self._spares, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
         return self.losses
 
     # -- peers ---------------------------------------------------------------------------------------------
 
     def _top_up(self, wanted: int) -> None:
-        while len(self._spares) < min(wanted, self.plan.num_spares):
-            staging = self.plan.staging[self._num_peers % len(self.plan.staging)]
-            self._num_peers += 1
-            self._spares.append(asyncio.create_task(self._start_peer(*staging)))
+        while len(self._victims) < min(wanted, self.plan.num_spares):
+            num_bytes, slots = self.plan.staging[self._num_victims % len(self.plan.staging)]
+            self._num_victims += 1
+            small = {"staging_bytes": num_bytes, "staging_slots": slots}
+            self._victims.append(asyncio.create_task(self._start_peer(small)))
 
-    async def _start_peer(self, staging_bytes: int, staging_slots: int) -> EngineClient:
-        """A peer whose channel works."""
+    async def _start_peer(self, staging: dict[str, int]) -> EngineClient:
+        """A peer whose channel works; `staging` are options other than the lab's."""
         role: Role = "prefill" if self.plan.survivor == "decode" else "decode"
-        changes = {"staging_bytes": staging_bytes, "staging_slots": staging_slots, "disable_cuda_graph": True}
+        changes = {**staging, "disable_cuda_graph": True}
         peer = await self.lab.start(role, self.plan.peer_gpu, changes=changes)
         self._survivor = await self._starting
         prefill, decode = self._sides(peer)
@@ -112,12 +115,12 @@ class LossRun:
         await prove_channel(prefill, decode, f"channel of {peer.ref.worker_id}")
         return peer
 
-    async def _next_peer(self, wanted_after: int) -> EngineClient:
-        if not self._spares:
+    async def _next_victim(self, wanted_after: int) -> EngineClient:
+        if not self._victims:
             self._top_up(1)
-        peer = await self._spares.pop(0)
+        victim = await self._victims.pop(0)
         self._top_up(wanted_after)
-        return peer
+        return victim
 
     def _sides(self, peer: EngineClient) -> tuple[EngineClient, EngineClient]:
         """Prefill, decode."""
@@ -125,18 +128,18 @@ class LossRun:
 
     # -- one loss ------------------------------------------------------------------------------------------
 
-    async def _lose(self, victim: EngineClient, spare: EngineClient) -> None:
-        """Interrupts a transfer; what the lost request would have said, the spare's pair must say."""
+    async def _lose(self, victim: EngineClient, other: EngineClient) -> None:
+        """Interrupts a transfer; what the lost request would have said, the other peer's pair must say."""
         prompt = self._prompt()
         name = f"loss-{self.num_tries}"
-        expected = await whole(spare, f"{name}-whole", prompt, _GREEDY)
-        await spare.flush()
+        expected = await whole(other, f"{name}-whole", prompt, _GREEDY)
+        await other.flush()
         before = await self._bytes_moved()
         broken = await hand_over(*self._sides(victim), name, prompt, _GREEDY)
         await self._wait_for_middle(broken, before)
         struck_s = time.monotonic()
         victim.signal(self.plan.how)
-        again = await hand_over(*self._sides(spare), f"{name}-again", prompt, _GREEDY)
+        again = await hand_over(*self._sides(other), f"{name}-again", prompt, _GREEDY)
         await again.decode.until_tokens(1, 60.0)
         next_request_s = time.monotonic() - struck_s
         ours = broken.decode if self.plan.survivor == "decode" else broken.prefill

@@ -38,7 +38,10 @@ from phloem.shared.transfer_bench.rank_protocol import KvShape, PagesRun
 
 PREFILL, DECODE = PeerRef("bench-prefill", 1), PeerRef("bench-decode", 1)
 _TOKEN = 7
-_LOOK_S = 0.000_01  # how long a loop with nothing to do waits for an event
+_LOOK_S = (
+    0.000_02  # between two looks at the device: an engine looks every 50 us, this loop does nothing else
+)
+_IDLE_S = 0.01  # when only an event can change anything
 
 
 class PagedSide:
@@ -77,13 +80,13 @@ class PagedSide:
     def close(self) -> None:
         self.endpoint.close(0.0)
 
-    def next_event(self, deadline: float) -> TransferEvent | None:
-        """An event, or None after a moment. Raises `PhloemError` past `deadline`, and when the channel is
+    def next_event(self, deadline: float, wait_s: float = _IDLE_S) -> TransferEvent | None:
+        """An event, or None after `wait_s`. Raises `PhloemError` past `deadline`, and when the channel is
         lost."""
         if time.monotonic() > deadline:
             raise PhloemError("bench_timeout", f"no hand-over within {self._timeout_s:.0f} s")
         try:
-            event = self.events.get(timeout=_LOOK_S)
+            event = self.events.get(timeout=wait_s)
         except Empty:
             return None
         if isinstance(event, ChannelLost | CancelReceived):
@@ -155,8 +158,10 @@ class SendingSide(PagedSide):
             self._count_as_computed(request)
         done = _check(self._sender.pump())
         while done < len(requests):
-            self._stash(self.next_event(deadline))
-            done += _check(self._sender.pump())
+            event = self.next_event(deadline)
+            self._stash(event)
+            if event is not None:  # a slot: nothing else is waited for
+                done += _check(self._sender.pump())
         return began_s
 
     def _count_as_computed(self, request: Request) -> None:
@@ -191,10 +196,11 @@ class ReceivingSide(PagedSide):
             _check([self._receiver.reserved(request)])
         admitted = 0
         while admitted < len(requests):
-            self._take(self.next_event(deadline))
-            arrived, failed = self._receiver.poll()
-            _check(failed)
-            admitted += len(arrived)
+            self._take(self.next_event(deadline, _LOOK_S if self._receiver.is_moving else _IDLE_S))
+            if self._receiver.has_news:
+                arrived, failed = self._receiver.poll()
+                _check(failed)
+                admitted += len(arrived)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.monotonic()

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from phloem.shared.engine.punctuality import ask_for_punctual_threads
 from phloem.shared.errors import PhloemError
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.planes import PlaneSpec
@@ -132,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="phloem-transfer-rank")
     parser.add_argument("--fd", type=int, required=True, help="the socket to the command")
     rank = Rank(Connection(parser.parse_args(argv).fd))
+    ask_for_punctual_threads()  # as an engine does
     try:
         rank.serve()
     except EOFError:

@@ -53,6 +53,9 @@ class HeldBack:
         assert self.is_done, "the digest is not known yet"
         return self._digest
 
+    def hold_back(self, stream: torch.cuda.Stream) -> None:
+        raise AssertionError("there is no device here")
+
 
 class FakePageStore:
     """Pages as bytes, by (page, layer); the digest is a CRC."""

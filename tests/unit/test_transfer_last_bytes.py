@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from phloem.shared.protocol.transfer import PieceDigest
 from phloem.shared.transfer.events import ChannelLost, PieceReceived
 from tests.support.transfer import DECODE, Recorded, piece, rogue_prefill, transfer_config
 
@@ -34,6 +35,7 @@ def test_bytes_that_come_after_the_peer_left_are_taken(decode: Recorded) -> None
         with rogue_prefill(decode) as rogue:
             assert rogue.plane is not None
             rogue.write(piece("r", num_bytes=4096))
+            rogue.write(PieceDigest(7))
             rogue.frames.shutdown()
             rogue.plane.post_send(torch.full((4096,), 7, dtype=torch.uint8)).wait(5.0)
             assert int(decode.next(PieceReceived).data.sum()) == 7 * 4096

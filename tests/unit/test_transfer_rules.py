@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 
@@ -9,7 +10,15 @@ import msgspec
 import pytest
 import torch
 
-from phloem.shared.protocol.transfer import Cancel, Credit, Last, Opened, Ready, TransferMessage
+from phloem.shared.protocol.transfer import (
+    Cancel,
+    Credit,
+    Last,
+    Opened,
+    PieceDigest,
+    Ready,
+    TransferMessage,
+)
 from phloem.shared.transfer.events import ChannelLost, ChannelOpened, PieceReceived, ReadyReceived
 from phloem.shared.transfer.pending import MovedNow
 from tests.support.transfer import (
@@ -97,6 +106,7 @@ def test_piece_without_a_credit_ends_the_channel(decode: Recorded) -> None:
         for _ in range(NUM_SLOTS):
             rogue.write(GOOD)
             sends.append(rogue.plane.post_send(data))
+            rogue.write(PieceDigest(1))
         received = [decode.next(PieceReceived) for _ in range(NUM_SLOTS)]
         rogue.write(GOOD)
         assert decode.next(ChannelLost).error.code == "transfer_protocol"
@@ -122,7 +132,9 @@ def test_fewer_and_more_bytes_than_announced_do_not_kill_the_process(decode: Rec
         for num_bytes in (10, SLOT_BYTES):
             rogue.write(GOOD)
             rogue.plane.post_send(torch.full((num_bytes,), 7, dtype=torch.uint8)).wait(5.0)
+            rogue.write(PieceDigest(num_bytes))
             received = decode.next(PieceReceived)  # the digest is the engine's to check
+            assert received.header.digest == num_bytes
             assert received.data.numel() == GOOD.num_bytes
         decode.assert_silent()
 
@@ -164,7 +176,60 @@ def test_piece_of_a_cancelled_request_is_still_delivered(decode: Recorded) -> No
         decode.endpoint.send_cancel(PREFILL, Cancel("r", 1), "decode")
         rogue.write(GOOD)
         rogue.plane.post_send(torch.ones(GOOD.num_bytes, dtype=torch.uint8)).wait(5.0)
+        rogue.write(PieceDigest(GOOD.digest))
         assert decode.next(PieceReceived).header == GOOD
+
+
+def test_piece_without_its_digest_is_never_delivered(decode: Recorded) -> None:
+    with rogue_prefill(decode) as rogue:
+        assert rogue.plane is not None
+        started = time.monotonic()
+        rogue.write(GOOD)
+        rogue.plane.post_send(torch.ones(GOOD.num_bytes, dtype=torch.uint8)).wait(5.0)
+        while time.monotonic() - started < TIMEOUT_S / 2:  # it lives: only the digest is missing
+            rogue.frames.write(b"")
+            time.sleep(0.05)
+        rogue.frames.write(b"")
+        assert decode.next(ChannelLost).error.code == "transfer_timeout"
+        assert time.monotonic() - started < TIMEOUT_S + 1.0
+
+
+def test_digests_of_pieces_that_never_were_end_the_channel(decode: Recorded) -> None:
+    with rogue_prefill(decode) as rogue:
+        for _ in range(NUM_SLOTS + 1):
+            rogue.write(PieceDigest(1))
+        decode.next(ChannelLost)
+
+
+class _Gathering(MovedNow):
+    """Pages that a device gathers until the test says that it has."""
+
+    def __init__(self, digest: int) -> None:
+        super().__init__(digest)
+        self.is_gathered = threading.Event()
+
+    def wait(self, timeout_s: float) -> None:
+        assert self.is_gathered.wait(timeout_s)
+
+    def digest(self) -> int:
+        assert self.is_gathered.is_set(), "the digest is not known yet"
+        return super().digest()
+
+
+def test_header_leaves_while_the_pages_are_gathered_and_the_digest_follows(prefill: Recorded) -> None:
+    with rogue_decode(prefill) as rogue:
+        assert rogue.plane is not None
+        slot = prefill.endpoint.acquire_slot(DECODE)
+        assert slot is not None
+        gathering = _Gathering(77)
+        prefill.endpoint.send_piece(DECODE, GOOD, slot, gathering)
+        assert rogue.read() == GOOD
+        slot.tensor[: GOOD.num_bytes] = 5
+        gathering.is_gathered.set()
+        data = torch.zeros(GOOD.num_bytes, dtype=torch.uint8)
+        rogue.plane.post_receive(data, GOOD.num_bytes).wait(5.0)
+        assert int(data.sum()) == 5 * GOOD.num_bytes
+        assert rogue.read() == PieceDigest(77)
 
 
 def test_one_prefill_peers_fault_leaves_another_alone(decode: Recorded) -> None:
