@@ -160,28 +160,43 @@ def plane_addresses(kv: PagedKV) -> Tensor:
 
 
 def gather_pages_async(
-    kv: PagedKV, addresses: Tensor, page_ids: Tensor, layer_start: int, layer_end: int, out: Tensor
-) -> Tensor:
-    """As `gather_pages`, but the digest stays on the device, int64 `[1]`: nothing waits for a CUDA device.
+    kv: PagedKV,
+    addresses: Tensor,
+    page_ids: Tensor,
+    layer_start: int,
+    layer_end: int,
+    out: Tensor,
+    digest: Tensor,
+) -> None:
+    """As `gather_pages`, but nothing waits for a CUDA device: the digest is added to `digest`, int64 `[1]`
+    on the device.
 
     `addresses` are `plane_addresses(kv)`.
     """
     if out.is_cuda:
         from phloem.kernels import cuda_ops
 
-        return cuda_ops.gather_pages(kv, page_ids, layer_start, layer_end, out, addresses)
-    return torch.tensor([_pages.gather_pages(kv, page_ids, layer_start, layer_end, out)])
+        cuda_ops.gather_pages(kv, page_ids, layer_start, layer_end, out, addresses, digest)
+    else:
+        digest += _pages.gather_pages(kv, page_ids, layer_start, layer_end, out)
 
 
 def scatter_pages_async(
-    kv: PagedKV, addresses: Tensor, page_ids: Tensor, layer_start: int, layer_end: int, src: Tensor
-) -> Tensor:
+    kv: PagedKV,
+    addresses: Tensor,
+    page_ids: Tensor,
+    layer_start: int,
+    layer_end: int,
+    src: Tensor,
+    digest: Tensor,
+) -> None:
     """As `scatter_pages`, in the manner of `gather_pages_async`."""
     if src.is_cuda:
         from phloem.kernels import cuda_ops
 
-        return cuda_ops.scatter_pages(kv, page_ids, layer_start, layer_end, src, addresses)
-    return torch.tensor([_pages.scatter_pages(kv, page_ids, layer_start, layer_end, src)])
+        cuda_ops.scatter_pages(kv, page_ids, layer_start, layer_end, src, addresses, digest)
+    else:
+        digest += _pages.scatter_pages(kv, page_ids, layer_start, layer_end, src)
 
 
 def sample(

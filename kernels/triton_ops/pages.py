@@ -53,12 +53,13 @@ def gather_pages(
     layer_end: int,
     out: Tensor,
     addresses: Tensor | None = None,
+    digest: Tensor | None = None,
 ) -> Tensor:
-    """See `ops.gather_pages`; the digest stays on the device, int64 `[1]`.
+    """See `ops.gather_pages`; the digest stays on the device, int64 `[1]`: in `digest`, if that is given.
 
     With `addresses` (`ops.plane_addresses`) only launches; without, their upload is waited for.
     """
-    return _move(kv, page_ids, layer_start, layer_end, out, addresses, gathers=True)
+    return _move(kv, page_ids, layer_start, layer_end, out, addresses, digest, gathers=True)
 
 
 def scatter_pages(
@@ -68,9 +69,10 @@ def scatter_pages(
     layer_end: int,
     src: Tensor,
     addresses: Tensor | None = None,
+    digest: Tensor | None = None,
 ) -> Tensor:
     """See `ops.scatter_pages` and `gather_pages`."""
-    return _move(kv, page_ids, layer_start, layer_end, src, addresses, gathers=False)
+    return _move(kv, page_ids, layer_start, layer_end, src, addresses, digest, gathers=False)
 
 
 def _move(
@@ -80,22 +82,25 @@ def _move(
     layer_end: int,
     staging: Tensor,
     addresses: Tensor | None,
+    digest: Tensor | None,
     *,
     gathers: bool,
 ) -> Tensor:
-    digest = torch.zeros(1, dtype=torch.int64, device=staging.device)
-    planes = [plane for layer in range(layer_start, layer_end) for plane in (kv.k[layer], kv.v[layer])]
-    if not planes or not page_ids.numel():
+    if digest is None:
+        digest = torch.zeros(1, dtype=torch.int64, device=staging.device)
+    num_planes = 2 * (layer_end - layer_start)
+    if not num_planes or not page_ids.numel():
         return digest
-    page_bytes = planes[0][0].numel() * planes[0].element_size()
+    page_bytes = kv.k[0].stride(0) * kv.k[0].element_size()
     assert page_bytes % 8 == 0, "a page is whole 8-byte words"
     if addresses is None:
-        on_host = [plane.data_ptr() for plane in planes]
+        layers = range(layer_start, layer_end)
+        on_host = [plane.data_ptr() for layer in layers for plane in (kv.k[layer], kv.v[layer])]
         pointers = torch.tensor(on_host, dtype=torch.int64, device=staging.device)
     else:
         pointers = addresses[2 * layer_start : 2 * layer_end]
     page_words = page_bytes // 8
-    _move_kernel[(len(planes), page_ids.numel(), triton.cdiv(page_words, _BLOCK_WORDS))](
+    _move_kernel[(num_planes, page_ids.numel(), triton.cdiv(page_words, _BLOCK_WORDS))](
         pointers,
         page_ids,
         staging[: staging.numel() // 8 * 8].view(torch.int64),

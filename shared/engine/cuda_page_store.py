@@ -51,7 +51,7 @@ class CudaPageStore:
         for what is to come: both would hold up the first hand-overs. What is written to the pages was read
         from them."""
         pinned = [
-            torch.empty(num_pages, dtype=torch.int64, pin_memory=True)
+            torch.empty(1 + num_pages, dtype=torch.int64, pin_memory=True)
             for num_pages in _USUAL_PAGE_COUNTS
             for _ in range(_MOVES_UNDER_WAY)
         ]
@@ -68,30 +68,32 @@ class CudaPageStore:
     @torch.inference_mode()
     def _move(
         self,
-        move: Callable[[KVCache, Tensor, Tensor, int, int, Tensor], Tensor],
+        move: Callable[[KVCache, Tensor, Tensor, int, int, Tensor, Tensor], None],
         page_ids: Sequence[int],
         layer_start: int,
         layer_end: int,
         staging: Tensor,
     ) -> Moved:
-        on_host = torch.tensor(page_ids, dtype=torch.int64, pin_memory=True)
-        digest = torch.empty(1, dtype=torch.int64, pin_memory=True)
+        # The digest, zero at first, travels with the ids: there, and back. It stands before them, so that
+        # both always have the same alignment, which Triton compiles for.
+        on_host = torch.tensor((0, *page_ids), dtype=torch.int64, pin_memory=True)
         with torch.cuda.stream(self._stream):
             index = on_host.to(self._device, non_blocking=True)
-            made = move(self._kv, self._addresses, index, layer_start, layer_end, staging)
-            digest.copy_(made, non_blocking=True)
+            digest = index[:1]
+            move(self._kv, self._addresses, index[1:], layer_start, layer_end, staging, digest)
+            on_host[:1].copy_(digest, non_blocking=True)
             # A channel that breaks drops its slots at once: nobody gets their memory before this is done.
             staging.record_stream(self._stream)
             self._latest = DeviceEvent(self._device)
-        return _Moved(self._latest, digest)
+        return _Moved(self._latest, on_host)
 
 
 class _Moved:
-    """Holds the pinned digest until it is read."""
+    """Holds the pinned digest, the first of `on_host`, until it is read."""
 
-    def __init__(self, event: DeviceEvent, digest: Tensor) -> None:
+    def __init__(self, event: DeviceEvent, on_host: Tensor) -> None:
         self._event = event
-        self._digest = digest
+        self._on_host = on_host
 
     def done(self) -> bool:
         return self._event.done()
@@ -100,7 +102,7 @@ class _Moved:
         self._event.wait(timeout_s)
 
     def digest(self) -> int:
-        return int(self._digest)
+        return int(self._on_host[0])
 
     def hold_back(self, stream: torch.cuda.Stream) -> None:
         self._event.hold_back(stream)

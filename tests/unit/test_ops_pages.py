@@ -134,8 +134,9 @@ def test_moves_that_nothing_waits_for_are_the_same() -> None:
     digest = ops.gather_pages(source, page_ids, 1, 3, staging)
     ops.scatter_pages(expected, page_ids, 1, 3, staging)
 
-    gathered = ops.gather_pages_async(source, ops.plane_addresses(source), page_ids, 1, 3, same)
-    scattered = ops.scatter_pages_async(target, ops.plane_addresses(target), page_ids, 1, 3, same)
+    gathered, scattered = torch.tensor([0]), torch.tensor([0])
+    ops.gather_pages_async(source, ops.plane_addresses(source), page_ids, 1, 3, same, gathered)
+    ops.scatter_pages_async(target, ops.plane_addresses(target), page_ids, 1, 3, same, scattered)
 
     assert gathered.tolist() == scattered.tolist() == [digest]
     assert torch.equal(same, staging)
