@@ -85,7 +85,7 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     ] = 0
     staging_bytes: Annotated[
         int, Meta(ge=65_536, le=1 << 30, description="bytes of one staging slot for KV transfer")
-    ] = 64 * 1024 * 1024
+    ] = 128 * 1024 * 1024
     staging_slots: Annotated[int, Meta(ge=1, le=64, description="staging slots per channel and side")] = 4
     transfer_max_ctas: Annotated[
         int,

@@ -32,6 +32,7 @@ from phloem.shared.transfer.pending import Pending
 from phloem.shared.transfer.staging import StagingSlot
 
 _MAX_EARLY = 4096
+_FIRST_PIECE_BYTES = 64 * 2**20  # nothing crosses while it is gathered; the next is, while it crosses
 _STARVED_S = 1.0  # a request that decode has room for waits at most this long for pages held in vain
 
 
@@ -257,7 +258,10 @@ class HandoverSender:
             slot = self._channels.acquire_slot(plan.peer)
             if slot is None:
                 return False
-            span = gone.next_span(num_pages, layer_end, slot.tensor.numel(), self._store.layer_page_bytes)
+            num_bytes = slot.tensor.numel()
+            if not plan.num_pieces:
+                num_bytes = min(num_bytes, _FIRST_PIECE_BYTES)
+            span = gone.next_span(num_pages, layer_end, num_bytes, self._store.layer_page_bytes)
             self._send_piece(plan, span, slot)
             gone.note(span)
         return True

@@ -109,7 +109,8 @@ class ModelLoading:
             options.mem_fraction_static,
             options.max_total_tokens,
         )
-        plan = plan_pool(wish, memory, overhead)
+        staging = options.staging_slots * options.staging_bytes  # of one channel, which opens later
+        plan = plan_pool(wish, memory, overhead + staging)
         if plan.note is not None:
             log.warning("%s", plan.note)
         return plan.num_pages

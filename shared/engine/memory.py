@@ -97,7 +97,7 @@ def weights_too_large(need: int, dtype: str, memory: DeviceMemory) -> PhloemErro
 
 def plan_pool(wish: PoolWish, memory: DeviceMemory, overhead: int) -> PoolPlan:
     """Pages of the pool on a CUDA device. `memory` is with the weights loaded; `overhead` bytes go to graphs,
-    workspaces and the largest step.
+    workspaces, the largest step, and staging for KV transfer.
 
     Raises `out_of_memory` that names the number to change and what would fit.
     """
@@ -105,10 +105,10 @@ def plan_pool(wish: PoolWish, memory: DeviceMemory, overhead: int) -> PoolPlan:
     most = _pages(room, wish)
     if most < _LEAST_PAGES:
         raise out_of_memory(
-            f"the weights fit, but of the {gb(memory.free)} free beside them on {memory.name} CUDA graphs "
-            f"and the largest step take {gb(overhead + MARGIN_BYTES)}, which leaves nothing for KV pages: "
-            "lower --chunked-prefill-size, --max-running-requests or --cuda-graph-max-bs, or use a device "
-            "with more memory",
+            f"the weights fit, but of the {gb(memory.free)} free beside them on {memory.name} CUDA graphs, "
+            f"the largest step and staging take {gb(overhead + MARGIN_BYTES)}, which leaves nothing for KV "
+            "pages: lower --chunked-prefill-size, --max-running-requests or --cuda-graph-max-bs, or use a "
+            "device with more memory",
             "chunked_prefill_size",
         )
     if wish.max_total_tokens:
@@ -119,8 +119,8 @@ def plan_pool(wish: PoolWish, memory: DeviceMemory, overhead: int) -> PoolPlan:
     if pages <= most:
         return PoolPlan(pages)
     note = (
-        f"--mem-fraction-static {wish.fraction:g} would give KV pages {gb(static)}, but CUDA graphs and "
-        f"the largest step need {gb(overhead)}: the pool takes {gb(room)}"
+        f"--mem-fraction-static {wish.fraction:g} would give KV pages {gb(static)}, but CUDA graphs, "
+        f"the largest step and staging need {gb(overhead)}: the pool takes {gb(room)}"
     )
     return PoolPlan(most, note)
 

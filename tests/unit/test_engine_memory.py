@@ -94,8 +94,8 @@ def test_fraction_too_high_takes_what_graphs_and_steps_leave_and_says_so() -> No
     room = 68 * GB - 6 * GB - MARGIN_BYTES
     assert (plan.num_pages + 1) * PAGE <= room < (plan.num_pages + 2) * PAGE
     assert plan.note == (
-        "--mem-fraction-static 0.98 would give KV pages 67.2 GB, but CUDA graphs and the largest step need "
-        "6.0 GB: the pool takes 61.5 GB"
+        "--mem-fraction-static 0.98 would give KV pages 67.2 GB, but CUDA graphs, the largest step and "
+        "staging need 6.0 GB: the pool takes 61.5 GB"
     )
 
 
@@ -125,7 +125,7 @@ def test_no_room_beside_graphs_and_steps_names_what_makes_them_smaller() -> None
         plan_pool(WISH, H100._replace(free=3 * GB), overhead=3 * GB)
     message = told(caught, "chunked_prefill_size")
     assert (
-        "of the 3.0 GB free beside them on NVIDIA H100 CUDA graphs and the largest step take 3.5 GB"
+        "of the 3.0 GB free beside them on NVIDIA H100 CUDA graphs, the largest step and staging take 3.5 GB"
         in message
     )
     assert "--chunked-prefill-size, --max-running-requests or --cuda-graph-max-bs" in message
