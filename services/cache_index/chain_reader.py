@@ -34,7 +34,7 @@ class ChainReader:
         """Bitmaps of these blocks, in this order; None when the slot table is another one by now. Reading no
         block asks Redis for just that."""
         wanted = [self._chain[index] for index in indices]
-        known = self._near.known(wanted)
+        known = self._near.known(wanted, self._version)
         self.num_near += len(known)
         missing = [block for block in wanted if block not in known] if known else wanted
         if missing or not wanted:
@@ -57,5 +57,5 @@ class ChainReader:
         for index, worker in zip(marks, reply.announced, strict=True):
             if worker is not None:
                 self.announced[worker] = index + 1
-        self._near.learn(blocks, reply.bitmaps, asked_at)
+        self._near.learn(blocks, reply.bitmaps, reply.version, asked_at)
         return reply.bitmaps

@@ -69,8 +69,8 @@ class Matcher:
                 matched = await self._match_under(self._view, block_hashes)
                 if matched is not None:
                     return matched
-                self._near.clear()
                 self._view = self._view_of(await self._slots.table(self._timeout_s))
+                self._near.turn_to(self._view.table.version)
         except PhloemError:
             self._broken_until = time.monotonic() + _BREAK_S
             raise

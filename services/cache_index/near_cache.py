@@ -17,13 +17,15 @@ class NearCache:
     """Bitmaps of blocks that were read again and again; at most `max_blocks`, each for `ttl_s` (0: nothing).
 
     Blocks that nobody holds are never kept: the next one to hold them is to be found at once. All bitmaps
-    belong to one slot table: the owner calls `clear` when it learns of another.
+    belong to one slot table, `version`. Look-ups run side by side, and the answer to one of them may be about
+    an older table than another has seen meanwhile: whoever reads or teaches says which table it means.
     """
 
     def __init__(self, *, max_blocks: int, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_blocks = max_blocks
         self._ttl_s = ttl_s
         self._clock = clock
+        self.version: bytes | None = None
         self._kept: dict[bytes, tuple[int, float]] = {}  # bitmap, expiry; the next to expire first
         self._seen: set[bytes] = set()
         self._seen_since = clock()
@@ -31,18 +33,21 @@ class NearCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def known(self, block_hashes: Iterable[bytes]) -> dict[bytes, int]:
-        """The bitmaps of those that are kept and fresh."""
-        if not self._kept:
+    def known(self, block_hashes: Iterable[bytes], version: bytes | None) -> dict[bytes, int]:
+        """The bitmaps under this slot table of those that are kept and fresh."""
+        if not self._kept or version != self.version:
             return {}
         now = self._clock()
         kept = self._kept
         found = {block: kept[block] for block in block_hashes if block in kept}
         return {block: bitmap for block, (bitmap, expires_at) in found.items() if expires_at > now}
 
-    def learn(self, block_hashes: Sequence[bytes], bitmaps: Sequence[int], asked_at: float) -> None:
-        """Blocks as Redis holds them at some time after `asked_at` (of this cache's clock)."""
-        if self._ttl_s <= 0.0:
+    def learn(
+        self, block_hashes: Sequence[bytes], bitmaps: Sequence[int], version: bytes | None, asked_at: float
+    ) -> None:
+        """Blocks as Redis held them, under this slot table, at some time after `asked_at` (of this cache's
+        clock)."""
+        if self._ttl_s <= 0.0 or version != self.version:
             return
         self._forget_old()
         hot = self._seen.intersection(block_hashes)
@@ -64,8 +69,11 @@ class NearCache:
             for block in block_hashes:
                 self._kept.pop(block, None)
 
-    def clear(self) -> None:
-        self._kept.clear()
+    def turn_to(self, version: bytes | None) -> None:
+        """The slot table is this one now; what was kept of another is forgotten."""
+        if version != self.version:
+            self.version = version
+            self._kept.clear()
 
     def _forget_old(self) -> None:
         now = self._clock()

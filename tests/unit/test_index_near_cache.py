@@ -18,6 +18,7 @@ from tests.support.valkey import ValkeyServer
 
 TTL_S = 0.5
 SLACK_S = 0.5  # one look-up on a busy machine
+TABLE, OTHER_TABLE = b"table", b"other table"
 BLOCKS = [some_hash(number) for number in range(8)]
 WORKER, NEXT = PeerRef("w", 1), PeerRef("w", 2)
 CHAIN = some_chain("hot", 40)
@@ -32,29 +33,31 @@ class Clock:
 
 
 def near_cache(clock: Clock, max_blocks: int = 100, ttl_s: float = TTL_S) -> NearCache:
-    return NearCache(max_blocks=max_blocks, ttl_s=ttl_s, clock=clock)
+    near = NearCache(max_blocks=max_blocks, ttl_s=ttl_s, clock=clock)
+    near.turn_to(TABLE)
+    return near
 
 
 def read_twice(near: NearCache, blocks: list[bytes], bitmaps: list[int], clock: Clock) -> None:
     for _ in range(2):
-        near.learn(blocks, bitmaps, clock.now)
+        near.learn(blocks, bitmaps, TABLE, clock.now)
 
 
 def test_block_is_kept_when_it_was_read_twice() -> None:
     clock = Clock()
     near = near_cache(clock)
-    near.learn(BLOCKS[:2], [1, 2], clock.now)
-    assert near.known(BLOCKS) == {}
-    near.learn(BLOCKS[1:3], [2, 4], clock.now)
-    assert near.known(BLOCKS) == {BLOCKS[1]: 2}
+    near.learn(BLOCKS[:2], [1, 2], TABLE, clock.now)
+    assert near.known(BLOCKS, TABLE) == {}
+    near.learn(BLOCKS[1:3], [2, 4], TABLE, clock.now)
+    assert near.known(BLOCKS, TABLE) == {BLOCKS[1]: 2}
 
 
 def test_block_that_nobody_holds_is_never_kept() -> None:
     clock = Clock()
     near = near_cache(clock)
     read_twice(near, BLOCKS[:2], [1, 1], clock)
-    near.learn(BLOCKS[:2], [0, 1], clock.now)
-    assert near.known(BLOCKS) == {BLOCKS[1]: 1}
+    near.learn(BLOCKS[:2], [0, 1], TABLE, clock.now)
+    assert near.known(BLOCKS, TABLE) == {BLOCKS[1]: 1}
 
 
 def test_age_counts_from_the_question_not_from_the_answer() -> None:
@@ -62,12 +65,12 @@ def test_age_counts_from_the_question_not_from_the_answer() -> None:
     near = near_cache(clock)
     asked_at = clock.now
     clock.now += 0.3
-    near.learn(BLOCKS[:1], [1], asked_at)
-    near.learn(BLOCKS[:1], [1], asked_at)
+    near.learn(BLOCKS[:1], [1], TABLE, asked_at)
+    near.learn(BLOCKS[:1], [1], TABLE, asked_at)
     clock.now = asked_at + TTL_S - 0.01
-    assert near.known(BLOCKS) == {BLOCKS[0]: 1}
+    assert near.known(BLOCKS, TABLE) == {BLOCKS[0]: 1}
     clock.now = asked_at + TTL_S
-    assert near.known(BLOCKS) == {}
+    assert near.known(BLOCKS, TABLE) == {}
 
 
 def test_changed_blocks_are_forgotten() -> None:
@@ -75,9 +78,23 @@ def test_changed_blocks_are_forgotten() -> None:
     near = near_cache(clock)
     read_twice(near, BLOCKS[:3], [1, 1, 1], clock)
     near.forget(BLOCKS[1:2])
-    assert set(near.known(BLOCKS)) == {BLOCKS[0], BLOCKS[2]}
-    near.clear()
-    assert near.known(BLOCKS) == {}
+    assert set(near.known(BLOCKS, TABLE)) == {BLOCKS[0], BLOCKS[2]}
+    near.turn_to(OTHER_TABLE)
+    assert near.known(BLOCKS, TABLE) == {}
+
+
+def test_late_answer_under_an_old_table_neither_enters_nor_reads_the_new_ones_blocks() -> None:
+    """The slot of a bit may have another holder by now."""
+    clock = Clock()
+    near = near_cache(clock)
+    near.learn(BLOCKS, [1] * len(BLOCKS), TABLE, clock.now)
+    near.turn_to(OTHER_TABLE)
+    near.learn(BLOCKS, [1] * len(BLOCKS), TABLE, clock.now)
+    assert near.known(BLOCKS, OTHER_TABLE) == {}
+    for _ in range(2):
+        near.learn(BLOCKS[:1], [2], OTHER_TABLE, clock.now)
+    assert near.known(BLOCKS, OTHER_TABLE) == {BLOCKS[0]: 2}
+    assert near.known(BLOCKS, TABLE) == {}
 
 
 def test_nothing_is_kept_with_a_time_of_zero() -> None:
@@ -100,11 +117,11 @@ def test_never_more_than_its_bound_and_never_older_than_its_time(
     last_read: dict[bytes, float] = {}
     for indices, pause_s in reads:
         blocks = [BLOCKS[index] for index in indices]
-        near.learn(blocks, [1] * len(blocks), clock.now)
+        near.learn(blocks, [1] * len(blocks), TABLE, clock.now)
         last_read.update(dict.fromkeys(blocks, clock.now))
         clock.now += pause_s
         assert len(near) <= 4
-        for block in near.known(BLOCKS):
+        for block in near.known(BLOCKS, TABLE):
             assert clock.now - last_read[block] < TTL_S
 
 
