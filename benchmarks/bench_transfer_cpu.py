@@ -28,8 +28,7 @@ from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.endpoint import TransferEndpoint
 from phloem.shared.transfer.events import ChannelOpened, PieceReceived, Side, TransferEvent
 from phloem.shared.transfer.frames import FrameSocket
-from phloem.shared.transfer.pending import MovedNow
-from phloem.shared.transfer.pending import Pending
+from phloem.shared.transfer.pending import MovedNow, Pending
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec, open_plane
 from phloem.shared.transfer.rendezvous import ControlStore
 
