@@ -10,7 +10,7 @@ import pytest
 from xgrammar import CompiledGrammar, GrammarCompiler, TokenizerInfo, VocabType
 
 from phloem.shared.engine.grammar.compiler_main import compile_grammar
-from phloem.shared.engine.grammar.desk import MAX_SOURCE_CHARS, GrammarDesk, GrammarReady
+from phloem.shared.engine.grammar.desk import MAX_ORDERED, MAX_SOURCE_CHARS, GrammarDesk, GrammarReady
 from phloem.shared.engine.grammar.masks import MaskFiller, TokenMasks
 from phloem.shared.engine.grammar.parts import GrammarParts
 from phloem.shared.engine.requests import Request
@@ -60,6 +60,28 @@ class LocalCompiler:
         self.closed = True
 
 
+class FailingCompiler(LocalCompiler):
+    """Breaks in a way that nobody has foreseen."""
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        if not self.num_compiled:
+            self.num_compiled += 1
+            raise AssertionError("out of step")
+        return super().compile(grammar)
+
+
+class SlowCompiler(LocalCompiler):
+    """Compiles when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_compile = threading.Event()
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        assert self.may_compile.wait(DEADLINE_S)
+        return super().compile(grammar)
+
+
 class HeldStep(FakeStep):
     """Sampled in two phases: allowed tokens are known only when it is."""
 
@@ -100,8 +122,10 @@ class MaskedDevice(FakeDevice):
 class World(EngineWorld):
     """Waits for the compiler where a test says so."""
 
-    def __init__(self, *, runs_ahead: bool = True, overlap: bool = True) -> None:
-        self.compiler = LocalCompiler()
+    def __init__(
+        self, *, runs_ahead: bool = True, overlap: bool = True, compiler: LocalCompiler | None = None
+    ) -> None:
+        self.compiler = compiler or LocalCompiler()
         self.delivered = threading.Semaphore(0)
         self.desk = GrammarDesk(lambda: self.compiler, self._deliver)
         super().__init__(
@@ -206,6 +230,37 @@ def test_bad_grammar_fails_one_request(world: World) -> None:
     world.assert_idle()
     assert bad.error is not None and (bad.error.code, bad.error.http_status) == ("bad_grammar", 400)
     assert good.ended == "finished"
+
+
+def test_broken_compiler_fails_one_order_retryably_and_is_made_anew() -> None:
+    world = World(compiler=FailingCompiler())
+    first = world.submit("first", [1], 9, grammar=Grammar("regex", "a"))
+    second = world.submit("second", [1], 9, grammar=Grammar("regex", "b"))
+    world.turn()
+    world.compiled(2)
+    world.assert_idle()
+    assert first.error is not None and first.error.retryable
+    assert first.error.code == "grammar_unavailable"
+    assert text_of(second.token_ids) == "b"
+    assert world.compiler.closed
+    world.desk.close()
+
+
+def test_orders_are_bounded_and_what_is_ordered_may_be_ordered_again() -> None:
+    compiler = SlowCompiler()
+    world = World(compiler=compiler)
+    for index in range(MAX_ORDERED):
+        assert world.desk.find_or_order(Grammar("regex", f"a{{{index + 1}}}")) is None
+    refused = world.submit("refused", [1], 9, grammar=Grammar("regex", "b"))
+    known = world.submit("known", [1], 9, grammar=Grammar("regex", "a{2}"))
+    world.turn_until(lambda: refused.ended)
+    assert refused.error is not None and refused.error.retryable
+    assert refused.error.code == "grammar_queue_full"
+    compiler.may_compile.set()
+    world.compiled(MAX_ORDERED)
+    world.assert_idle()
+    assert text_of(known.token_ids) == "aa"
+    world.desk.close()
 
 
 def test_too_long_a_grammar_is_refused_at_once(world: World) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import signal
+import socket
+import time
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo, VocabType
 from phloem.shared.engine.grammar.compiler_main import answer
 from phloem.shared.engine.grammar.process_compiler import CompilerSettings, ProcessCompiler
 from phloem.shared.engine.grammar.vocabulary import tokenizer_info
-from phloem.shared.engine.grammar.wire import Rejected
+from phloem.shared.engine.grammar.wire import CompilerSocket, Rejected
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import Grammar
 from tests.support.byte_tokenizer import EOS, VOCAB_SIZE, encode, write_tokenizer
@@ -75,6 +79,42 @@ def test_compiler_that_takes_too_long_is_killed_and_started_again(compiler: Proc
         compiler.compile(Grammar("regex", "b"))
     assert first.returncode is not None
     assert accepts(compiler, Grammar("regex", "c"), "c")
+
+
+def test_compiler_that_was_killed_while_idle_costs_no_request(compiler: ProcessCompiler) -> None:
+    compiler.compile(Grammar("regex", "a"))
+    assert compiler._child is not None
+    compiler._child.process.kill()
+    compiler._child.process.wait()
+    assert accepts(compiler, Grammar("regex", "b"), "b")
+
+
+def test_end_that_left_without_reading_is_the_end() -> None:
+    ours, theirs = socket.socketpair()
+    wire = CompilerSocket(ours)
+    wire.send(Grammar("regex", "a"))
+    theirs.close()  # Linux resets a connection whose last bytes nobody has read
+    with pytest.raises(EOFError):
+        wire.read_answer(time.monotonic() + 10.0)
+    wire.close()
+
+
+def test_compiler_that_was_killed_while_idle_costs_no_request(compiler: ProcessCompiler) -> None:
+    compiler.compile(Grammar("regex", "a"))
+    assert compiler._child is not None
+    compiler._child.process.kill()
+    compiler._child.process.wait()
+    assert accepts(compiler, Grammar("regex", "b"), "b")
+
+
+def test_end_that_left_without_reading_is_the_end() -> None:
+    ours, theirs = socket.socketpair()
+    wire = CompilerSocket(ours)
+    wire.send(Grammar("regex", "a"))
+    theirs.close()  # Linux resets a connection whose last bytes nobody has read
+    with pytest.raises(EOFError):
+        wire.read_answer(time.monotonic() + 10.0)
+    wire.close()
 
 
 def test_model_without_a_tokenizer_says_so(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import logging
 import queue
 import threading
 from collections import OrderedDict
@@ -14,6 +16,12 @@ from phloem.shared.protocol.session import Grammar
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
 
+log = logging.getLogger(__name__)
+
+MAX_ORDERED = 64
+log = logging.getLogger(__name__)
+
+MAX_ORDERED = 64
 MAX_KEPT = 256
 MAX_KEPT_BYTES = 512 * 1024 * 1024
 MAX_SOURCE_CHARS = 65_536
@@ -25,7 +33,8 @@ class Compiler(Protocol):
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Raises `PhloemError`."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Called once; nothing is compiled after that."""
 
 
 class GrammarReady(NamedTuple):
@@ -49,6 +58,11 @@ class GrammarDesk:
         self._kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()  # the one used last is the last
         self._kept_bytes = 0
         self._thread: threading.Thread | None = None
+        self._compiler: Compiler | None = None  # the desk's thread's
+
+    def takes(self, grammar: Grammar) -> bool:
+        """Whether it may be ordered: it is known, or not too many wait."""
+        return len(self._ordered) < MAX_ORDERED or grammar in self._ordered or grammar in self._kept
 
     def find_or_order(self, grammar: Grammar) -> CompiledGrammar | None:
         """A grammar that was compiled before; None: `deliver` will tell."""
@@ -86,16 +100,28 @@ class GrammarDesk:
             self._thread.start()
 
     def _work(self) -> None:
-        compiler = self._make_compiler()
         try:
             while (grammar := self._orders.get()) is not None:
-                self._deliver(_compile(compiler, grammar))
+                self._deliver(self._compile(grammar))
         finally:
+            self._drop_compiler()
+
+    def _compile(self, grammar: Grammar) -> GrammarReady:
+        """Every order is answered: somebody waits for it."""
+        try:
+            compiler = self._compiler = self._compiler or self._make_compiler()
+            return GrammarReady(grammar, compiler.compile(grammar), None)
+        except PhloemError as error:
+            return GrammarReady(grammar, None, error.info)
+        except Exception:  # a bug of ours or of xgrammar's, or no more processes: the next order starts anew
+            log.exception("a grammar could not be compiled")
+            self._drop_compiler()
+            return GrammarReady(grammar, None, _FAILED)
+
+    def _drop_compiler(self) -> None:
+        compiler, self._compiler = self._compiler, None
+        if compiler is not None:
             compiler.close()
 
 
-def _compile(compiler: Compiler, grammar: Grammar) -> GrammarReady:
-    try:
-        return GrammarReady(grammar, compiler.compile(grammar), None)
-    except PhloemError as error:
-        return GrammarReady(grammar, None, error.info)
+_FAILED = ErrorInfo("grammar_unavailable", "the grammar compiler failed; see the worker's log", True, 503)

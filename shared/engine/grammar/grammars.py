@@ -9,7 +9,7 @@ from phloem.shared.engine.grammar.masks import TokenMasks
 from phloem.shared.engine.grammar.parts import GrammarParts
 from phloem.shared.engine.requests import Request, Status
 from phloem.shared.engine.step_plan import StepPlan
-from phloem.shared.errors import ErrorInfo, PhloemError
+from phloem.shared.errors import ErrorInfo, PhloemError, overloaded, overloaded
 
 _LEFT = ErrorInfo("grammar_violated", "the tokens that came with the request leave its grammar", False, 400)
 
@@ -27,7 +27,7 @@ class Grammars:
             self._parts.desk.close()
 
     def check(self, request: Request) -> None:
-        """Raises `PhloemError`: this engine follows no grammars, or this one is too long."""
+        """Raises `PhloemError`: this engine follows no grammars, this one is too long, or too many wait."""
         constraint = request.constraint
         if constraint is None:
             return
@@ -36,6 +36,9 @@ class Grammars:
         if len(constraint.grammar.source) > MAX_SOURCE_CHARS:
             message = f"a grammar has at most {MAX_SOURCE_CHARS} characters"
             raise PhloemError("bad_grammar", message, http_status=400)
+        if not self._parts.desk.takes(constraint.grammar):
+            message = "too many grammars wait to be compiled; try again later"
+            raise overloaded(message, code="grammar_queue_full")
 
     def order(self, request: Request) -> None:
         """Sees to it that a queued request's grammar is compiled; the request waits meanwhile."""

@@ -44,9 +44,11 @@ class ProcessCompiler:
         self._child: _Child | None = None
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
+        if self._child is not None and self._child.process.poll() is not None:
+            self.close()  # killed while it had nothing to do: not this grammar's fault
         child = self._child = self._child or self._start()
         try:
-            child.wire.send(grammar)
+            child.wire.send(grammar, self._settings.compile_timeout_s)
             answer = child.wire.read_answer(time.monotonic() + self._settings.compile_timeout_s)
         except TimeoutError as error:
             self.close()

@@ -45,8 +45,10 @@ class CompilerSocket:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
 
-    def send(self, message: Answer | Grammar) -> None:
+    def send(self, message: Answer | Grammar, timeout_s: float | None = None) -> None:
+        """Waits for ever without a time-out."""
         data = _encode(message)
+        self._socket.settimeout(timeout_s)
         try:
             self._socket.sendall(_LENGTH.pack(len(data)) + data)
         except (BrokenPipeError, ConnectionResetError) as error:
@@ -76,7 +78,13 @@ class CompilerSocket:
             if left_s is not None and left_s <= 0:
                 raise TimeoutError("past the deadline")
             self._socket.settimeout(left_s)
-            piece = self._socket.recv(min(count - len(data), 1 << 20))
+            try:
+                try:
+                piece = self._socket.recv(min(count - len(data), 1 << 20))
+            except ConnectionResetError as error:  # it ended without having read what was sent
+                raise EOFError(str(error)) from error
+            except ConnectionResetError as error:  # it ended without having read what was sent
+                raise EOFError(str(error)) from error
             if not piece:
                 raise EOFError("the other end is gone")
             data += piece
