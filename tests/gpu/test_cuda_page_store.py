@@ -83,3 +83,28 @@ def test_moving_does_not_wait_for_the_step_that_runs() -> None:
     store.gather(range(16), 0, 1, slot).wait(5.0)
     assert not step.done()
     torch.cuda.synchronize()
+
+
+def test_stream_that_is_held_back_sees_what_was_gathered() -> None:
+    """As a send does, which is posted while the pages are still being gathered."""
+    source = make_kv(0)
+    store = CudaPageStore(on_cuda(source), CUDA)
+    page_ids = list(range(0, NUM_PAGES, 2))
+    num_bytes = len(page_ids) * NUM_LAYERS * store.layer_page_bytes
+    expected = torch.zeros(num_bytes, dtype=torch.uint8)
+    digest = ops.gather_pages(source, torch.tensor(page_ids), 0, NUM_LAYERS, expected)
+    slot = torch.zeros(num_bytes, dtype=torch.uint8, device=CUDA)
+    sending = torch.cuda.Stream(CUDA)
+    a = torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(store._stream):
+        for _ in range(20):  # the gather begins some 30 ms later
+            torch.mm(a, a)
+    gathered = store.gather(page_ids, 0, NUM_LAYERS, slot)
+    gathered.hold_back(sending)
+    with torch.cuda.stream(sending):
+        sent = slot.clone()
+    assert not gathered.done()
+    sending.synchronize()
+    assert torch.equal(sent.cpu(), expected)
+    assert gathered.done() and gathered.digest() == digest
