@@ -26,7 +26,11 @@ def create_app(gateway: Gateway, cluster_secret: bytes, *, on_loopback: bool) ->
     The OpenAPI page is at /schema, behind the same keys as the rest."""
     config = gateway.config
     authenticator = Authenticator(
-        config.api_key, config.admin_api_key, cluster_secret, on_loopback=on_loopback
+        config.api_key,
+        config.admin_api_key,
+        cluster_secret,
+        on_loopback=on_loopback,
+        allow_anonymous=config.allow_anonymous,
     )
     app = Litestar(
         [

@@ -57,7 +57,10 @@ class GatewayConfig(LogOptions, frozen=True, kw_only=True):
 
     allow_anonymous: Annotated[
         bool,
-        Meta(description="listen beyond loopback without --api-key: whoever reaches the port is served"),
+        Meta(
+            description="without --api-key: listen beyond loopback too, and serve foreign web pages; whoever "
+            "reaches the port is served"
+        ),
     ] = False
 
     cluster: ClusterOptions = ClusterOptions()

@@ -174,6 +174,55 @@ async def test_on_loopback_a_gateway_without_keys_flushes_for_anybody(
         assert (await client.get("/flush_cache")).status_code == 405  # what a link on a web page could send
 
 
+OWN_PAGES = ["http://localhost:3000", "http://127.0.0.1", "http://[::1]:8080", "https://ui.localhost"]
+FOREIGN_PAGES = [
+    "https://evil.example",
+    "http://localhost.evil.example",
+    "http://127.0.0.1.evil.example:30000",
+    "http://10.0.0.5",
+    "http://[::1",
+    "null",
+    "",
+]
+
+
+@pytest.mark.parametrize("origin", FOREIGN_PAGES)
+async def test_foreign_web_pages_have_no_use_of_a_gateway_without_keys(
+    model_dir: Path, generator: FakeGenerator, origin: str
+) -> None:
+    gateway = make_gateway(model_dir, generator)
+    async with in_process(gateway, headers={"origin": origin}) as client:
+        simple = {"content-type": "text/plain"}  # what a browser sends without asking first
+        for path in ("/v1/chat/completions", "/generate", "/flush_cache"):
+            refused = await client.post(path, content=b'{"text": "x"}', headers=simple)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "foreign_origin")
+        assert (await client.get("/health")).status_code == 200
+    assert not generator.requests
+    assert generator.num_flushes == 0
+
+
+@pytest.mark.parametrize("origin", OWN_PAGES)
+async def test_pages_of_this_machine_use_it(model_dir: Path, generator: FakeGenerator, origin: str) -> None:
+    gateway = make_gateway(model_dir, generator)
+    async with in_process(gateway, headers={"origin": origin}) as client:
+        assert (await client.post("/v1/chat/completions", json={"messages": USER})).status_code == 200
+        assert (await client.post("/flush_cache")).status_code == 200
+
+
+async def test_pages_come_in_with_a_key_or_when_all_may(
+    closed: httpx.AsyncClient, model_dir: Path, generator: FakeGenerator
+) -> None:
+    page = {"origin": FOREIGN_PAGES[0]}
+    assert (await closed.get("/v1/models", headers=page | bearer("alpha"))).status_code == 200
+    assert (await closed.post("/flush_cache", headers=page | bearer("root"))).status_code == 200
+    anybody = make_gateway(model_dir, generator, GatewayConfig(allow_anonymous=True))
+    async with in_process(anybody, headers=page) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+        assert (await client.post("/flush_cache")).status_code == 403
+        explained = await client.get("/v1/models", headers={"x-phloem-explain": "1"})
+        assert explained.status_code == 403
+
+
 async def test_each_key_has_a_cache_of_its_own(closed: httpx.AsyncClient, generator: FakeGenerator) -> None:
     for key, salt in (("alpha", None), ("beta", None), ("alpha", "mine"), ("beta", "mine"), ("alpha", None)):
         body = {"messages": USER, "cache_salt": salt}

@@ -132,6 +132,25 @@ async def test_a_request_ends_at_its_deadline(model_dir: Path, generator: FakeGe
     assert generator.num_running == 0
 
 
+async def test_a_client_that_never_reads_holds_nothing_past_the_deadline(
+    model_dir: Path, generator: FakeGenerator, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert generator.gate is not None
+    generator.gate.set()
+    generator.script = lambda request: [GeneratedTokens([50])] * 5000  # far more than any socket buffers
+    gateway = make_gateway(model_dir, generator, GatewayConfig(request_timeout_s=0.3))
+    gateway.deadline_slack_s = 0.2
+    caplog.set_level("INFO")
+    async with over_http(gateway) as url:
+        _, stuck = await connect(url)
+        await send_json(stuck, "/generate", {"text": "x", "stream": True})
+        await until(lambda: any(record.message == "request" for record in caplog.records))
+        stuck.transport.abort()
+    (line,) = [vars(record) for record in caplog.records if record.message == "request"]
+    assert (line["status"], line["error"]) == (499, "request_timeout")
+    assert generator.num_running == 0
+
+
 async def test_health_generate_gives_up_at_its_deadline(model_dir: Path, generator: FakeGenerator) -> None:
     gateway = make_gateway(model_dir, generator, GatewayConfig(health_generate_timeout_s=0.05))
     generator.script = lambda request: [GeneratedTokens([]), GeneratedTokens([5], "length")]

@@ -71,7 +71,7 @@ def answering(gateway: Gateway, call: Call, job: Job) -> Exchange:
             finally:
                 reply.log_fields["generated_tokens"] = sum(one.num_generated_tokens for one in sequences)
 
-    return Exchange(work)
+    return Exchange(work, last_word_s=gateway.deadline_slack_s)
 
 
 async def _stream(

@@ -11,6 +11,7 @@ from typing import Any
 from litestar.connection import ASGIConnection
 from litestar.handlers.base import BaseRouteHandler
 
+from phloem.services.gateway.api.origin import is_foreign
 from phloem.services.gateway.api.route_header import asks_why
 from phloem.services.gateway.tenant import Tenant, tenant_of_key
 from phloem.shared.errors import PhloemError
@@ -22,15 +23,25 @@ ADMIN = {"access": "admin"}
 class Authenticator:
     """Knows the keys as digests. Without API keys all routes are open but the admin's. Those, and requests
     that want to be explained, take only the admin key as soon as there is any key, or others than this
-    machine can ask; without an admin key they are shut then."""
+    machine can ask; without an admin key they are shut then.
+
+    What is open because only this machine reaches it is still shut to the web pages that a browser here has
+    open, unless `allow_anonymous`, and the admin's routes even then."""
 
     def __init__(
-        self, api_keys: Sequence[str], admin_key: str, cluster_secret: bytes, *, on_loopback: bool
+        self,
+        api_keys: Sequence[str],
+        admin_key: str,
+        cluster_secret: bytes,
+        *,
+        on_loopback: bool,
+        allow_anonymous: bool = False,
     ) -> None:
         self._tenants = {_digest(key): tenant_of_key(key, cluster_secret) for key in api_keys}
         self._admin = _digest(admin_key) if admin_key else None
         self._admin_tenant = tenant_of_key(admin_key, cluster_secret) if admin_key else Tenant()
         self._admin_is_open = on_loopback and not api_keys and not admin_key
+        self._refuses_pages = on_loopback and not allow_anonymous
 
     # Any: user, auth and state types of Litestar that this app doesn't use.
     async def guard(self, connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
@@ -42,19 +53,27 @@ class Authenticator:
             return
         shown = _bearer(connection.headers.get("authorization"))
         explain = asks_why(connection.scope["headers"])  # it tells of workers and of others' load
-        tenant = self._admin_only(shown) if access == "admin" or explain else self._any_key(shown)
+        is_page = is_foreign(connection.headers.get("origin"))
+        if access == "admin" or explain:
+            tenant = self._admin_only(shown, is_page)
+        else:
+            tenant = self._any_key(shown, is_page)
         connection.scope["state"]["tenant"] = tenant
 
-    def _any_key(self, shown: str | None) -> Tenant:
+    def _any_key(self, shown: str | None, is_page: bool) -> Tenant:
         if not self._tenants:
+            if is_page and self._refuses_pages:
+                raise _foreign_page("--api-key, or --allow-anonymous")
             return Tenant()
         tenant = self._find(shown)
         if tenant is None:
             raise _unauthorized()
         return tenant
 
-    def _admin_only(self, shown: str | None) -> Tenant:
+    def _admin_only(self, shown: str | None, is_page: bool) -> Tenant:
         if self._admin_is_open:
+            if is_page:
+                raise _foreign_page("--admin-api-key")
             return Tenant()
         tenant = self._find(shown)
         if tenant is None and (self._tenants or self._admin is not None):
@@ -90,4 +109,13 @@ def _unauthorized() -> PhloemError:
         "invalid_api_key",
         "Missing or wrong API key: send it as 'Authorization: Bearer KEY'.",
         http_status=401,
+    )
+
+
+def _foreign_page(remedy: str) -> PhloemError:
+    return PhloemError(
+        "foreign_origin",
+        "The request's Origin header names a web page from elsewhere, and this gateway asks for no key as it "
+        f"serves its own machine only: start it with {remedy} to let such pages in.",
+        http_status=403,
     )

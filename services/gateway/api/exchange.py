@@ -73,11 +73,14 @@ Work: TypeAlias = Callable[[Reply], Awaitable[None]]
 
 
 class Exchange:
-    """An ASGI application for one answer. Raises what `work` raises if nothing was sent yet. When the client
-    left, it says so in the request's state."""
+    """An ASGI application for one answer. Raises what `work` raises if nothing was sent yet.
 
-    def __init__(self, work: Work) -> None:
+    When the client left, it says so in the request's state; also when the client holds the connection and
+    reads no more, so that the error that ends its stream can't be sent within `last_word_s`."""
+
+    def __init__(self, work: Work, last_word_s: float = 5.0) -> None:
         self._work = work
+        self._last_word_s = last_word_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send, scope["state"][SERVER_SEND], log_fields_of(scope))
@@ -91,7 +94,11 @@ class Exchange:
         if not was_done:
             scope["state"][CLIENT_GONE] = True
             return
-        await _conclude(work, reply)
+        try:
+            async with asyncio.timeout(self._last_word_s):
+                await _conclude(work, reply)
+        except TimeoutError:
+            scope["state"][CLIENT_GONE] = True
 
 
 async def _conclude(work: asyncio.Future[None], reply: Reply) -> None:

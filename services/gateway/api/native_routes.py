@@ -95,7 +95,8 @@ async def get_model_info(request: HttpRequest) -> ModelInfo:
     summary="Empty every worker's prefix cache (SGLang)",
 )
 async def flush_cache(request: HttpRequest) -> Response[str]:
-    """By POST alone: a link or an image of some web page must not empty the caches of a local cluster."""
+    """By POST alone: a link or an image of some web page must not empty the caches of a local cluster. (A
+    script of one could send a POST, but has to say whose it is: see `origin`.)"""
     try:
         async with asyncio.timeout(_FLUSH_TIMEOUT_S):
             num_workers = await gateway_of(request).generator.flush_cache()
