@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import logging
 import queue
 import threading
 from collections import OrderedDict
@@ -16,9 +15,6 @@ from phloem.shared.protocol.session import Grammar
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
 
-log = logging.getLogger(__name__)
-
-MAX_ORDERED = 64
 log = logging.getLogger(__name__)
 
 MAX_ORDERED = 64

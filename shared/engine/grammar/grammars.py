@@ -9,7 +9,7 @@ from phloem.shared.engine.grammar.masks import TokenMasks
 from phloem.shared.engine.grammar.parts import GrammarParts
 from phloem.shared.engine.requests import Request, Status
 from phloem.shared.engine.step_plan import StepPlan
-from phloem.shared.errors import ErrorInfo, PhloemError, overloaded, overloaded
+from phloem.shared.errors import ErrorInfo, PhloemError, overloaded
 
 _LEFT = ErrorInfo("grammar_violated", "the tokens that came with the request leave its grammar", False, 400)
 

@@ -79,10 +79,7 @@ class CompilerSocket:
                 raise TimeoutError("past the deadline")
             self._socket.settimeout(left_s)
             try:
-                try:
                 piece = self._socket.recv(min(count - len(data), 1 << 20))
-            except ConnectionResetError as error:  # it ended without having read what was sent
-                raise EOFError(str(error)) from error
             except ConnectionResetError as error:  # it ended without having read what was sent
                 raise EOFError(str(error)) from error
             if not piece:
