@@ -222,7 +222,9 @@ class Engine:
             self._sender.tokens_made(request, request.token_ids[-1:])
 
     def _flush(self) -> None:
-        self._outbox.flush(self._status.num_turns, self._account.tree.take_events(), self._status.load())
+        events, load = self._account.tree.take_events(), self._status.load()
+        busy = self._scheduler.num_requests > 0
+        self._outbox.flush(self._status.num_turns, events, load, self._clock(), busy=busy)
 
     def _tick(self) -> None:
         """Deadlines, a few times a second."""

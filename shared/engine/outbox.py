@@ -15,6 +15,8 @@ from phloem.shared.protocol.cluster import WorkerLoad
 from phloem.shared.protocol.engine import EngineUp, GatewayOutputs, StepReport
 from phloem.shared.protocol.session import Ended, EndReason, Output, TokensOut
 
+MAX_SILENCE_S = 1.0  # while there are requests: its front kills an engine that is silent for long
+
 
 class Outbox:
     """Collects the outputs of all requests, by gateway, until `flush` sends them as one report."""
@@ -23,6 +25,7 @@ class Outbox:
         self._send = send
         self._outputs: defaultdict[int, list[Output]] = defaultdict(list)
         self._last_load = WorkerLoad()
+        self._sent_s = 0.0
 
     @property
     def has_outputs(self) -> bool:
@@ -51,10 +54,13 @@ class Outbox:
         """The end of a request that never became one here."""
         self._add(gateway, Ended(request_id, attempt, reason, error))
 
-    def flush(self, step: int, events: TreeEvents, load: WorkerLoad) -> None:
-        """Sends one report if there is anything to say."""
-        if not (self._outputs or events.stored or events.removed or load != self._last_load):
+    def flush(self, step: int, events: TreeEvents, load: WorkerLoad, now_s: float, *, busy: bool) -> None:
+        """Sends one report if there is anything to say, or it has been long since the last one; `busy`: there
+        are requests, which may all wait for something."""
+        news = self._outputs or events.stored or events.removed or load != self._last_load
+        if not news and not (busy and now_s - self._sent_s >= MAX_SILENCE_S):
             return
+        self._sent_s = now_s
         outputs = [GatewayOutputs(gateway, items) for gateway, items in self._outputs.items()]
         self._outputs.clear()
         self._last_load = load

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phloem.shared.engine.outbox import MAX_SILENCE_S
 from phloem.shared.engine.step_plan import StepPlan
 from phloem.shared.protocol.engine import EngineAbort
-from phloem.shared.protocol.session import TokensOut
+from phloem.shared.protocol.session import PeerRef, TokensOut
 from tests.support.engine_world import EngineWorld, FakeStep, next_tokens
 
 
@@ -39,6 +40,26 @@ def test_step_is_launched_before_the_results_of_the_one_before_are_taken() -> No
     world.turn()
     assert stream.token_ids == next_tokens([1, 2, 3], 1)
     world.assert_idle()
+
+
+def test_engine_whose_requests_all_wait_is_not_silent() -> None:
+    """Its front would take it for hung, and kill it."""
+    world = EngineWorld()
+    stream = world.submit("r", [1, 2, 3], phase="decode", peer=PeerRef("prefill", 1))
+    world.run()
+    said = len(world.reports)
+    world.turn()
+    assert len(world.reports) == said
+    world.now_s += MAX_SILENCE_S
+    world.turn()
+    assert len(world.reports) == said + 1 and not world.reports[-1].outputs
+    world.turn(EngineAbort("r", 1))
+    world.turn()
+    assert stream.ended == "aborted"
+    said = len(world.reports)
+    world.now_s += 10 * MAX_SILENCE_S
+    world.turn()
+    assert len(world.reports) == said
 
 
 @pytest.mark.parametrize("runs_ahead", [True, False])
