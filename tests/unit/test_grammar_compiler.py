@@ -65,6 +65,7 @@ def test_bad_grammar_is_refused_and_the_compiler_goes_on(compiler: ProcessCompil
         compiler.compile(grammar)
     assert caught.value.code == "bad_grammar" and caught.value.info.http_status == 400
     assert not caught.value.retryable
+    assert ".cc" not in str(caught.value)  # where in the library's source says nothing to a client
     assert accepts(compiler, Grammar("regex", "x"), "x")
 
 

@@ -7,6 +7,7 @@ engine kills it when it does; only the one request fails.
 from __future__ import annotations
 
 import argparse
+import re
 import resource
 import signal
 import socket
@@ -22,6 +23,8 @@ from phloem.shared.protocol.session import Grammar
 
 _MAX_MORE_BYTES = 4 << 30  # than this process has when it is ready
 _MAX_COMPILE_S = 60
+# Its messages begin with time and place in its source: "[02:25:19] /project/cpp/regex_converter.cc:83: ".
+_WHERE_IN_LIBRARY = re.compile(r"\[[\d:]+\] \S+:\d+: ")
 _ANY_OBJECT = '{"type": "object", "additionalProperties": true}'
 
 
@@ -69,7 +72,7 @@ def answer(compiler: GrammarCompiler, grammar: Grammar) -> Compiled | Rejected:
             return Rejected("no token of the model begins what it allows")
         return Compiled(compiled.serialize_json())
     except (RuntimeError, ValueError, MemoryError) as error:
-        return Rejected(_first_line(str(error)) or type(error).__name__)
+        return Rejected(_first_line(_WHERE_IN_LIBRARY.sub("", str(error))) or type(error).__name__)
 
 
 def _can_begin(compiled: CompiledGrammar) -> bool:
