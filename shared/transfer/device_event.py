@@ -11,7 +11,7 @@ from phloem.shared.transfer.errors import channel_lost, transfer_timeout
 
 HIGH_PRIORITY = -1  # of CUDA streams: short work that should not queue behind matmuls
 _SOON_S = 0.01  # pieces take a fraction of a millisecond, or some when matmuls fill the device
-_POLL_S = 0.000_02
+_POLL_S = 0.000_05  # a look costs a few microseconds of the interpreter
 _SLOW_POLL_S = 0.000_5
 
 

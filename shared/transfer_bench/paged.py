@@ -133,7 +133,7 @@ class PagedSide:
 
 
 class SendingSide(PagedSide):
-    """The clock starts when decode's go-ahead is there."""
+    """The clock starts when decode's go-ahead is there; the prompts are computed by then."""
 
     phase = "prefill"
 
@@ -149,13 +149,13 @@ class SendingSide(PagedSide):
         deadline = self._deadline()
         for request in requests:
             self._sender.begin(request)
+            self._count_as_computed(request)
         while len(self._readies) < len(requests):
             self._stash(self.next_event(deadline))
         began_s = time.monotonic()
-        for request in requests:
+        for _ in requests:
             ready = self._readies.popleft()
             self._sender.on_ready(ready.peer, ready.message)
-            self._count_as_computed(request)
         done = _check(self._sender.pump())
         while done < len(requests):
             event = self.next_event(deadline)
