@@ -138,7 +138,7 @@ def simulate(
     if not console.is_terminal:
         console = Console(highlight=False, width=TABLE_WIDTH)
     options = _options(workload, cluster, model)
-    options.shape.check()
+    options.check()
     if out.plot is not None:
         check_plot_path(out.plot)
     requests = _requests(trace, workload)
@@ -223,6 +223,8 @@ def _picked(struct: type[Picked], flags: ModelFlags) -> Picked:
 
 
 def _requests(trace: Path | None, flags: WorkloadFlags) -> list[SimRequest]:
+    if flags.num_requests < 0:
+        raise ConfigError("--num-requests is 0, for all, or more")
     if trace is None:
         return _shared_prefix(flags)
     requests = load_trace(trace, max_requests=flags.num_requests)
@@ -230,6 +232,8 @@ def _requests(trace: Path | None, flags: WorkloadFlags) -> list[SimRequest]:
 
 
 def _shared_prefix(flags: WorkloadFlags) -> list[SimRequest]:
+    if not flags.rate > 0 or flags.prefix_len < 0:
+        raise ConfigError("--rate must be more than 0, and --prefix-len 0 or more")
     return shared_prefix(
         flags.num_requests or 12_000,
         rate=flags.rate,

@@ -47,7 +47,8 @@ class SimulatedCluster:
     """Runs once. Deterministic: equal workload and options give equal outcomes."""
 
     def __init__(self, requests: Sequence[SimRequest], options: SimulationOptions) -> None:
-        options.shape.check()
+        options.check()
+        options.shape.check_fits(requests)
         self.options = options
         self.events = EventQueue()
         self._requests = requests
@@ -160,7 +161,6 @@ class SimulatedCluster:
             self.events.after(self.options.delays.hop_s, partial(self._submit, worker, submit))
 
     def _submission(self, live: _Live, worker: SimWorker, phase: Phase, peer: SimWorker | None) -> Submit:
-        answer_units = 1 + -(-(live.request.num_output_tokens - 1) // self.options.shape.grain)
         return Submit(
             request_id=str(live.request.index),
             attempt=live.attempt,
@@ -168,7 +168,7 @@ class SimulatedCluster:
             phase=phase,
             token_ids=live.units + live.emitted,
             num_prompt_tokens=len(live.units),
-            sampling=SamplingParams(max_tokens=answer_units),
+            sampling=SamplingParams(max_tokens=live.request.answer_units(self.options.shape.grain)),
             peer=peer.ref if peer is not None else None,
             block_hashes=live.block_hashes,
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import isfinite
+
 import msgspec
 
 from phloem.shared.block_hash import BLOCK_TOKENS
@@ -9,6 +12,7 @@ from phloem.shared.discovery.lease import HEARTBEAT_S
 from phloem.shared.discovery.registry import POLL_INTERVAL_S
 from phloem.shared.errors import ConfigError
 from phloem.shared.worker.load_teller import INTERVAL_S
+from phloem.simulate.workload import SimRequest
 
 
 class StepModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,14 +81,31 @@ class ClusterShape(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """Raises `ConfigError` for what can't be simulated."""
+        if min(self.num_prefill, self.num_decode, self.num_unified) < 0:
+            raise ConfigError("there are no fewer than 0 workers of a role")
         if self.num_decode + self.num_unified < 1:
             raise ConfigError("no worker can decode: give --decode or --unified")
-        if self.num_gateways < 1 or self.grain < 1:
-            raise ConfigError("--gateways and --grain start at 1")
-        if self.page_tokens % self.grain or BLOCK_TOKENS % max(1, self.page_units):
+        if min(self.num_gateways, self.grain, self.max_running) < 1:
+            raise ConfigError("--gateways, --grain and --max-running start at 1")
+        if (
+            self.page_tokens < self.grain
+            or self.page_tokens % self.grain
+            or BLOCK_TOKENS % max(1, self.page_units)
+        ):
             raise ConfigError(f"--page-tokens must be 1, 2, 4, ... {BLOCK_TOKENS} times --grain")
         if self.num_pages < 1 or self.chunk_tokens < self.grain:
             raise ConfigError("--kv-tokens holds no page, or --chunk-tokens no unit")
+
+    def check_fits(self, requests: Iterable[SimRequest]) -> None:
+        """Raises `ConfigError` when one of them would not fit a worker that has nothing else."""
+        for request in requests:
+            num_units = -(-request.num_tokens // self.grain) + request.answer_units(self.grain)
+            if num_units > self.num_pages * self.page_units:
+                num_tokens = request.num_tokens + request.num_output_tokens
+                raise ConfigError(
+                    f"request {request.index} has {num_tokens} tokens with its answer, and a worker's "
+                    f"--kv-tokens are {self.kv_tokens}"
+                )
 
 
 class SimulationOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,3 +117,14 @@ class SimulationOptions(msgspec.Struct, frozen=True, kw_only=True):
     delays: Delays = Delays()
     rate_scale: float = 1.0
     seed: int = 0
+
+    def check(self) -> None:
+        """Raises `ConfigError` for what can't be simulated."""
+        self.shape.check()
+        numbers = {"rate_scale": self.rate_scale} | msgspec.structs.asdict(self.steps)
+        for name, number in (numbers | msgspec.structs.asdict(self.delays)).items():
+            # These divide, or are the time after which something happens again.
+            must_be_more = name in ("rate_scale", "heartbeat_s", "poll_s") or name.endswith("bytes_per_s")
+            if not isfinite(number) or number < 0 or (must_be_more and number == 0):
+                least = "more than 0" if must_be_more else "0 or more"
+                raise ConfigError(f"--{name.replace('_', '-')} is {number:g}: it must be {least}")

@@ -37,6 +37,10 @@ class SimRequest(msgspec.Struct, frozen=True):
         del units[-(-self.num_tokens // grain) :]
         return units
 
+    def answer_units(self, grain: int) -> int:
+        """The answer in such units; its first token is a unit of its own."""
+        return 1 + -(-(self.num_output_tokens - 1) // grain)
+
 
 def load_trace(path: Path, *, max_requests: int = 0) -> list[SimRequest]:
     """A trace in Mooncake's format (JSON lines) or Azure's (CSV), told by its first character.

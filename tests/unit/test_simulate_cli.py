@@ -34,6 +34,31 @@ def _trace(folder: Path, num_requests: int = 40) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--rate-scale 0",
+        "--rate-scale nan",
+        "--heartbeat-s 0",  # would beat for ever at one moment
+        "--poll-s=-1",
+        "--transfer-bytes-per-s 0",
+        "--max-running 0",  # nobody would ever be served
+        "--page-tokens 0",
+        "--grain 0",
+        "--prefill=-1",
+        "--num-requests=-3",
+        "--kv-tokens 1536",
+        "--policies bogus",
+    ],
+)
+def test_what_can_not_be_simulated_is_said_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str
+) -> None:
+    argv = ["simulate", str(_trace(tmp_path)), "--jobs", "1", "--policies", "cost", *flags.split()]
+    assert run(argv) == 2
+    assert "phloem: error: " in capsys.readouterr().err
+
+
 def test_a_trace_is_compared_by_policy_into_json_and_a_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
