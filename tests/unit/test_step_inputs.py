@@ -10,7 +10,9 @@ import torch
 from phloem.kernels.flashinfer_ops.page_lists import PageLists
 from phloem.shared.engine.cuda_attention import CudaAttention
 from phloem.shared.engine.cuda_inputs import RowInputs
+from phloem.shared.engine.decode_tables import DecodeTables
 from phloem.shared.engine.offline.null_device import NullLane
+from phloem.shared.engine.page_mirror import PageMirror
 from phloem.shared.engine.step_inputs import RunnerSizes, SampledRows, StepInputs
 from phloem.shared.engine.step_plan import FROM_DEVICE, Row, StepPlan
 from tests.support.engine_world import EngineWorld, FakeStep, next_tokens
@@ -19,15 +21,19 @@ CPU = torch.device("cpu")
 PAGE = 4
 SLOTS = 6
 SCRATCH = 500
+KV_HEADS = 2
 SIZES = RunnerSizes(SLOTS, 64, 64, PAGE, SCRATCH)
 
 
 class CheckedInputs:
     """Plans the inputs of every step of an `EngineWorld`, and compares them with the plan's rows."""
 
-    def __init__(self, world: EngineWorld, padding: int = 0) -> None:
+    def __init__(self, world: EngineWorld, padding: int = 0, *, kernels: bool = False) -> None:
+        """`kernels`: steps of decode rows alone are made of the decode kernels, which read tables."""
         self.decode_lane, self.chunk_lane = NullLane(SIZES), NullLane(SIZES)
-        self.inputs = StepInputs(CudaAttention({0: (self.decode_lane, self.chunk_lane)}), CPU, SIZES)
+        self.tables = make_tables() if kernels else None
+        attention = CudaAttention({0: (self.decode_lane, self.chunk_lane)}, self.tables)
+        self.inputs = StepInputs(attention, CPU, SIZES)
         self.num_continued = 0
         self.num_grown = 0
         self._padding = padding
@@ -56,7 +62,10 @@ class CheckedInputs:
         assert inputs.write_index[count:].tolist() == [SCRATCH * PAGE] * (size - count)
         self._check_sampling(rows, sampled)
         assert hints.all_greedy == all(row.request.sampling.temperature == 0 for row in rows)
-        self._check_lists(self.decode_lane.lists, rows, size - count)
+        if self.tables is not None:
+            self._check_tables(self.tables, rows, size)
+        else:
+            self._check_lists(self.decode_lane.lists, rows, size - count)
 
     def _check_mixed(self, rows: list[Row]) -> None:
         tokens, logits_index, _, sampled = self.inputs.mixed(rows)
@@ -93,6 +102,22 @@ class CheckedInputs:
         heat = [row.request.sampling.temperature for row in rows]
         assert inputs.temperature[:count].tolist() == heat
 
+    def _check_tables(self, tables: DecodeTables, rows: list[Row], size: int) -> None:
+        """The rows' pages are in the table of their slots; their items are all keys of each row, once
+        (rows long enough to be cut: `test_key_shares.py`)."""
+        for row in rows:
+            pages = row.request.page_ids[: row.start // PAGE + 1]
+            assert tables.page_table[row.request.slot, : len(pages)].tolist() == pages
+        assert tables.page_table[SLOTS, 0] == SCRATCH or size == len(rows)
+        wanted = [(row.request.slot, row.start) for row in rows] + [(SLOTS, 0)] * (size - len(rows))
+        keys: list[list[int]] = [[] for _ in wanted]
+        items = [item for item in tables.work(size).tolist() if item[0] >= 0]
+        for place, (index, slot, position, begin, end, first, count, _) in enumerate(items):
+            assert (slot, position) == wanted[index]
+            assert first <= place < first + count and [item[0] for item in items].count(index) == count
+            keys[index] += range(begin, end)
+        assert keys == [list(range(position)) for _, position in wanted]
+
     def _check_lists(self, lists: PageLists, rows: list[Row], padding: int) -> None:
         pages = [row.request.page_ids[: _last(row) // PAGE + 1] for row in rows] + [[SCRATCH]] * padding
         flat = [page for row in pages for page in row]
@@ -102,19 +127,25 @@ class CheckedInputs:
         assert lists.device_last_page_len.tolist() == last
 
 
+def make_tables() -> DecodeTables:
+    mirror = PageMirror(CPU, num_slots=SLOTS + 1, max_pages=SIZES.max_pages, page_size=PAGE)
+    return DecodeTables(mirror, CPU, max_rows=SLOTS + 1, num_kv_heads=KV_HEADS)
+
+
 def _last(row: Row) -> int:
     return row.start + row.num_tokens - 1
 
 
+@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize(("overlap", "num_pages"), [(True, 200), (False, 200), (True, 44)])
 def test_inputs_are_those_of_the_rows(
-    monkeypatch: pytest.MonkeyPatch, overlap: bool, num_pages: int, padding: int
+    monkeypatch: pytest.MonkeyPatch, overlap: bool, num_pages: int, padding: int, kernels: bool
 ) -> None:
     """Requests come and go, some end early, and with 44 pages some are retracted."""
     rng = random.Random(5)
     world = EngineWorld(num_pages=num_pages, page_size=PAGE, slots=SLOTS, budget=64, overlap=overlap)
-    checked = CheckedInputs(world, padding)
+    checked = CheckedInputs(world, padding, kernels=kernels)
     monkeypatch.setattr(world.device, "launch", checked.launch)
     want = {}
     for index in range(14):
