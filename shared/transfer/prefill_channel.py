@@ -118,18 +118,21 @@ class PrefillChannel(Channel):
         if item.slot is None or item.gathered is None:
             return
         assert isinstance(item.message, Piece)
-        posted_at, num_bytes = time.monotonic(), item.message.num_bytes
+        num_bytes = item.message.num_bytes
         pending = plane.post_send(item.slot.tensor[:num_bytes], item.gathered)
-        self._sendings.put(_Sending(item.gathered, pending, item.slot, num_bytes, posted_at))
+        self._sendings.put(_Sending(item.gathered, pending, item.slot, num_bytes, time.monotonic()))
 
     def _complete(self) -> None:
         while True:
             sending = self._sendings.get()
             assert sending is not None
-            sending.gathered.wait(self._deadline_from(sending.posted_at))
+            began_at = sending.posted_at
+            if not sending.gathered.done():
+                sending.gathered.wait(self._deadline_from(began_at))
+                began_at = time.monotonic()  # until then the link was not what it waited for
             self.send(PieceDigest(sending.gathered.digest()))
             sending.pending.wait(self._deadline_from(sending.posted_at))
-            self._meter.sent(sending.num_bytes, sending.posted_at, time.monotonic())
+            self._meter.sent(sending.num_bytes, began_at, time.monotonic())
             self._tell_if(self._ring.sent(sending.slot))
 
     def _close_completions(self) -> None:
