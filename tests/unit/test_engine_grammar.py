@@ -212,6 +212,20 @@ def test_resumed_request_goes_on_within_its_grammar(world: World) -> None:
     assert emitted + again.token_ids == first.token_ids
 
 
+def test_retracted_request_goes_on_within_its_grammar(world: World) -> None:
+    streams = [world.submit(f"r{index}", [index + 1] * 20, 90, grammar=OBJECT) for index in range(6)]
+    world.turn()
+    world.compiled()
+    world.assert_idle()
+    num_retractions = world.audit().counters["retractions"]
+    assert num_retractions > 0
+    for index, stream in enumerate(streams):
+        alone = world.submit(f"alone{index}", [index + 1] * 20, 90, grammar=OBJECT)
+        world.assert_idle()
+        assert stream.token_ids == alone.token_ids and json.loads(text_of(stream.token_ids))
+    assert world.audit().counters["retractions"] == num_retractions
+
+
 def test_request_whose_tokens_leave_its_grammar_fails_alone(world: World) -> None:
     stray = world.submit("stray", [5, *tokens_of('{"no')], 60, num_prompt_tokens=1, grammar=OBJECT)
     good = world.submit("good", [5], 60, grammar=OBJECT)
