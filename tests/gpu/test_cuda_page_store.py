@@ -94,7 +94,7 @@ def test_stream_that_is_held_back_sees_what_was_gathered() -> None:
     expected = torch.zeros(num_bytes, dtype=torch.uint8)
     digest = ops.gather_pages(source, torch.tensor(page_ids), 0, NUM_LAYERS, expected)
     slot = torch.zeros(num_bytes, dtype=torch.uint8, device=CUDA)
-    sending = torch.cuda.Stream(CUDA)
+    sending = torch.cuda.Stream(CUDA)  # type: ignore[no-untyped-call]  # torch does not type its streams
     a = torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16)
     torch.cuda.synchronize()
     with torch.cuda.stream(store._stream):
