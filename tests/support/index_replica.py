@@ -21,6 +21,8 @@ from phloem.shared.protocol.cluster import WorkerRecord
 from phloem.shared.protocol.index import Match
 from phloem.shared.protocol.session import PeerRef
 
+TIMEOUT_S = 10.0  # a machine that stands still for half a second is no mistake of the index
+
 
 class IndexReplica:
     """Sees who lives only when told to (`observe`), and sweeps only when told to."""
@@ -28,13 +30,13 @@ class IndexReplica:
     def __init__(
         self, redis_url: str, *, max_slots: int = 64, grace_s: float = 0.0, near_ttl_s: float = 0.0
     ) -> None:
-        self.link = RedisLink(redis_url, timeout_s=2.0)
+        self.link = RedisLink(redis_url, timeout_s=TIMEOUT_S)
         self.prometheus = CollectorRegistry()
         self.metrics = IndexMetrics(self.prometheus)
-        self.store = BlockStore(self.link, read_timeout_s=0.5, write_timeout_s=2.0)
+        self.store = BlockStore(self.link, read_timeout_s=TIMEOUT_S, write_timeout_s=TIMEOUT_S)
         self.slots = Slots(self.link, max_slots)
         self.near = NearCache(max_blocks=1024, ttl_s=near_ttl_s)
-        self.matcher = Matcher(self.store, self.slots, self.near, self.metrics, timeout_s=0.5)
+        self.matcher = Matcher(self.store, self.slots, self.near, self.metrics, timeout_s=TIMEOUT_S)
         self.announcer = Announcer(self.store, self.metrics, ttl_s=60.0)
         self.sweeper = Sweeper(self.store, self.slots, self.metrics, interval_s=60.0, grace_s=grace_s)
         self.service = IndexService(

@@ -65,7 +65,7 @@ class IndexMachine(RuleBasedStateMachine):
     def __init__(self, url: str) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
-        self.registry = Registry(url, timeout_s=2.0, lease_ttl_s=3600.0)
+        self.registry = Registry(url, timeout_s=10.0, lease_ttl_s=3600.0)
         self.replicas = [IndexReplica(url, max_slots=MAX_SLOTS) for _ in range(2)]
         self.live: dict[str, Worker] = {}
         self.gone: list[Worker] = []  # killed or replaced; as zombies they may still speak
