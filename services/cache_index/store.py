@@ -15,9 +15,9 @@ from phloem.shared.protocol.index import Publish, Verify
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.tree_digest import digest_text
 
-# One script call blocks Redis for about a microsecond per block. A lookup waits for those sent before it, so
+# One script call blocks Redis for a microsecond or two per block. A lookup waits for those sent before it, so
 # they are short, and few are under way at once, however many workers publish.
-BLOCKS_PER_SCRIPT = 256
+BLOCKS_PER_SCRIPT = 64
 _PARALLEL_WRITES = 2
 # Unpacking a batch keeps look-ups in this process waiting, for about a microsecond per key.
 KEYS_PER_SCAN = 128
