@@ -41,6 +41,7 @@ class Cluster:
         self._model_dir = model_dir
         self._log_dir = log_dir
         self._worker_flags = worker_flags
+        self._clients: list[OpenAI] = []
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.valkey = ValkeyServer(password="test password")
         self.port = free_port()
@@ -63,6 +64,8 @@ class Cluster:
                 process.kill()
                 process.wait()
         self.valkey.stop()
+        for client in self._clients:
+            client.close()
 
     # -- processes -------------------------------------------------------------------------------------
 
@@ -155,7 +158,10 @@ class Cluster:
         return f"http://127.0.0.1:{self.port}"
 
     def openai(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        """A client of its own for each caller; all are closed with the cluster."""
+        client = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        self._clients.append(client)
+        return client
 
     def generate(self, prompt: str, max_tokens: int) -> str:
         """Greedy, and exactly `max_tokens` long."""
