@@ -2,7 +2,7 @@
 
 The same function as `Decoder.forward`; what it saves are launches and round trips through memory between
 the matrix products. Few rows go through products that carry norms, gates and the residual stream along;
-many go through the library's products, and only attention is the decode kernel's.
+many go through the decoder's own, and only attention is the decode kernel's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from phloem.kernels import ops
 from phloem.kernels.types import DecodeRows, DecodeShape
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache
@@ -27,6 +26,7 @@ class DecodePass:
     """Reads the decoder's weights; holds no state of any request."""
 
     def __init__(self, decoder: Decoder, kernels: DecodeKernels) -> None:
+        self._decoder = decoder
         self._config = decoder.config
         self._parameters = decoder.parameters
         self._kernels = kernels
@@ -51,19 +51,13 @@ class DecodePass:
         return kernels.normed_linear(stream, parameters.lm_head, eps, torch.float32)
 
     def _many_rows(self, rows: DecodeRows, kv: KVCache) -> Tensor:
-        parameters, eps = self._parameters, self._config.norm_eps
+        eps = self._config.norm_eps
+
+        def attend(index: int, layer: LayerParameters, qkv: Tensor) -> Tensor:
+            return self._kernels.attend(qkv, rows, kv.k[index], kv.v[index], _norms(layer), eps)
+
         tokens = torch.where(rows.token < 0, rows.last_token[rows.slot], rows.token)
-        residual = parameters.embedding[tokens]
-        gains = [layer.input_norm for layer in parameters.layers[1:]] + [parameters.final_norm]
-        x = ops.rms_norm(residual, parameters.layers[0].input_norm, eps)
-        for index, (layer, next_gain) in enumerate(zip(parameters.layers, gains, strict=True)):
-            qkv = ops.linear(x, layer.qkv)
-            x = self._kernels.attend(qkv, rows, kv.k[index], kv.v[index], _norms(layer), eps)
-            x = ops.add_rms_norm(ops.linear(x, layer.o), residual, layer.post_norm, eps)
-            x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up)), layer.down)
-            x = ops.add_rms_norm(x, residual, next_gain, eps)
-        logits = ops.linear(x, parameters.lm_head)
-        return logits.to(torch.float32, memory_format=torch.contiguous_format)
+        return self._decoder.decode(tokens, attend)
 
 
 def decode_shape(config: ModelConfig) -> DecodeShape:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,11 @@ class _Step(NamedTuple):
     sin: Tensor
     write_index: Tensor
     plans: Mapping[int, AttentionPlan | DevicePlan]  # by window
+
+
+# One layer's attention: its index, its parameters, the projection's output `[T, (H + 2 * H_kv) * D]`;
+# returns `[T, H * D]`.
+Attend: TypeAlias = Callable[[int, LayerParameters, Tensor], Tensor]
 
 
 class Decoder:
@@ -47,21 +52,37 @@ class Decoder:
 
         Sequences may be at different places: chunks of prompts and single decode tokens mix freely.
         """
-        parameters, eps = self.parameters, self.config.norm_eps
         step = self._step(batch, kv)
-        residual = parameters.embedding[batch.input_ids]
+
+        def attend(index: int, layer: LayerParameters, qkv: Tensor) -> Tensor:
+            plan = step.plans[self.config.layer_windows[index]]
+            attended = self._attention(qkv, layer, step, plan, kv.k[index], kv.v[index])
+            if batch.on_kv is not None:
+                batch.on_kv(index + 1)
+            return attended
+
+        x, residual = self._layers(batch.input_ids, attend)
+        return self._logits(x, residual, batch.logits_index)
+
+    @torch.inference_mode()
+    def decode(self, input_ids: Tensor, attend: Attend) -> Tensor:
+        """Float32 logits of one new token per sequence, `[B, vocab]`; `attend` rotates and writes K and V."""
+        x, residual = self._layers(input_ids, attend)
+        return self._logits(x, residual, None)
+
+    def _layers(self, input_ids: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """What the last layer adds, and the residual stream that it is still to be added to."""
+        parameters, eps = self.parameters, self.config.norm_eps
+        residual = parameters.embedding[input_ids]
         x = ops.rms_norm(residual, parameters.layers[0].input_norm, eps)
         last = len(parameters.layers) - 1
         for index, layer in enumerate(parameters.layers):
-            plan = step.plans[self.config.layer_windows[index]]
-            x = self._attention(x, layer, step, plan, kv.k[index], kv.v[index])
-            if batch.on_kv is not None:
-                batch.on_kv(index + 1)
+            x = ops.linear(attend(index, layer, ops.linear(x, layer.qkv)), layer.o)
             x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
             x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up)), layer.down)
             if index < last:
                 x = ops.add_rms_norm(x, residual, parameters.layers[index + 1].input_norm, eps)
-        return self._logits(x, residual, batch.logits_index)
+        return x, residual
 
     def _step(self, batch: ForwardBatch, kv: KVCache) -> _Step:
         cos, sin = self.rope.tables(batch.positions, self.dtype)
@@ -76,7 +97,7 @@ class Decoder:
 
     def _attention(
         self,
-        x: Tensor,
+        qkv: Tensor,
         layer: LayerParameters,
         step: _Step,
         plan: AttentionPlan | DevicePlan,
@@ -84,14 +105,14 @@ class Decoder:
         v: Tensor,
     ) -> Tensor:
         config = self.config
-        num_tokens, num_rotated = x.shape[0], config.num_heads + config.num_kv_heads
-        heads = ops.linear(x, layer.qkv).view(num_tokens, num_rotated + config.num_kv_heads, config.head_dim)
+        num_tokens, num_rotated = qkv.shape[0], config.num_heads + config.num_kv_heads
+        heads = qkv.view(num_tokens, num_rotated + config.num_kv_heads, config.head_dim)
         rotated, values = heads[:, :num_rotated], heads[:, num_rotated:]
         if layer.q_norm is not None and layer.k_norm is not None:
             rotated = self._norm_heads(rotated, layer.q_norm, layer.k_norm)
         queries = ops.rope_write_kv(rotated, values, step.cos, step.sin, k, v, step.write_index)
         attended = ops.paged_attention(queries, k, v, plan, self._scale)
-        return ops.linear(attended.view(num_tokens, -1), layer.o)
+        return attended.view(num_tokens, -1)
 
     def _norm_heads(self, rotated: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
         eps, num_heads = self.config.norm_eps, self.config.num_heads
