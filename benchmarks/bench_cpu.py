@@ -17,7 +17,6 @@ import os
 import random
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -29,6 +28,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.samples import Samples
+from phloem.shared.bench.bars import Bar, all_met, bar_lines
 from phloem.shared.model_store.resolve import default_cache_dir, resolve_model
 
 MODEL = "smollm2-135m-instruct"
@@ -39,17 +40,6 @@ PREFILL_TOKENS = 1024
 TTFT_LENGTHS = (128, 512, 1024)
 
 
-class Bar(NamedTuple):
-    what: str
-    value: float
-    bound: float
-    at_least: bool
-
-    @property
-    def met(self) -> bool:
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
-
-
 class Timing(NamedTuple):
     """Of one streamed request, in seconds on this process's clock."""
 
@@ -57,24 +47,6 @@ class Timing(NamedTuple):
     first: float
     last: float
     num_tokens: int
-
-
-class Results:
-    """Samples by name."""
-
-    def __init__(self) -> None:
-        self._samples: dict[str, list[float]] = {}
-
-    def add(self, name: str, value: float) -> None:
-        self._samples.setdefault(name, []).append(value)
-
-    def median(self, name: str) -> float:
-        return statistics.median(self._samples[name])
-
-    def show(self) -> None:
-        for name, values in self._samples.items():
-            spread = f"{min(values):9.2f} .. {max(values):.2f}"
-            print(f"  {name:44s} {statistics.median(values):9.2f}   ({spread})")
 
 
 @contextmanager
@@ -182,48 +154,49 @@ def concurrent_rate(port: int, prompts: list[list[int]]) -> float:
     return sum(rates)
 
 
-def measure(results: Results, reference: Reference, pair: int, unified: int, rng: random.Random) -> None:
+def measure(samples: Samples, reference: Reference, pair: int, unified: int, rng: random.Random) -> None:
     prompt = random_prompt(rng, PROMPT_TOKENS)
-    results.add("transformers decode, batch 1 [tok/s]", reference.decode_tokens_per_s(prompt))
-    results.add("1P1D decode, batch 1 [tok/s]", decode_rate(stream(pair, prompt, NEW_TOKENS)))
+    samples.add("transformers decode, batch 1 [tok/s]", reference.decode_tokens_per_s(prompt))
+    samples.add("1P1D decode, batch 1 [tok/s]", decode_rate(stream(pair, prompt, NEW_TOKENS)))
     prompts = [random_prompt(rng, PROMPT_TOKENS) for _ in range(STREAMS)]
-    results.add(f"1P1D decode, {STREAMS} streams [tok/s]", concurrent_rate(pair, prompts))
+    samples.add(f"1P1D decode, {STREAMS} streams [tok/s]", concurrent_rate(pair, prompts))
     long = random_prompt(rng, PREFILL_TOKENS)
-    results.add("transformers forward, 1024 tokens [ms]", 1e3 * reference.prefill_s(long))
+    samples.add("transformers forward, 1024 tokens [ms]", 1e3 * reference.prefill_s(long))
     for length in TTFT_LENGTHS:
         targets = [("1P1D", pair), ("unified", unified)]
         rng.shuffle(targets)
         for name, port in targets:
             timing = stream(port, random_prompt(rng, length), 2)
-            results.add(f"{name} TTFT, {length} tokens [ms]", 1e3 * (timing.first - timing.start))
+            samples.add(f"{name} TTFT, {length} tokens [ms]", 1e3 * (timing.first - timing.start))
 
 
-def bars_of(results: Results) -> list[Bar]:
-    decode = results.median("1P1D decode, batch 1 [tok/s]")
-    forward = results.median("transformers forward, 1024 tokens [ms]")
+def bars_of(samples: Samples) -> list[Bar]:
+    def ratio(above: str, below: str) -> float:
+        return samples.median(above) / samples.median(below)
+
+    one = "1P1D decode, batch 1 [tok/s]"
     return [
         Bar(
             "batch-1 decode / transformers",
-            decode / results.median("transformers decode, batch 1 [tok/s]"),
+            ratio(one, "transformers decode, batch 1 [tok/s]"),
+            "x",
             0.9,
-            True,
+            ">=",
         ),
+        Bar("8 streams / batch 1", ratio(f"1P1D decode, {STREAMS} streams [tok/s]", one), "x", 3.0, ">="),
         Bar(
-            "8 streams / batch 1",
-            results.median(f"1P1D decode, {STREAMS} streams [tok/s]") / decode,
-            3.0,
-            True,
-        ),
-        Bar(
-            "prefill 1024 / transformers", forward / results.median("1P1D TTFT, 1024 tokens [ms]"), 0.9, True
+            "prefill 1024 / transformers",
+            ratio("transformers forward, 1024 tokens [ms]", "1P1D TTFT, 1024 tokens [ms]"),
+            "x",
+            0.9,
+            ">=",
         ),
         *(
             Bar(
                 f"TTFT 1P1D / unified, {length} tokens",
-                results.median(f"1P1D TTFT, {length} tokens [ms]")
-                / results.median(f"unified TTFT, {length} tokens [ms]"),
+                ratio(f"1P1D TTFT, {length} tokens [ms]", f"unified TTFT, {length} tokens [ms]"),
+                "x",
                 1.15,
-                False,
             )
             for length in TTFT_LENGTHS
         ),
@@ -252,19 +225,16 @@ def main() -> int:
         running_up([*flags, "--prefill", "1", "--decode", "1"]) as pair,
         running_up([*flags, "--prefill", "0", "--decode", "0", "--unified", "1"]) as unified,
     ):
-        measure(Results(), reference, pair, unified, rng)  # warm-up
-        results = Results()
+        measure(Samples(), reference, pair, unified, rng)  # warm-up
+        samples = Samples()
         for _ in range(options.rounds):
-            measure(results, reference, pair, unified, rng)
+            measure(samples, reference, pair, unified, rng)
     print(
         f"\n{MODEL}, {options.dtype}, {len(os.sched_getaffinity(0))} cores, median of {options.rounds} rounds"
     )
-    results.show()
-    bars = bars_of(results)
-    for bar in bars:
-        sign = ">=" if bar.at_least else "<="
-        print(f"  {bar.what:44s} {bar.value:9.2f}   {sign} {bar.bound}  {'met' if bar.met else 'MISSED'}")
-    return 1 if options.check and not all(bar.met for bar in bars) else 0
+    bars = bars_of(samples)
+    print("\n".join([*samples.lines(), *bar_lines(bars)]))
+    return 1 if options.check and not all_met(bars) else 0
 
 
 if __name__ == "__main__":

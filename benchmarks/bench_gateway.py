@@ -28,10 +28,12 @@ from pathlib import Path
 from benchmarks.gateway.client import Outcome
 from benchmarks.gateway.groups import by_group
 from benchmarks.gateway.processes import Bench, Options, Server
-from benchmarks.gateway.report import Results, ratios, show_costs
+from benchmarks.gateway.report import bars_of, show_costs
+from benchmarks.samples import Samples
+from phloem.shared.bench.bars import all_met, bar_lines
 
 
-def one_round(bench: Bench, gateway: Server, results: Results) -> None:
+def one_round(bench: Bench, gateway: Server, samples: Samples) -> None:
     options = bench.options
     interval_s = options.interval_ms / 1000
     num_tokens = options.streams * options.tokens
@@ -46,21 +48,21 @@ def one_round(bench: Bench, gateway: Server, results: Results) -> None:
     requests = bench.load_gateway(gateway, 1, options.requests)
     long_requests = bench.load_gateway(gateway, 1, options.requests, words=100)
     for name, sample in (("bare", flat_bare), ("gateway", flat)):
-        results.add(f"flat out, {name} [tokens/s]", num_tokens / sample.outcome.seconds)
-    results.add("flat out, gateway [tokens per event]", num_tokens / flat.outcome.num_events)
+        samples.add(f"flat out, {name} [tokens/s]", num_tokens / sample.outcome.seconds)
+    samples.add("flat out, gateway [tokens per event]", num_tokens / flat.outcome.num_events)
     for name, sample in (("bare", flat_bare), ("gateway", flat)):
-        results.add(f"flat out, {name} CPU [us per token]", sample.cpu_s / num_tokens * 1e6)
-        results.add(f"flat out, client's CPU beside {name} [%]", used(sample.outcome))
-    results.add("paced, gateway [tokens per event]", num_tokens / paced.outcome.num_events)
+        samples.add(f"flat out, {name} CPU [us per token]", sample.cpu_s / num_tokens * 1e6)
+        samples.add(f"flat out, client's CPU beside {name} [%]", used(sample.outcome))
+    samples.add("paced, gateway [tokens per event]", num_tokens / paced.outcome.num_events)
     for name, sample in (("bare", paced_bare), ("gateway", paced)):
-        results.add(f"paced, {name} CPU [us per token]", sample.cpu_s / num_tokens * 1e6)
+        samples.add(f"paced, {name} CPU [us per token]", sample.cpu_s / num_tokens * 1e6)
     for name, sample in (
         ("bare", requests_bare),
         ("gateway", requests),
         ("gateway, 1k prompt", long_requests),
     ):
-        results.add(f"requests, {name} [requests/s]", sample.outcome.num_requests / sample.outcome.seconds)
-        results.add(f"requests, {name} CPU [us]", sample.cpu_s / sample.outcome.num_requests * 1e6)
+        samples.add(f"requests, {name} [requests/s]", sample.outcome.num_requests / sample.outcome.seconds)
+        samples.add(f"requests, {name} CPU [us]", sample.cpu_s / sample.outcome.num_requests * 1e6)
 
 
 def used(outcome: Outcome) -> float:
@@ -99,20 +101,17 @@ def run(options: Options) -> int:
     with ExitStack() as stack:
         bench = Bench(options, stack)
         gateway = bench.gateway(sys.executable, "-m", "phloem.cli.main", "serve", "gateway")
-        one_round(bench, gateway, Results())  # warm
-        results = Results()
+        one_round(bench, gateway, Samples())  # warm
+        samples = Samples()
         for _ in range(options.rounds):
-            one_round(bench, gateway, results)
+            one_round(bench, gateway, samples)
         print(f"{options.streams} streams x {options.tokens} tokens, {options.rounds} rounds, medians:")
-        results.show()
-        print()
-        measured = ratios(results)
-        for ratio in measured:
-            ratio.show()
-        show_costs(results, options.tokens)
+        bars = bars_of(samples)
+        print("\n".join([*samples.lines(), "", *bar_lines(bars)]))
+        show_costs(samples, options.tokens)
         if options.profile:
             profile(bench, Path(options.profile))
-    return int(options.check and not all(ratio.met for ratio in measured))
+    return int(options.check and not all_met(bars))
 
 
 def main() -> int:

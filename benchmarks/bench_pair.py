@@ -26,6 +26,7 @@ from pathlib import Path
 import msgspec
 
 from phloem.cli.up.devices import count_gpus
+from phloem.shared.bench.bars import Bar, all_met, bar_lines
 from phloem.shared.bench.controller import Controller
 from phloem.shared.bench.datasets.options import DatasetOptions
 from phloem.shared.bench.lengths import LengthRange
@@ -36,7 +37,6 @@ from phloem.shared.bench.statistics import Summary, summarize
 from phloem.shared.errors import PhloemError
 from phloem.shared.lifecycle.child_process import spawn_child
 from phloem.shared.model_store.shapes import write_shape
-from phloem.shared.transfer_bench.bars import Bar, bar_lines
 from phloem.shared.transfer_bench.models import write_model
 
 HOST = "127.0.0.1"
@@ -377,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.output is not None:
         report = {"table": table, "bars": bars, "runs": runs}
         arguments.output.write_bytes(msgspec.json.encode(report))
-    return 1 if failed or (arguments.check and not all(bar.met for bar in bars)) else 0
+    return 1 if failed or (arguments.check and not all_met(bars)) else 0
 
 
 if __name__ == "__main__":

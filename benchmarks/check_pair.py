@@ -30,12 +30,12 @@ from pathlib import Path
 import msgspec
 
 from phloem.cli.up.devices import count_gpus
+from phloem.shared.bench.bars import Bar, all_met, bar_lines
 from phloem.shared.engine.config import EngineOptions
 from phloem.shared.engine.fault_injection import Faults
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.cluster import Role
 from phloem.shared.protocol.session import SamplingParams
-from phloem.shared.transfer_bench.bars import Bar, bar_lines
 from phloem.shared.transfer_bench.engine_client import EngineClient
 from phloem.shared.transfer_bench.equality import compare, explain, make_questions
 from phloem.shared.transfer_bench.lab import Lab, hand_over, open_lab, prove_channel, whole
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{arguments.proof}: {time.monotonic() - began_s:.0f} s")
     if arguments.output is not None:
         arguments.output.write_bytes(msgspec.json.format(msgspec.json.encode(bars)))
-    return 0 if all(bar.met for bar in bars) else 1
+    return 0 if all_met(bars) else 1
 
 
 def print_logs(folder: Path) -> None:

@@ -7,6 +7,7 @@ from statistics import fmean
 
 import msgspec
 
+from phloem.shared.bench.bars import Bar, all_met
 from phloem.simulate.options import SimulationOptions
 from phloem.simulate.oracle import lru_hit_rate
 from phloem.simulate.result import SimulationResult
@@ -17,19 +18,6 @@ BUSY_P90_S = (2.0, 4.0)  # round robin's p90 TTFT at the load that policies are 
 GATEWAY_COUNTS = (1, 2, 4, 8)
 NUM_SEEDS = 2  # runs of each: which request evicts which is chaotic, and moves a hit rate by a percent or two
 COMPARED = ("least_loaded", "cache_aware")
-
-
-class Bar(msgspec.Struct, frozen=True, kw_only=True):
-    """A measured value beside its bound; `at_most` says on which side of it the value must lie."""
-
-    name: str
-    value: float
-    bound: float
-    at_most: bool
-
-    @property
-    def is_met(self) -> bool:
-        return self.value <= self.bound if self.at_most else self.value >= self.bound
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +46,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_met(self) -> bool:
-        return all(bar.is_met for bar in self.bars) and not any(result.problems for result in self.results)
+        return all_met(self.bars) and not any(result.problems for result in self.results)
 
 
 def check(
@@ -89,20 +77,29 @@ def check(
     ideal = ideal_hit_rates(trace, options)
     cost = by_gateways[0]
     bars = [
-        _at_least(
-            "hit rate / one LRU cache of the prefill pool", _ratio(cost.hit_rate, ideal["prefill pool"]), 0.92
+        Bar(
+            "hit rate / one LRU cache of the prefill pool",
+            _ratio(cost.hit_rate, ideal["prefill pool"]),
+            bound=0.92,
+            sense=">=",
         ),
-        _at_least("round_robin's p90 TTFT, s: at least", busy.ttft_p90_s, low_s),
-        _at_most("round_robin's p90 TTFT, s: at most", busy.ttft_p90_s, high_s),
-        _at_most("p90 TTFT: cost / round_robin", cost.ttft_p90_s / busy.ttft_p90_s, 0.60),
-        _at_most("p90 TTFT: cost / cache_aware", cost.ttft_p90_s / by_policy["cache_aware"].ttft_p90_s, 0.90),
-        _at_most(
-            "1 to 8 gateways: spread of p90 TTFT", _spread(_means(r.ttft_p90_s for r in by_gateways)), 0.03
+        Bar("round_robin's p90 TTFT, at least", busy.ttft_p90_s, "s", low_s, ">="),
+        Bar("round_robin's p90 TTFT, at most", busy.ttft_p90_s, "s", high_s),
+        Bar("p90 TTFT: cost / round_robin", cost.ttft_p90_s / busy.ttft_p90_s, bound=0.60),
+        Bar(
+            "p90 TTFT: cost / cache_aware", cost.ttft_p90_s / by_policy["cache_aware"].ttft_p90_s, bound=0.90
         ),
-        _at_most(
-            "1 to 8 gateways: spread of the hit rate", _spread(_means(r.hit_rate for r in by_gateways)), 0.03
+        Bar(
+            "1 to 8 gateways: spread of p90 TTFT",
+            _spread(_means(r.ttft_p90_s for r in by_gateways)),
+            bound=0.03,
         ),
-        _at_most("shared prefix: CoV of the workers' load", balance.load_cov, 0.25),
+        Bar(
+            "1 to 8 gateways: spread of the hit rate",
+            _spread(_means(r.hit_rate for r in by_gateways)),
+            bound=0.03,
+        ),
+        Bar("shared prefix: CoV of the workers' load", balance.load_cov, bound=0.25),
     ]
     return Check(results=[busy, *results, balance], cost=cost, ideal_hit_rates=ideal, bars=bars)
 
@@ -135,11 +132,3 @@ def _means(values: Iterable[float]) -> list[float]:
 
 def _spread(values: Sequence[float]) -> float:
     return max(values) / min(values) - 1 if min(values) else 0.0
-
-
-def _at_least(name: str, value: float, bound: float) -> Bar:
-    return Bar(name=name, value=value, bound=bound, at_most=False)
-
-
-def _at_most(name: str, value: float, bound: float) -> Bar:
-    return Bar(name=name, value=value, bound=bound, at_most=True)

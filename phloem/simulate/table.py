@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from phloem.simulate.bars import Bar
+from phloem.shared.bench.bars import Bar
 from phloem.simulate.result import SimulationResult
 
 
@@ -54,9 +54,9 @@ def print_bars(bars: Sequence[Bar], console: Console) -> None:
     for title in ("measured", "bound", ""):
         table.add_column(title, justify="right")
     for bar in bars:
-        verdict = "[green]met[/]" if bar.is_met else "[red]missed[/]"
-        sign = "<=" if bar.at_most else ">="
-        table.add_row(bar.name, f"{bar.value:.3f}", f"{sign} {bar.bound:.2f}", verdict)
+        style = "green" if bar.is_met else "red"
+        value = f"{bar.value:.3f} {bar.unit}".rstrip()
+        table.add_row(bar.what, value, bar.bound_text, f"[{style}]{bar.verdict}[/]")
     console.print(table)
 
 

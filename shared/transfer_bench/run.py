@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from phloem.shared.bench.bars import Bar, all_met
 from phloem.shared.engine.config import EngineOptions
 from phloem.shared.errors import ConfigError
 from phloem.shared.model_store.model_config import ModelConfig, load_model_config
@@ -16,7 +17,6 @@ from phloem.shared.transfer_bench.bandwidth import (
     BandwidthReport,
     measure_bandwidth,
 )
-from phloem.shared.transfer_bench.bars import Bar
 from phloem.shared.transfer_bench.exposure import (
     Exposed,
     Prompts,
@@ -76,7 +76,7 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def holds(self) -> bool:
-        return all(bar.met for bar in self.bars)
+        return all_met(self.bars)
 
 
 def run_transfer_bench(options: TransferOptions, tell: Tell) -> TransferReport:

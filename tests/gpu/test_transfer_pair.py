@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks import check_pair
 from phloem.cli.up.devices import count_gpus
+from phloem.shared.bench.bars import Bar
 from phloem.shared.transfer_bench.bandwidth import BandwidthPlan, measure_bandwidth
-from phloem.shared.transfer_bench.bars import Bar
 from phloem.shared.transfer_bench.rank_protocol import KvShape
 
 pytestmark = [

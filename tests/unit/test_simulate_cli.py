@@ -11,7 +11,7 @@ import pytest
 
 from phloem.cli.main import run
 from phloem.cli.simulate import Report
-from phloem.simulate.bars import Bar, check, ideal_hit_rates
+from phloem.simulate.bars import check, ideal_hit_rates
 from phloem.simulate.options import ClusterShape, SimulationOptions
 from phloem.simulate.study import find_rate_scale
 from phloem.simulate.workload import SimRequest, load_trace, shared_prefix
@@ -109,12 +109,6 @@ def test_what_can_not_be_simulated_is_said_and_exits_with_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["simulate", "--num-requests", "5", *SMALL, *argv]) == 2
-
-
-def test_a_bar_is_met_on_its_side_of_the_bound() -> None:
-    assert Bar(name="a", value=0.6, bound=0.6, at_most=True).is_met
-    assert not Bar(name="a", value=0.61, bound=0.6, at_most=True).is_met
-    assert not Bar(name="a", value=0.91, bound=0.92, at_most=False).is_met
 
 
 def _bursts() -> list[SimRequest]:

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from phloem.cli.up.devices import count_gpus
+from phloem.shared.bench.bars import Bar
 from phloem.shared.errors import ConfigError
-from phloem.shared.transfer_bench.bars import Bar
 from phloem.shared.transfer_bench.models import ModelShape, write_model
 
 if TYPE_CHECKING:
