@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from phloem.cli.bench.offline import print_verdicts
+from phloem.cli.bench.offline import print_bars
 from phloem.shared.engine.offline.bars import (
-    BARS,
+    LIMITS,
     SHAPE,
     START_LIMIT_S,
-    all_met,
-    verdicts,
+    bars_of,
+    measured_met,
     why_not_judged,
 )
 from phloem.shared.engine.offline.bench import Measurement, OfflineReport, model_shape
@@ -34,13 +34,13 @@ SLOW = [Measurement("prefill", 1, 512, 21.0, 10.0), *GOOD[1:]]
 
 
 def missed(rows: list[Measurement], start_s: float = 1.0) -> list[str]:
-    return [verdict.what for verdict in verdicts(rows, start_s) if verdict.is_met is False]
+    return [bar.what for bar in bars_of(rows, start_s) if bar.is_measured and not bar.is_met]
 
 
 def test_a_run_that_meets_everything() -> None:
-    judged = verdicts(GOOD, 39.0)
-    assert len(judged) == len(BARS) + 1
-    assert all(verdict.is_met for verdict in judged) and all_met(judged)
+    judged = bars_of(GOOD, 39.0)
+    assert len(judged) == len(LIMITS) + 1
+    assert all(bar.is_met for bar in judged) and measured_met(judged)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_each_bar_is_missed_by_its_own_figure_alone(index: int, change: dict[str
     fields = {name: getattr(row, name) for name in row.__struct_fields__}
     rows = [*GOOD[:index], Measurement(**{**fields, **change}), *GOOD[index + 1 :]]
     assert missed(rows) == [what]
-    assert not all_met(verdicts(rows, 1.0))
+    assert not measured_met(bars_of(rows, 1.0))
 
 
 def test_a_slow_start_is_missed() -> None:
@@ -69,12 +69,12 @@ def test_a_slow_start_is_missed() -> None:
 
 
 def test_what_was_not_measured_is_not_judged() -> None:
-    judged = verdicts(GOOD[:1], 1.0)
-    assert [verdict.what for verdict in judged if verdict.is_met is None] == [
-        bar.what for bar in BARS if bar.what != "prefill, 512 tokens"
+    judged = bars_of(GOOD[:1], 1.0)
+    assert [bar.what for bar in judged if not bar.is_measured] == [
+        limit.what for limit in LIMITS if limit.what != "prefill, 512 tokens"
     ]
-    assert all_met(judged)
-    assert not all_met([])
+    assert measured_met(judged)
+    assert not measured_met([])
 
 
 def test_the_worst_of_several_rows_counts() -> None:
@@ -104,16 +104,16 @@ def test_other_shapes_dtypes_and_devices_are_not_judged(
 
 
 @pytest.mark.parametrize(("rows", "code"), [(GOOD, 0), (GOOD[1:], 0), ([GOOD[0], GOOD[0]], 0), (SLOW, 1)])
-def test_verdicts_are_printed_and_decide_the_exit_code(rows: list[Measurement], code: int) -> None:
+def test_bars_are_printed_and_decide_the_exit_code(rows: list[Measurement], code: int) -> None:
     out = io.StringIO()
-    assert print_verdicts(report(rows), Console(file=out, width=120)) == code
+    assert print_bars(report(rows), Console(file=out, width=120)) == code
     assert ("MISSED" in out.getvalue()) == (code == 1)
     assert ("not measured" in out.getvalue()) == (len(rows) < len(GOOD))
 
 
 def test_a_run_that_the_bars_are_not_about_is_refused() -> None:
     with pytest.raises(PhloemError, match="--check: the bars are for an H100 or H200, this run was on cpu"):
-        print_verdicts(report(GOOD, device="cpu"), Console(file=io.StringIO()))
+        print_bars(report(GOOD, device="cpu"), Console(file=io.StringIO()))
 
 
 def report(rows: list[Measurement], device: str = "NVIDIA H200") -> OfflineReport:

@@ -93,24 +93,23 @@ def offline(
             f"{row.idle_percent:.1f}" if row.idle_percent is not None else "",
         )
     console.print(table)
-    return print_verdicts(report, console) if check else 0
+    return print_bars(report, console) if check else 0
 
 
-def print_verdicts(report: OfflineReport, console: Console) -> int:
+def print_bars(report: OfflineReport, console: Console) -> int:
     """Each bar beside what this run has; the exit code."""
-    from phloem.shared.engine.offline.bars import all_met, verdicts, why_not_judged
+    from phloem.shared.engine.offline.bars import bars_of, measured_met, why_not_judged
 
     reason = why_not_judged(report.shape, report.dtype, report.device)
     if reason is not None:
         raise PhloemError("not_judged", f"--check: {reason}")
-    judged = verdicts(report.measurements, report.start_s)
+    bars = bars_of(report.measurements, report.start_s)
     table = Table("bar", "at most", "measured", "")
-    for verdict in judged:
-        found = "not measured" if verdict.value is None else f"{verdict.value:.2f} {verdict.unit}"
-        word = {True: "met", False: "MISSED", None: ""}[verdict.is_met]
-        table.add_row(verdict.what, f"{verdict.limit:g} {verdict.unit}", found, word)
+    for bar in bars:
+        found = f"{bar.value:.2f} {bar.unit}" if bar.is_measured else "not measured"
+        table.add_row(bar.what, f"{bar.bound:g} {bar.unit}", found, bar.verdict if bar.is_measured else "")
     console.print(table)
-    return 0 if all_met(judged) else 1
+    return 0 if measured_met(bars) else 1
 
 
 def _load_format(model_path: str, load_format: LoadFormat) -> LoadFormat:

@@ -5,8 +5,11 @@ The bars are those of the project's issue 3; a figure that a run did not measure
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
+
+from phloem.shared.bench.bars import Bar, all_met
 
 
 class Figures(Protocol):
@@ -26,7 +29,7 @@ class Figures(Protocol):
     def idle_percent(self) -> float | None: ...
 
 
-class Bar(NamedTuple):
+class Limit(NamedTuple):
     """At most `limit` of `figure` for the row of (kind, batch, tokens); tokens 0: any."""
 
     what: str
@@ -36,19 +39,6 @@ class Bar(NamedTuple):
     figure: Callable[[Figures], float | None]
     limit: float
     unit: str
-
-
-class Verdict(NamedTuple):
-    """`value` None: not measured in this run."""
-
-    what: str
-    value: float | None
-    limit: float
-    unit: str
-
-    @property
-    def is_met(self) -> bool | None:
-        return None if self.value is None else self.value <= self.limit
 
 
 def _ratio(row: Figures) -> float:
@@ -63,41 +53,42 @@ def _host(row: Figures) -> float | None:
     return row.host_ms or None
 
 
-BARS = (
-    Bar("decode, batch 1, context 1k", "decode", 1, 1024, _ratio, 1.10, "x floor"),
-    Bar("decode, batch 64, context 1k", "decode", 64, 1024, _ratio, 1.15, "x floor"),
-    Bar("decode, batch 256, context 2k", "decode", 256, 2048, _ratio, 1.20, "x floor"),
-    Bar("prefill, 8,192 tokens", "prefill", 1, 8192, _ratio, 1.45, "x floor"),
-    Bar("prefill, 512 tokens", "prefill", 1, 512, _ratio, 2.0, "x floor"),
-    Bar("idle device between decode steps, batch 64", "decode", 64, 0, _idle, 2.0, "%"),
-    Bar("the same, grammar masks on half of the rows", "decode, grammars", 64, 0, _idle, 5.0, "%"),
-    Bar("host's work per decode step, batch 256", "decode", 256, 0, _host, 1.5, "ms"),
+LIMITS = (
+    Limit("decode, batch 1, context 1k", "decode", 1, 1024, _ratio, 1.10, "x floor"),
+    Limit("decode, batch 64, context 1k", "decode", 64, 1024, _ratio, 1.15, "x floor"),
+    Limit("decode, batch 256, context 2k", "decode", 256, 2048, _ratio, 1.20, "x floor"),
+    Limit("prefill, 8,192 tokens", "prefill", 1, 8192, _ratio, 1.45, "x floor"),
+    Limit("prefill, 512 tokens", "prefill", 1, 512, _ratio, 2.0, "x floor"),
+    Limit("idle device between decode steps, batch 64", "decode", 64, 0, _idle, 2.0, "%"),
+    Limit("the same, grammar masks on half of the rows", "decode, grammars", 64, 0, _idle, 5.0, "%"),
+    Limit("host's work per decode step, batch 256", "decode", 256, 0, _host, 1.5, "ms"),
 )
 START_LIMIT_S = 40.0
 # The shape that the bars are about: layers, hidden size, KV heads, head_dim, vocabulary.
 SHAPE = (32, 4096, 8, 128, 128_256)
 
 
-def verdicts(rows: Sequence[Figures], start_s: float) -> list[Verdict]:
-    """One for each bar, in the order of `BARS`, then the start; the worst where several rows match."""
-    judged = [Verdict(bar.what, _worst(bar, rows), bar.limit, bar.unit) for bar in BARS]
-    return [*judged, Verdict("start to ready, kernels compiled before", start_s, START_LIMIT_S, "s")]
+def bars_of(rows: Sequence[Figures], start_s: float) -> list[Bar]:
+    """One for each of `LIMITS`, in their order, then the start; the worst where several rows match, no number
+    where none does."""
+    bars = [Bar(limit.what, _worst(limit, rows), limit.unit, limit.limit) for limit in LIMITS]
+    return [*bars, Bar("start to ready, kernels compiled before", start_s, "s", START_LIMIT_S)]
 
 
-def _worst(bar: Bar, rows: Sequence[Figures]) -> float | None:
+def _worst(limit: Limit, rows: Sequence[Figures]) -> float:
     values = [
         value
         for row in rows
-        if (row.kind, row.batch) == (bar.kind, bar.batch) and bar.tokens in (0, row.tokens)
-        if (value := bar.figure(row)) is not None
+        if (row.kind, row.batch) == (limit.kind, limit.batch) and limit.tokens in (0, row.tokens)
+        if (value := limit.figure(row)) is not None
     ]
-    return max(values, default=None)
+    return max(values, default=math.nan)
 
 
-def all_met(judged: Sequence[Verdict]) -> bool:
+def measured_met(bars: Sequence[Bar]) -> bool:
     """Whether no bar that was measured is missed, and one was."""
-    known = [verdict.is_met for verdict in judged if verdict.is_met is not None]
-    return bool(known) and all(known)
+    measured = [bar for bar in bars if bar.is_measured]
+    return bool(measured) and all_met(measured)
 
 
 def why_not_judged(shape: tuple[int, ...], dtype: str, device: str) -> str | None:
