@@ -17,7 +17,8 @@ import time
 from typing import get_args
 
 from phloem.services.gateway.cluster.routing import Candidate, RoutingPolicy, RoutingRequest, route
-from phloem.shared.protocol.cluster import Role, WorkerLoad, WorkerRecord
+from phloem.shared.protocol.cluster import Role, WorkerLoad
+from tests.support.worker_records import new_record
 
 SIZES = (8, 32, 128)
 NUM_EXPLAINED = 5  # as the gateway's router asks for
@@ -35,18 +36,11 @@ def candidate(role: Role, number: int, rng: random.Random | None) -> Candidate:
         decode_step_s=rng.uniform(0.005, 0.02) if rng else 0.005,
         transfer_bytes_per_s=rng.uniform(5e10, 3e11) if rng else 1e11,
     )
-    record = WorkerRecord(
-        worker_id=f"{role}-{number}",
-        epoch=1,
-        role=role,
-        rpc_address="127.0.0.1:1",
-        model_id="m",
-        page_size=16,
+    record = new_record(
+        f"{role}-{number}",
+        role,
         context_length=131_072,
-        kv_layout="kv",
         kv_bytes_per_token=131_072,
-        transfer_address="" if role == "prefill" else "127.0.0.1:2",
-        device="cuda:0",
         max_running_requests=256,
         load=load,
     )

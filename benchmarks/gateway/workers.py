@@ -18,7 +18,7 @@ from pathlib import Path
 import uvloop
 
 from phloem.shared.discovery.registry import Registry
-from phloem.shared.protocol.cluster import Role, WorkerLoad, WorkerRecord
+from phloem.shared.protocol.cluster import Role, WorkerLoad
 from phloem.shared.protocol.session import (
     Abort,
     Ended,
@@ -37,6 +37,7 @@ from phloem.shared.protocol.session import (
 )
 from phloem.shared.protocol.worker_rpc import WORKER_SERVICE
 from phloem.shared.rpc.server import RpcServer
+from tests.support.worker_records import new_record
 
 _HEARTBEAT_S = 1.0
 # A busy machine is no dead worker.
@@ -107,17 +108,13 @@ class AnsweringWorker:
     async def run(self, registry: Registry) -> None:
         port = await self._server.start("127.0.0.1", 0)
         self._epoch = await registry.next_epoch()
-        record = WorkerRecord(
-            worker_id=self._worker_id,
+        record = new_record(
+            self._worker_id,
+            self._role,
             epoch=self._epoch,
-            role=self._role,
             rpc_address=f"127.0.0.1:{port}",
-            model_id="bench",
-            page_size=16,
             context_length=131_072,
-            kv_layout="bench",
             kv_bytes_per_token=100_000,
-            transfer_address="" if self._role == "prefill" else "127.0.0.1:1",
             max_running_requests=256,
             load=WorkerLoad(free_pages=100_000, total_pages=100_000),
         )

@@ -13,9 +13,10 @@ from prometheus_client import CollectorRegistry
 
 from benchmarks.index.lookups import Barrage
 from benchmarks.index.publish_load import Outcome
-from benchmarks.index.world import World, new_client, record_of
+from benchmarks.index.world import World, new_client
 from phloem.services.gateway.cluster.index_client import IndexClient
 from phloem.shared.protocol.session import PeerRef
+from tests.support.worker_records import record_of
 
 DEADLINE_S = 0.005
 PUBLISH_RATE = 20_000.0

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from prometheus_client import CollectorRegistry
 
-from benchmarks.index.world import SECRET, record_of
+from benchmarks.index.world import SECRET
 from phloem.services.cache_index import layout
 from phloem.services.cache_index.slots import Slots
 from phloem.services.cache_index.store import BlockStore
@@ -22,6 +22,7 @@ from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.worker.index_publisher import IndexPublisher
 from phloem.shared.worker.metrics import WorkerMetrics
+from tests.support.worker_records import record_of
 
 PAGE_SIZE = 16
 NUM_SYSTEM_PROMPTS = 4

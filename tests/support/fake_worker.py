@@ -42,6 +42,7 @@ from phloem.shared.protocol.worker_rpc import (
 )
 from phloem.shared.rpc.server import RpcServer
 from tests.support.waiting import until
+from tests.support.worker_records import new_record
 
 FIRST_TOKEN = 1000
 
@@ -75,17 +76,14 @@ class FakeWorker:
         server.add_unary(WORKER_SERVICE, "Flush", flush_request, done, self._on_flush)
         server.add_unary(WORKER_SERVICE, "Audit", audit_call, audit_reply, self._on_audit)
         port = await server.start("127.0.0.1", 0)
-        self.record = WorkerRecord(
-            worker_id=self.worker_id,
+        self.record = new_record(
+            self.worker_id,
+            self.role,
             epoch=await registry.next_epoch(),
-            role=self.role,
             rpc_address=f"127.0.0.1:{port}",
             model_id="fake",
-            page_size=16,
             context_length=1000,
-            kv_layout="fake",
             kv_bytes_per_token=100,
-            transfer_address="" if self.role == "prefill" else "127.0.0.1:1",
             max_running_requests=64,
             load=WorkerLoad(free_pages=1000, total_pages=1000),
         )

@@ -17,7 +17,6 @@ from phloem.services.cache_index.sweeper import Sweeper
 from phloem.shared.discovery.redis_link import RedisLink
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.discovery.snapshot import ClusterSnapshot
-from phloem.shared.protocol.cluster import WorkerRecord
 from phloem.shared.protocol.index import Match
 from phloem.shared.protocol.session import PeerRef
 
@@ -59,19 +58,6 @@ class IndexReplica:
 
     async def close(self) -> None:
         await self.link.close()
-
-
-def record_of(worker: PeerRef) -> WorkerRecord:
-    return WorkerRecord(
-        worker_id=worker.worker_id,
-        epoch=worker.epoch,
-        role="prefill",
-        rpc_address="127.0.0.1:1",
-        model_id="m",
-        page_size=16,
-        context_length=1 << 20,
-        kv_layout="x",
-    )
 
 
 def some_hash(*path: object) -> bytes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from phloem.services.gateway.policies.snapshot import Candidate, RoutingRequest
-from phloem.shared.protocol.cluster import Role, WorkerLoad, WorkerRecord
+from phloem.shared.protocol.cluster import Role, WorkerLoad
+from tests.support.worker_records import new_record
 
 
 def worker(
@@ -18,17 +19,12 @@ def worker(
     kv_bytes_per_token: int = 50_000,
 ) -> Candidate:
     """Idle, measured at 1000 prompt tokens a second, with room for 16,000, unless `load` says else."""
-    record = WorkerRecord(
-        worker_id=worker_id,
-        epoch=1,
-        role=role,
-        rpc_address="127.0.0.1:1",
-        model_id="m",
-        page_size=16,
+    record = new_record(
+        worker_id,
+        role,
         context_length=10_000,
         kv_layout=layout,
         kv_bytes_per_token=kv_bytes_per_token,
-        transfer_address="" if role == "prefill" else "127.0.0.1:2",
         max_running_requests=8,
         load=load or WorkerLoad(free_pages=1000, total_pages=1000, prefill_tokens_per_s=1000),
     )

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from phloem.services.gateway.cluster.told_load import FRESH_S, ToldLoad
 from phloem.services.gateway.policies.snapshot import Candidate
-from phloem.shared.protocol.cluster import WorkerLoad, WorkerRecord
+from phloem.shared.protocol.cluster import WorkerLoad
+from tests.support.worker_records import new_record
 
-HEARTBEAT = WorkerRecord(
-    worker_id="w",
-    epoch=1,
-    role="prefill",
-    rpc_address="",
-    model_id="m",
-    page_size=16,
-    context_length=1000,
-    kv_layout="k",
-    load=WorkerLoad(queued_tokens=7),
-)
+HEARTBEAT = new_record(load=WorkerLoad(queued_tokens=7))
 
 
 def test_a_told_load_outlives_older_heartbeats_and_no_newer_ones() -> None:
@@ -29,15 +20,5 @@ def test_a_told_load_outlives_older_heartbeats_and_no_newer_ones() -> None:
 
 def test_requests_whose_kv_moves_count_as_load() -> None:
     load = WorkerLoad(num_running=3, num_waiting=1, num_handing_over=2)
-    record = WorkerRecord(
-        worker_id="w",
-        epoch=1,
-        role="decode",
-        rpc_address="",
-        model_id="m",
-        page_size=16,
-        context_length=1000,
-        kv_layout="k",
-        load=load,
-    )
+    record = new_record("w", "decode", load=load)
     assert Candidate(record=record, new_requests=1).num_requests == 7

@@ -15,21 +15,9 @@ from phloem.shared.discovery.registry import Registry
 from phloem.shared.discovery.secret import cluster_secret, reassert_secret
 from phloem.shared.discovery.snapshot import ClusterSnapshot
 from phloem.shared.errors import ConfigError, PhloemError
-from phloem.shared.protocol.cluster import Role, ServiceRecord, WorkerLoad, WorkerRecord
+from phloem.shared.protocol.cluster import ServiceRecord, WorkerLoad
 from tests.support.valkey import ValkeyServer, free_port, running_valkey
-
-
-def worker(worker_id: str = "w1", epoch: int = 1, role: Role = "prefill") -> WorkerRecord:
-    return WorkerRecord(
-        worker_id=worker_id,
-        epoch=epoch,
-        role=role,
-        rpc_address="127.0.0.1:1",
-        model_id="m",
-        page_size=16,
-        context_length=128,
-        kv_layout="x",
-    )
+from tests.support.worker_records import new_record
 
 
 async def seen(
@@ -62,49 +50,49 @@ async def test_epochs_grow_when_the_counter_is_ahead_of_the_clock(registry: Regi
 
 async def test_reading_returns_the_registered_records(registry: Registry) -> None:
     gateway = ServiceRecord(kind="gateway", service_id="g", epoch=3, address="127.0.0.1:9")
-    assert not (await registry.renew_worker(worker())).held
-    assert (await registry.renew_worker(worker())).held
+    assert not (await registry.renew_worker(new_record())).held
+    assert (await registry.renew_worker(new_record())).held
     await registry.renew_service(gateway)
     reading = await registry.read()
-    assert list(reading.workers.values()) == [worker()]
+    assert list(reading.workers.values()) == [new_record()]
     assert list(reading.services.values()) == [gateway]
 
 
 async def test_older_epoch_never_overwrites_a_newer_one(registry: Registry) -> None:
-    await registry.renew_worker(worker(epoch=5))
+    await registry.renew_worker(new_record(epoch=5))
     with pytest.raises(PhloemError) as caught:
-        await registry.renew_worker(worker(epoch=4))
+        await registry.renew_worker(new_record(epoch=4))
     assert caught.value.code == "stale_epoch"
     assert not caught.value.retryable
-    await registry.renew_worker(worker(epoch=6))
+    await registry.renew_worker(new_record(epoch=6))
     assert [record.epoch for record in (await registry.read()).workers.values()] == [6]
 
 
 async def test_fence_outlives_the_lease(registry: Registry) -> None:
-    await registry.renew_worker(worker(epoch=5))
-    await registry.link.command("DEL", keys.lease(keys.worker_member("w1")))
+    await registry.renew_worker(new_record(epoch=5))
+    await registry.link.command("DEL", keys.lease(keys.worker_member("w")))
     with pytest.raises(PhloemError, match="epoch 5 came after"):
-        await registry.renew_worker(worker(epoch=4))
+        await registry.renew_worker(new_record(epoch=4))
 
 
 async def test_heartbeat_in_flight_can_not_reopen_a_lease_that_was_given_back(registry: Registry) -> None:
-    await registry.renew_worker(worker(epoch=5))
-    assert await registry.deregister_worker("w1", 5)
+    await registry.renew_worker(new_record(epoch=5))
+    assert await registry.deregister_worker("w", 5)
     with pytest.raises(PhloemError) as caught:
-        await registry.renew_worker(worker(epoch=5))
+        await registry.renew_worker(new_record(epoch=5))
     assert caught.value.code == "stale_epoch"
     assert (await registry.read()).workers == {}
 
 
 async def test_old_epoch_can_not_deregister_its_successor(registry: Registry) -> None:
-    await registry.renew_worker(worker(epoch=5))
-    assert not await registry.deregister_worker("w1", 4)
+    await registry.renew_worker(new_record(epoch=5))
+    assert not await registry.deregister_worker("w", 4)
     assert len((await registry.read()).workers) == 1
 
 
 async def test_unreadable_record_hides_no_other_member(registry: Registry) -> None:
-    await registry.renew_worker(worker("bad"))
-    await registry.renew_worker(worker("good"))
+    await registry.renew_worker(new_record("bad"))
+    await registry.renew_worker(new_record("good"))
     await registry.link.command("SET", keys.lease(keys.worker_member("bad")), b"\xc1", "PX", 10_000)
     assert [record.worker_id for record in (await registry.read()).workers.values()] == ["good"]
 
@@ -114,22 +102,22 @@ async def test_watcher_sees_join_state_change_and_leave_before_it_polls(valkey: 
     try:
         async with aclosing(registry.watch()) as snapshots:
             assert (await anext(snapshots)).workers == ()
-            first = asyncio.create_task(seen(snapshots, lambda s: ids(s) == ["w1"]))
-            await registry.renew_worker(worker())
+            first = asyncio.create_task(seen(snapshots, lambda s: ids(s) == ["w"]))
+            await registry.renew_worker(new_record())
             await first
-            draining = msgspec.structs.replace(worker(), state="draining")
+            draining = msgspec.structs.replace(new_record(), state="draining")
             second = asyncio.create_task(seen(snapshots, lambda s: s.workers == (draining,)))
             await registry.renew_worker(draining, notify=True)
             await second
             third = asyncio.create_task(seen(snapshots, lambda s: not s.workers))
-            await registry.deregister_worker("w1", 1)
+            await registry.deregister_worker("w", 1)
             await third
     finally:
         await registry.close()
 
 
 async def test_watcher_drops_a_worker_whose_lease_ran_out(registry: Registry) -> None:
-    await registry.renew_worker(worker("dies"))
+    await registry.renew_worker(new_record("dies"))
     async with aclosing(registry.watch()) as snapshots:
         await seen(snapshots, lambda s: ids(s) == ["dies"])
         start = time.monotonic()
@@ -138,36 +126,36 @@ async def test_watcher_drops_a_worker_whose_lease_ran_out(registry: Registry) ->
 
 
 async def test_poll_carries_the_load(registry: Registry) -> None:
-    await registry.renew_worker(worker())
+    await registry.renew_worker(new_record())
     async with aclosing(registry.watch()) as snapshots:
-        await seen(snapshots, lambda s: ids(s) == ["w1"])
-        await registry.renew_worker(msgspec.structs.replace(worker(), load=WorkerLoad(num_running=7)))
+        await seen(snapshots, lambda s: ids(s) == ["w"])
+        await registry.renew_worker(msgspec.structs.replace(new_record(), load=WorkerLoad(num_running=7)))
         await seen(snapshots, lambda s: any(w.load.num_running == 7 for w in s.workers))
 
 
 async def test_watcher_keeps_the_members_while_redis_is_down(
     registry: Registry, valkey: ValkeyServer
 ) -> None:
-    await registry.renew_worker(worker())
+    await registry.renew_worker(new_record())
     async with aclosing(registry.watch()) as snapshots:
-        before = await seen(snapshots, lambda s: ids(s) == ["w1"])
+        before = await seen(snapshots, lambda s: ids(s) == ["w"])
         valkey.stop()
         down = await seen(snapshots, lambda s: not s.redis_ok and s.age_s > 0.7)
         assert down.workers == before.workers
         valkey.start()
         back = await seen(snapshots, lambda s: s.redis_ok)
         assert back.generation != before.generation
-        assert ids(back) == ["w1"]  # kept for a lease time, in which it registers again
+        assert ids(back) == ["w"]  # kept for a lease time, in which it registers again
         await seen(snapshots, lambda s: not s.workers)  # it did not
 
 
 async def test_watcher_survives_a_server_that_hangs(registry: Registry, valkey: ValkeyServer) -> None:
-    await registry.renew_worker(worker())
+    await registry.renew_worker(new_record())
     async with aclosing(registry.watch()) as snapshots:
-        await seen(snapshots, lambda s: ids(s) == ["w1"])
+        await seen(snapshots, lambda s: ids(s) == ["w"])
         valkey.pause()
         try:
-            assert ids(await seen(snapshots, lambda s: not s.redis_ok)) == ["w1"]
+            assert ids(await seen(snapshots, lambda s: not s.redis_ok)) == ["w"]
         finally:
             valkey.resume()
         await seen(snapshots, lambda s: s.redis_ok)
@@ -177,12 +165,12 @@ async def test_watcher_keeps_the_members_through_flushall_but_not_those_that_lea
     registry: Registry,
 ) -> None:
     for name in ("stays", "leaves"):
-        await registry.renew_worker(worker(name))
+        await registry.renew_worker(new_record(name))
     async with aclosing(registry.watch()) as snapshots:
         before = await seen(snapshots, lambda s: len(s.workers) == 2)
         await registry.link.command("FLUSHALL")
         await seen(snapshots, lambda s: s.generation != before.generation and len(s.workers) == 2)
-        await registry.renew_worker(worker("stays"))
+        await registry.renew_worker(new_record("stays"))
         await registry.deregister_worker("leaves", 1)
         await seen(snapshots, lambda s: ids(s) == ["stays"])
 

@@ -17,17 +17,9 @@ from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.cluster import ServiceRecord, WorkerLoad, WorkerRecord
 from tests.support.valkey import ValkeyServer
 from tests.support.waiting import until, until_async
+from tests.support.worker_records import new_record
 
-RECORD = WorkerRecord(
-    worker_id="w",
-    epoch=10,
-    role="decode",
-    rpc_address="127.0.0.1:1",
-    model_id="m",
-    page_size=16,
-    context_length=128,
-    kv_layout="x",
-)
+RECORD = new_record("w", "decode", epoch=10)
 
 
 @asynccontextmanager

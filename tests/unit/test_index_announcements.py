@@ -15,9 +15,10 @@ from phloem.shared.block_hash import LANDMARK_STRIDE, landmarks
 from phloem.shared.discovery.snapshot import ClusterSnapshot
 from phloem.shared.protocol.index import Announce, Match, Publish
 from phloem.shared.protocol.session import PeerRef
-from tests.support.index_replica import IndexReplica, record_of, some_chain
+from tests.support.index_replica import IndexReplica, some_chain
 from tests.support.valkey import ValkeyServer
 from tests.support.waiting import until, until_async
+from tests.support.worker_records import record_of
 
 A, B, DEAD = PeerRef("a", 1), PeerRef("b", 1), PeerRef("dead", 1)
 CHAIN = some_chain("prompt", 100)

@@ -27,8 +27,9 @@ from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.index import Attach, Publish, Verify
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.tree_digest import TreeDigest
-from tests.support.index_replica import IndexReplica, record_of, some_hash
+from tests.support.index_replica import IndexReplica, some_hash
 from tests.support.valkey import ValkeyServer
+from tests.support.worker_records import record_of
 
 T = TypeVar("T")
 

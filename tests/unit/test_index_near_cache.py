@@ -13,8 +13,9 @@ from phloem.services.cache_index.near_cache import NearCache
 from phloem.shared.discovery.snapshot import ClusterSnapshot
 from phloem.shared.protocol.index import Publish
 from phloem.shared.protocol.session import PeerRef
-from tests.support.index_replica import IndexReplica, record_of, some_chain, some_hash
+from tests.support.index_replica import IndexReplica, some_chain, some_hash
 from tests.support.valkey import ValkeyServer
+from tests.support.worker_records import record_of
 
 TTL_S = 0.5
 SLACK_S = 0.5  # one look-up on a busy machine

@@ -31,9 +31,10 @@ from phloem.shared.protocol.index import (
 )
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.rpc.client import RpcChannel
-from tests.support.index_replica import record_of, some_chain
+from tests.support.index_replica import some_chain
 from tests.support.valkey import ValkeyServer, free_port
 from tests.support.waiting import until_async
+from tests.support.worker_records import record_of
 
 WORKER = PeerRef("w", 100)
 CHAIN = some_chain("prompt", 128)

@@ -11,8 +11,9 @@ from phloem.shared.discovery.registry import Registry
 from phloem.shared.discovery.snapshot import ClusterSnapshot
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import PeerRef
-from tests.support.index_replica import IndexReplica, record_of
+from tests.support.index_replica import IndexReplica
 from tests.support.valkey import ValkeyServer
+from tests.support.worker_records import record_of
 
 A1, A2, B1 = PeerRef("a", 1), PeerRef("a", 2), PeerRef("b", 1)
 

@@ -15,8 +15,9 @@ from phloem.shared.discovery.registry import Registry
 from phloem.shared.discovery.snapshot import ClusterSnapshot
 from phloem.shared.protocol.index import Publish
 from phloem.shared.protocol.session import PeerRef
-from tests.support.index_replica import IndexReplica, record_of, some_chain
+from tests.support.index_replica import IndexReplica, some_chain
 from tests.support.valkey import ValkeyServer
+from tests.support.worker_records import record_of
 
 DEAD, LIVE, NEXT = PeerRef("dead", 1), PeerRef("live", 1), PeerRef("next", 1)
 ONLY_LIVE = ClusterSnapshot(workers=(record_of(LIVE),), redis_ok=True)

@@ -20,6 +20,7 @@ from phloem.shared.worker.config import WorkerConfig
 from phloem.shared.worker.engine_env import engine_environment, usable_cores
 from phloem.shared.worker.peers import Peers
 from phloem.shared.worker.pending_changes import PendingChanges
+from tests.support.worker_records import new_record
 
 
 async def test_batch_queue_refuses_beyond_its_bound_but_not_what_is_forced() -> None:
@@ -92,17 +93,7 @@ def test_too_many_changes_overflow_until_the_whole_tree_is_given() -> None:
 
 
 def record(worker_id: str, role: Role, *, epoch: int = 1, layout: str = "kv") -> WorkerRecord:
-    return WorkerRecord(
-        worker_id=worker_id,
-        epoch=epoch,
-        role=role,
-        rpc_address="127.0.0.1:1",
-        model_id="m",
-        page_size=16,
-        context_length=100,
-        kv_layout=layout,
-        transfer_address="" if role == "prefill" else f"{worker_id}:9",
-    )
+    return new_record(worker_id, role, epoch=epoch, kv_layout=layout, transfer_address=f"{worker_id}:9")
 
 
 def changes_of(peers: Peers, *workers: WorkerRecord) -> list[PeerUp | PeerDown]:
