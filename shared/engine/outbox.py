@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from phloem.shared.engine.radix_tree import TreeEvents
+from phloem.shared.engine.block_changes import TreeEvents
 from phloem.shared.engine.requests import Request
 from phloem.shared.engine.scheduler import Made
 from phloem.shared.errors import ErrorInfo

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from phloem.shared.block_hash import BLOCK_TOKENS, BlockHasher
 from phloem.shared.engine.kv_pool import KVPool
-from phloem.shared.engine.radix_tree import Node, RadixTree
+from phloem.shared.engine.radix_node import Node
+from phloem.shared.engine.radix_tree import RadixTree
 from phloem.shared.engine.requests import Request
 
 

@@ -15,42 +15,13 @@ belongs to the node that holds its last token. What was stored and removed since
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from phloem.shared.block_hash import BLOCK_TOKENS
-
-
-class Node:
-    """One edge and its end. Owned by the tree; others hold it only to lock and unlock."""
-
-    __slots__ = (
-        "block_hashes",
-        "children",
-        "depth_tokens",
-        "last_used",
-        "lock_count",
-        "page_ids",
-        "parent",
-        "tokens",
-    )
-
-    def __init__(
-        self, parent: Node | None, tokens: list[int], page_ids: list[int], depth_tokens: int
-    ) -> None:
-        self.parent = parent
-        self.tokens = tokens
-        self.page_ids = page_ids
-        self.depth_tokens = depth_tokens  # tokens from the root to the end of this node
-        self.children: dict[tuple[int, ...], Node] = {}
-        self.block_hashes: list[bytes] = []  # of blocks whose last token lies on this edge
-        self.lock_count = 0
-        self.last_used = 0
-
-    @property
-    def start_tokens(self) -> int:
-        return self.depth_tokens - len(self.tokens)
+from phloem.shared.engine.block_changes import BlockChanges, TreeEvents
+from phloem.shared.engine.radix_leaves import EvictableLeaves
+from phloem.shared.engine.radix_node import Node
 
 
 class Match(NamedTuple):
@@ -68,11 +39,6 @@ class Inserted(NamedTuple):
     num_existing_pages: int
 
 
-class TreeEvents(NamedTuple):
-    stored: list[bytes]
-    removed: list[bytes]
-
-
 class RadixTree:
     """Owns the nodes; `page_size` must divide 64."""
 
@@ -83,10 +49,8 @@ class RadixTree:
         self.num_locked_pages = 0
         self._roots: dict[str, Node] = {}
         self._clock = 0
-        self._leaves: list[tuple[int, int, Node]] = []  # heap with stale entries; see _evictable
-        self._pushes = 0
-        self._stored: dict[bytes, None] = {}
-        self._removed: dict[bytes, None] = {}
+        self._leaves = EvictableLeaves()
+        self._changes = BlockChanges()
 
     @property
     def num_evictable_pages(self) -> int:
@@ -172,14 +136,14 @@ class RadixTree:
             node.lock_count -= 1
             if node.lock_count == 0:
                 self.num_locked_pages -= len(node.page_ids)
-                self._offer(node)
+                self._leaves.offer(node, self.num_pages)
             node = node.parent
 
     def evict(self, num_pages: int) -> list[int]:
         """Frees up to `num_pages` pages of unlocked leaves, least recently used first; returns them."""
         freed: list[int] = []
         while len(freed) < num_pages:
-            leaf = self._pop_leaf()
+            leaf = self._leaves.pop()
             if leaf is None:
                 break
             freed += self._trim(leaf, num_pages - len(freed))
@@ -189,10 +153,7 @@ class RadixTree:
 
     def take_events(self) -> TreeEvents:
         """Net changes since the last call; no block is in both lists."""
-        events = TreeEvents(list(self._stored), list(self._removed))
-        self._stored.clear()
-        self._removed.clear()
-        return events
+        return self._changes.take()
 
     def block_hashes(self) -> list[bytes]:
         """All blocks held now, parents before children."""
@@ -286,44 +247,13 @@ class RadixTree:
         node.block_hashes = list(block_hashes[first_block : node.depth_tokens // BLOCK_TOKENS])
         parent.children[self._page_key(node.tokens, 0)] = node
         self.num_pages += len(page_ids)
-        for block in node.block_hashes:
-            if block in self._removed:
-                del self._removed[block]
-            else:
-                self._stored[block] = None
+        self._changes.store(node.block_hashes)
         self._touch(node)
         return node
 
     def _touch(self, node: Node) -> None:
         node.last_used = self._clock
-        self._offer(node)
-
-    def _offer(self, node: Node) -> None:
-        """Notes a node that could be evicted; entries that went stale are dropped when popped."""
-        if node.lock_count or node.children or not node.page_ids or node.parent is None:
-            return
-        self._pushes += 1
-        heapq.heappush(self._leaves, (node.last_used, self._pushes, node))
-        if len(self._leaves) > 64 + 8 * self.num_pages:
-            self._leaves = [entry for entry in self._leaves if self._evictable(entry)]
-            heapq.heapify(self._leaves)
-
-    def _evictable(self, entry: tuple[int, int, Node]) -> bool:
-        used, _, node = entry
-        return (
-            node.last_used == used
-            and not node.lock_count
-            and not node.children
-            and bool(node.page_ids)
-            and node.parent is not None
-        )
-
-    def _pop_leaf(self) -> Node | None:
-        while self._leaves:
-            entry = heapq.heappop(self._leaves)
-            if self._evictable(entry):
-                return entry[2]
-        return None
+        self._leaves.offer(node, self.num_pages)
 
     def _trim(self, leaf: Node, num_pages: int) -> list[int]:
         """Takes up to `num_pages` pages off the end of a leaf; an empty leaf is removed."""
@@ -334,23 +264,16 @@ class RadixTree:
         key = self._page_key(leaf.tokens, 0)
         self.num_pages -= len(freed)
         leaf.depth_tokens = leaf.start_tokens + keep * self.page_size
-        start_tokens = leaf.depth_tokens - keep * self.page_size
         del leaf.page_ids[keep:], leaf.tokens[keep * self.page_size :]
-        self._forget_blocks(leaf, leaf.depth_tokens // BLOCK_TOKENS - start_tokens // BLOCK_TOKENS)
+        num_blocks = leaf.depth_tokens // BLOCK_TOKENS - leaf.start_tokens // BLOCK_TOKENS
+        self._changes.remove(leaf.block_hashes[num_blocks:])
+        del leaf.block_hashes[num_blocks:]
         if keep:
-            self._offer(leaf)
+            self._leaves.offer(leaf, self.num_pages)
         else:
             del parent.children[key]
             leaf.parent = None
             if parent.parent is None and not parent.children:
                 self._roots = {salt: root for salt, root in self._roots.items() if root is not parent}
-            self._offer(parent)
+            self._leaves.offer(parent, self.num_pages)
         return freed
-
-    def _forget_blocks(self, node: Node, num_kept: int) -> None:
-        for block in node.block_hashes[num_kept:]:
-            if block in self._stored:
-                del self._stored[block]
-            else:
-                self._removed[block] = None
-        del node.block_hashes[num_kept:]

@@ -12,7 +12,7 @@ import enum
 
 from phloem.shared.engine.grammar.constraint import Constraint
 from phloem.shared.engine.kv_pool import OwnerKey
-from phloem.shared.engine.radix_tree import Node
+from phloem.shared.engine.radix_node import Node
 from phloem.shared.protocol.session import PeerRef, Phase, SamplingParams, Submit
 
 

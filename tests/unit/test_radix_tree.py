@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from phloem.shared.block_hash import BlockHasher
-from phloem.shared.engine.radix_tree import Node, RadixTree
+from phloem.shared.engine.radix_node import Node
+from phloem.shared.engine.radix_tree import RadixTree
 
 HASHER = BlockHasher(b"test")
 PAGE = 16
