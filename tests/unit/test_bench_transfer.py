@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.bench_pair import gaps_while_all_run
+from benchmarks.pair.loads import gaps_while_all_run
 from phloem.cli.bench import transfer as command
 from phloem.cli.up.config import UpConfig
 from phloem.cli.up.plan import require_gpu_each
