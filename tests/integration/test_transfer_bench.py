@@ -8,12 +8,14 @@ import msgspec
 import pytest
 
 from phloem.cli.bench.transfer import transfer
+from phloem.cli.bench.transfer_flags import PairFlags, WorkFlags
 from phloem.shared.transfer_bench.run import TransferReport
 
 
 def test_report_of_two_cpu_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "transfer.json"
-    code = transfer(device="cpu", sizes="1", prompts="64", rounds=2, window_s=0.5, output=output, check=True)
+    work = WorkFlags(sizes="1", prompts="64", rounds=2, window_s=0.5)
+    code = transfer(pair=PairFlags(device="cpu"), work=work, output=output, check=True)
     assert code == 0, "on a CPU nothing is judged"
     report = msgspec.json.decode(output.read_bytes(), type=TransferReport)
     assert report.bandwidth is not None

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.pair.loads import gaps_while_all_run
-from phloem.cli.bench import transfer as command
+from phloem.cli.bench.transfer_flags import gpus_of
 from phloem.cli.up.config import UpConfig
 from phloem.cli.up.plan import require_gpu_each
 from phloem.shared.bench.bars import all_met
@@ -115,7 +115,7 @@ def test_sizes_are_mib() -> None:
     ],
 )
 def test_pair_of_gpus(device: str, text: str, num_gpus: int, pair: tuple[int, int] | None) -> None:
-    assert command._gpus(device, text, num_gpus) == pair
+    assert gpus_of(device, text, num_gpus) == pair
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_pair_of_gpus(device: str, text: str, num_gpus: int, pair: tuple[int, in
 )
 def test_less_than_two_gpus_are_refused_with_a_way_out(device: str, text: str, num_gpus: int) -> None:
     with pytest.raises(ConfigError, match=r"--gpus") as caught:
-        command._gpus(device, text, num_gpus)
+        gpus_of(device, text, num_gpus)
     if "," in text:
         assert "--unified 1" in str(caught.value) and "--device cpu" in str(caught.value)
 
