@@ -150,7 +150,7 @@ class World:
         """Microseconds per step by part."""
         watch, engine = Stopwatch(), self.engine
         watch.around(engine._scheduler, "schedule", "schedule")
-        watch.around(self.runner.attention, "plan_decode", "page lists")
+        watch.around(self.runner.tables, "write", "pages, key shares")
         watch.around(self.runner.inputs, "decode", "inputs")
         watch.around(engine._scheduler, "collect", "collect")
         watch.around(engine._outbox, "tokens", "outbox")

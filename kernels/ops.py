@@ -237,6 +237,49 @@ def sample(
     return _sampling.sample(logits, temperature, top_k, top_p, min_p, seed, position)
 
 
+def sample_to_slots(
+    logits: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    slot: Tensor,
+    last_token: Tensor,
+    results: Tensor,
+    turn: Tensor,
+    *,
+    all_greedy: bool = False,
+) -> None:
+    """The tokens of `sample` without filters, put where they are wanted: `last_token[slot[r]]` and
+    `results[turn[0], r]`.
+
+    slot int64 `[R]`; last_token int64 `[num_slots]`; results int64 `[turns, R or more]`, for CUDA in pinned
+    host memory or on the device; turn int32 `[1 or more]`. Of rows that share a slot, any may be the one that
+    stays in `last_token`. On CUDA nothing is waited for and no launch depends on values: it may be captured.
+    `all_greedy` spares a launch.
+    """
+    drawn = (logits, temperature, seed, position, slot, last_token, results, turn)
+    if logits.is_cuda:
+        from phloem.kernels import cuda_ops
+
+        cuda_ops.sample_to_slots(*drawn, all_greedy=all_greedy)
+    else:
+        _sampling.sample_to_slots(*drawn)
+
+
+def place_pages(table: Tensor, count: Tensor, pairs: Tensor) -> None:
+    """`table.view(-1)[pairs[i, 0]] = pairs[i, 1]` for i below `count[0]`.
+
+    table int32 `[num_slots, max_pages]`, contiguous; count int32 `[1 or more]`; pairs int32 `[P, 2]`, P at
+    least the count; equal places bring equal pages. On CUDA nothing is waited for: it may be captured.
+    """
+    if table.is_cuda:
+        from phloem.kernels import cuda_ops
+
+        cuda_ops.place_pages(table, count, pairs)
+    else:
+        _pages.place_pages(table, count, pairs)
+
+
 def apply_bitmask(logits: Tensor, bitmask: Tensor, rows: Tensor) -> None:
     """Sets the logits of forbidden tokens to -inf, in place.
 

@@ -39,6 +39,11 @@ def scatter_pages(kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: in
     return digest(src[:num_bytes])
 
 
+def place_pages(table: Tensor, count: Tensor, pairs: Tensor) -> None:
+    used = pairs[: int(count[0])]
+    table.view(-1)[used[:, 0].long()] = used[:, 1]
+
+
 def _for_each_plane(
     kv: PagedKV,
     page_ids: Tensor,

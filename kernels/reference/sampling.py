@@ -47,6 +47,23 @@ def sample(
     return token_ids
 
 
+def sample_to_slots(
+    logits: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    slot: Tensor,
+    last_token: Tensor,
+    results: Tensor,
+    turn: Tensor,
+) -> None:
+    off = torch.zeros_like(seed)
+    ones, zeros = torch.ones_like(temperature), torch.zeros_like(temperature)
+    tokens = sample(logits, temperature, off, ones, zeros, seed, position)
+    last_token[slot] = tokens
+    results[int(turn[0]), : len(tokens)] = tokens
+
+
 def apply_bitmask(logits: Tensor, bitmask: Tensor, rows: Tensor) -> None:
     tokens = torch.arange(logits.shape[1], device=logits.device)
     allowed = (bitmask[:, tokens // 32] >> (tokens % 32)) & 1

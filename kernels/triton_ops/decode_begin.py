@@ -1,10 +1,29 @@
-"""The first kernel of a decode step: which token each row has, its embedding, and the first norm's share."""
+"""The first kernels of a decode step: the rows' new pages; then which token each row has, its embedding, and
+the first norm's share."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+_PLACERS, _PAIRS = 16, 256  # programs, and pairs that each takes at a time
+
+
+@triton.jit
+def _place_pages_kernel(table, count, pairs, stride, block: tl.constexpr):
+    total = tl.load(count)
+    for start in range(tl.program_id(0) * block, total, stride):
+        index = start + tl.arange(0, block)
+        used = index < total
+        place = tl.load(pairs + 2 * index, mask=used, other=0)
+        page = tl.load(pairs + 2 * index + 1, mask=used, other=0)
+        tl.store(table + place.to(tl.int64), page, mask=used)
+
+
+def place_pages(table: Tensor, count: Tensor, pairs: Tensor) -> None:
+    """See `ops.place_pages`."""
+    _place_pages_kernel[(_PLACERS,)](table, count, pairs, _PLACERS * _PAIRS, block=_PAIRS, num_warps=4)
 
 
 @triton.jit

@@ -1,11 +1,15 @@
 """Gumbel-max sampling by counter, and the grammar bitmask, over the whole vocabulary of a batch.
 
-Each program looks at one block of one row and keeps its best token; a second, small launch takes the best
-of the blocks. The noise is that of `reference/sampling.py`: splitmix64 of (seed, position, vocabulary
-index), in float64, so that the CPU and every GPU sample the same tokens from the same logits.
+Each program looks at one block of one row and keeps its largest logit; rows with a temperature are looked at
+once more, with noise; a small launch takes the best of the blocks. The noise is that of
+`reference/sampling.py`: splitmix64 of (seed, position, vocabulary index), in float64, so that the CPU and
+every GPU sample the same tokens from the same logits. No launch depends on what the rows want, so that they
+may be part of a CUDA graph.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,15 +30,29 @@ def _splitmix64(x, golden: tl.constexpr, mix_1: tl.constexpr, mix_2: tl.constexp
 
 
 @triton.jit
-def _best_of_block_kernel(
+def _largest_of_block_kernel(
+    logits, block_logit, block_token, row_stride, vocab, num_blocks, block: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1) * block + tl.arange(0, block)
+    logit = tl.load(logits + row * row_stride + token, mask=token < vocab, other=float("-inf"))
+    value, index = tl.max(
+        logit.to(tl.float32), axis=0, return_indices=True, return_indices_tie_break_left=True
+    )
+    tl.store(block_logit + row * num_blocks + tl.program_id(1), value)
+    tl.store(block_token + row * num_blocks + tl.program_id(1), tl.program_id(1) * block + index)
+
+
+@triton.jit
+def _noisy_best_of_block_kernel(
     logits,
-    best_logit,
+    block_logit,
     temperature,
     threshold,
     seed,
     position,
-    block_score,
-    block_token,
+    noisy_score,
+    noisy_token,
     row_stride,
     vocab,
     num_blocks,
@@ -42,38 +60,70 @@ def _best_of_block_kernel(
     mix_1: tl.constexpr,
     mix_2: tl.constexpr,
     block: tl.constexpr,
+    blocks: tl.constexpr,
+    has_threshold: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(1) * block + tl.arange(0, block)
-    inside = token < vocab
-    logit = tl.load(logits + row * row_stride + token, mask=inside, other=float("-inf")).to(tl.float32)
     heat = tl.load(temperature + row)
-    best = tl.load(best_logit + row)
-    if (heat > 0.0) & (best > float("-inf")) & (best < float("inf")):
-        score = (logit - best) / heat
-        keep = inside & (score >= tl.load(threshold + row))
-        key = _splitmix64(tl.load(seed + row), golden, mix_1, mix_2).to(tl.int64, bitcast=True)
-        key = _splitmix64(key + tl.load(position + row), golden, mix_1, mix_2).to(tl.int64, bitcast=True)
-        bits = _splitmix64(key + token.to(tl.int64) * golden, golden, mix_1, mix_2) >> 12
-        uniform = (bits.to(tl.int64).to(tl.float64) + 0.5) * 2.220446049250313e-16
-        noisy = score.to(tl.float64) - tl.log(-tl.log(uniform))
-    else:
-        keep = inside
-        noisy = logit.to(tl.float64)
-    noisy = tl.where(keep, noisy, float("-inf"))
-    value, index = tl.max(noisy, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(block_score + row * num_blocks + tl.program_id(1), value)
-    tl.store(block_token + row * num_blocks + tl.program_id(1), tl.program_id(1) * block + index)
+    if heat > 0.0:
+        column = tl.arange(0, blocks)
+        largest = tl.load(
+            block_logit + row * num_blocks + column, mask=column < num_blocks, other=float("-inf")
+        )
+        best = tl.max(largest, axis=0)
+        if (best > float("-inf")) & (best < float("inf")):
+            token = tl.program_id(1) * block + tl.arange(0, block)
+            keep = token < vocab
+            logit = tl.load(logits + row * row_stride + token, mask=keep, other=float("-inf")).to(tl.float32)
+            score = (logit - best) / heat
+            if has_threshold:
+                keep = keep & (score >= tl.load(threshold + row))
+            key = _splitmix64(tl.load(seed + row), golden, mix_1, mix_2).to(tl.int64, bitcast=True)
+            key = _splitmix64(key + tl.load(position + row), golden, mix_1, mix_2).to(tl.int64, bitcast=True)
+            bits = _splitmix64(key + token.to(tl.int64) * golden, golden, mix_1, mix_2) >> 12
+            uniform = (bits.to(tl.int64).to(tl.float64) + 0.5) * 2.220446049250313e-16
+            noisy = score.to(tl.float64) - tl.log(-tl.log(uniform))
+            noisy = tl.where(keep, noisy, float("-inf"))
+            value, index = tl.max(noisy, axis=0, return_indices=True, return_indices_tie_break_left=True)
+            tl.store(noisy_score + row * num_blocks + tl.program_id(1), value)
+            tl.store(noisy_token + row * num_blocks + tl.program_id(1), tl.program_id(1) * block + index)
 
 
 @triton.jit
-def _best_of_row_kernel(block_score, block_token, out, num_blocks, block: tl.constexpr):
+def _choose_kernel(
+    block_logit,
+    block_token,
+    temperature,
+    noisy_score,
+    noisy_token,
+    slot,
+    last_token,
+    results,
+    turn,
+    num_blocks,
+    vocab,
+    results_stride,
+    blocks: tl.constexpr,
+    all_greedy: tl.constexpr,
+    to_slots: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, block)
+    column = tl.arange(0, blocks)
     inside = column < num_blocks
-    score = tl.load(block_score + row * num_blocks + column, mask=inside, other=float("-inf"))
-    _, index = tl.max(score, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(out + row, tl.load(block_token + row * num_blocks + index))
+    largest = tl.load(block_logit + row * num_blocks + column, mask=inside, other=float("-inf"))
+    best, index = tl.max(largest, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    token = tl.load(block_token + row * num_blocks + index)
+    if not all_greedy:  # noqa: SIM102  # known when it is compiled; the other is not
+        if (tl.load(temperature + row) > 0.0) & (best > float("-inf")) & (best < float("inf")):
+            score = tl.load(noisy_score + row * num_blocks + column, mask=inside, other=float("-inf"))
+            _, index = tl.max(score, axis=0, return_indices=True, return_indices_tie_break_left=True)
+            token = tl.load(noisy_token + row * num_blocks + index)
+    token = tl.minimum(token, vocab - 1).to(tl.int64)  # of logits that are no numbers, too, an id comes out
+    if to_slots:
+        tl.store(last_token + tl.load(slot + row), token)
+        tl.store(results + tl.load(turn).to(tl.int64) * results_stride + row, token)
+    else:
+        tl.store(results + row, token)
 
 
 @triton.jit
@@ -103,14 +153,32 @@ def sample(
 
     Where several tokens tie with the last one of a nucleus, all of them stay (the reference keeps the first).
     """
-    if all_greedy:
-        return gumbel_argmax(logits, temperature, temperature, temperature, seed, position)
-    best = logits.max(dim=-1).values.float()
-    if no_filters:
-        threshold = torch.full_like(temperature, float("-inf"))
-    else:
-        threshold = _thresholds(logits, best, temperature, top_k, top_p, min_p)
-    return gumbel_argmax(logits, best, temperature, threshold, seed, position)
+    draw = _Draw(logits, temperature)
+    if not all_greedy:
+        threshold = None if no_filters else _thresholds(logits, draw.best(), temperature, top_k, top_p, min_p)
+        draw.add_noise(seed, position, threshold)
+    out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    draw.choose(out, all_greedy=all_greedy)
+    return out
+
+
+def sample_to_slots(
+    logits: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    slot: Tensor,
+    last_token: Tensor,
+    results: Tensor,
+    turn: Tensor,
+    *,
+    all_greedy: bool = False,
+) -> None:
+    """See `ops.sample_to_slots`."""
+    draw = _Draw(logits, temperature)
+    if not all_greedy:
+        draw.add_noise(seed, position, None)
+    draw.choose(results, all_greedy=all_greedy, slots=_Slots(slot, last_token, turn))
 
 
 def _thresholds(
@@ -131,48 +199,87 @@ def _thresholds(
     return torch.maximum(torch.maximum(by_k, by_p), by_min).squeeze(1)
 
 
-def gumbel_argmax(
-    logits: Tensor,
-    best_logit: Tensor,
-    temperature: Tensor,
-    threshold: Tensor,
-    seed: Tensor,
-    position: Tensor,
-) -> Tensor:
-    """The best token of each row: int64 `[R]`.
+class _Slots(NamedTuple):
+    """Where the tokens go, besides the results: see `ops.sample_to_slots`."""
 
-    logits `[R, V]`, float32 or narrower; best_logit float32 `[R]`, each row's largest; threshold float32
-    `[R]`: tokens whose `(logit - best) / temperature` is below it are not sampled (-inf: all are). Rows of
-    temperature 0 take the first of the largest logits.
-    """
-    num_rows, vocab = logits.shape
-    num_blocks = triton.cdiv(vocab, _BLOCK)
-    device = logits.device
-    scores = torch.empty((num_rows, num_blocks), dtype=torch.float64, device=device)
-    tokens = torch.empty((num_rows, num_blocks), dtype=torch.int64, device=device)
-    out = torch.empty(num_rows, dtype=torch.int64, device=device)
-    _best_of_block_kernel[(num_rows, num_blocks)](
-        logits,
-        best_logit,
-        temperature,
-        threshold,
-        seed,
-        position,
-        scores,
-        tokens,
-        logits.stride(0),
-        vocab,
-        num_blocks,
-        golden=GOLDEN,
-        mix_1=MIX_1,
-        mix_2=MIX_2,
-        block=_BLOCK,
-        num_warps=8,
-    )
-    _best_of_row_kernel[(num_rows,)](
-        scores, tokens, out, num_blocks, block=triton.next_power_of_2(num_blocks), num_warps=1
-    )
-    return out
+    slot: Tensor
+    last_token: Tensor
+    turn: Tensor
+
+
+class _Draw:
+    """One batch on its way to its tokens. logits `[R, V]`, float32 or narrower; temperature float32 `[R]`."""
+
+    def __init__(self, logits: Tensor, temperature: Tensor) -> None:
+        self._logits = logits
+        self._temperature = temperature
+        num_rows, vocab = logits.shape
+        self._grid = (num_rows, triton.cdiv(vocab, _BLOCK))
+        self._largest = torch.empty(self._grid, dtype=torch.float32, device=logits.device)
+        self._tokens = torch.empty(self._grid, dtype=torch.int64, device=logits.device)
+        self._scores, self._noisy = self._largest, self._tokens
+        _largest_of_block_kernel[self._grid](
+            logits,
+            self._largest,
+            self._tokens,
+            logits.stride(0),
+            vocab,
+            self._grid[1],
+            block=_BLOCK,
+            num_warps=8,
+        )
+
+    def best(self) -> Tensor:
+        """Each row's largest logit, float32 `[R]`."""
+        return self._largest.max(dim=-1).values
+
+    def add_noise(self, seed: Tensor, position: Tensor, threshold: Tensor | None) -> None:
+        """For rows with a temperature. threshold float32 `[R]`: tokens whose `(logit - best) / temperature`
+        is below it are not sampled (None: all are)."""
+        self._scores = torch.empty(self._grid, dtype=torch.float64, device=seed.device)
+        self._noisy = torch.empty_like(self._tokens)
+        _noisy_best_of_block_kernel[self._grid](
+            self._logits,
+            self._largest,
+            self._temperature,
+            self._largest if threshold is None else threshold,
+            seed,
+            position,
+            self._scores,
+            self._noisy,
+            self._logits.stride(0),
+            self._logits.shape[1],
+            self._grid[1],
+            golden=GOLDEN,
+            mix_1=MIX_1,
+            mix_2=MIX_2,
+            block=_BLOCK,
+            blocks=triton.next_power_of_2(self._grid[1]),
+            has_threshold=threshold is not None,
+            num_warps=8,
+        )
+
+    def choose(self, results: Tensor, *, all_greedy: bool, slots: _Slots | None = None) -> None:
+        """Writes each row's token. With `all_greedy` no noise was added."""
+        slot, last_token, turn = slots or (results, results, results)
+        _choose_kernel[(self._grid[0],)](
+            self._largest,
+            self._tokens,
+            self._temperature,
+            self._scores,
+            self._noisy,
+            slot,
+            last_token,
+            results,
+            turn,
+            self._grid[1],
+            self._logits.shape[1],
+            results.stride(0),
+            blocks=triton.next_power_of_2(self._grid[1]),
+            all_greedy=all_greedy,
+            to_slots=slots is not None,
+            num_warps=1,
+        )
 
 
 def apply_bitmask(logits: Tensor, bitmask: Tensor, rows: Tensor) -> None:

@@ -2,8 +2,7 @@
 
 Decode rows and prompt chunks are planned apart: FlashInfer's FA2 (split over the keys, safe in graphs) for
 the first, FA3 on Hopper for the second. Layers with a window, and everything with `--attention-backend
-triton`, go to the Triton kernel. Steps of decode rows alone that the decode kernels take need no plan: these
-read the slots' page table on the device.
+triton`, go to the Triton kernel. What the decode kernels take is not planned here (`decode_tables.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from phloem.kernels.flashinfer_ops.page_lists import PagedRows
 from phloem.kernels.triton_ops.lane import TritonLane
-from phloem.shared.engine.decode_tables import DecodeTables
 from phloem.shared.model_store.model_config import ModelConfig
 
 DeviceBackend: TypeAlias = Literal["flashinfer", "triton"]
@@ -53,20 +51,13 @@ class Lane(Protocol):
 
 
 class CudaAttention:
-    """The lanes of every window of a model: (decode rows, chunks of prompts).
+    """The lanes of every window of a model: (decode rows, chunks of prompts)."""
 
-    With `tables`, steps of decode rows alone go without lanes.
-    """
-
-    def __init__(self, lanes: Mapping[int, tuple[Lane, Lane]], tables: DecodeTables | None = None) -> None:
+    def __init__(self, lanes: Mapping[int, tuple[Lane, Lane]]) -> None:
         self._lanes = lanes
-        self._tables = tables
 
     def plan_decode(self, rows: PagedRows, *, in_graph: bool) -> dict[int, PlannedRows]:
         """One query per row."""
-        if self._tables is not None:
-            self._tables.update(rows)
-            return {}
         return {
             window: PlannedRows(lanes[0].plan(rows, in_graph=in_graph), None, len(rows.slots))
             for window, lanes in self._lanes.items()
@@ -113,7 +104,6 @@ def device_attention(
     device: torch.device,
     backend: DeviceBackend,
     sizes: AttentionSizes,
-    tables: DecodeTables | None = None,
 ) -> CudaAttention:
     """Layers with a window go to the Triton kernel whatever the backend."""
     lanes: dict[int, tuple[Lane, Lane]] = {}
@@ -126,7 +116,7 @@ def device_attention(
                 for _ in range(2)
             )
             lanes[window] = (_TritonRows(decode, sizes.page_size), _TritonRows(chunks, sizes.page_size))
-    return CudaAttention(lanes, tables)
+    return CudaAttention(lanes)
 
 
 def _flashinfer_lanes(

@@ -1,9 +1,9 @@
 """Runs step plans on a CUDA device that stays ahead of the host.
 
 A launch only enqueues: inputs come from pinned buffers, unknown input tokens from the slot's last-token
-buffer on the device, and the step's tokens go back into pinned memory with an event behind them. Steps of
-decode rows alone replay a CUDA graph captured for the next larger batch size; a step with prompt chunks
-runs eagerly. Sampling is a launch of its own after the forward pass.
+buffer on the device, and the step's tokens go into pinned memory. Steps of decode rows alone replay a CUDA
+graph captured for the next larger batch size, which ends with sampling: one copy, one replay and one event
+are all that they ask of CUDA. A step with prompt chunks runs eagerly.
 
     rows of a step:  [ decode rows, one token each | chunk rows ]      scheduler's order
 """
@@ -11,8 +11,7 @@ runs eagerly. Sampling is a launch of its own after the forward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,60 +21,58 @@ from torch import Tensor
 from phloem.kernels import ops
 from phloem.kernels.types import DecodeRows
 from phloem.shared.engine.cuda_attention import CudaAttention, PlannedRows
-from phloem.shared.engine.cuda_inputs import RING, RowInputs
+from phloem.shared.engine.cuda_calls import Captured, CudaCalls, DeviceCalls
+from phloem.shared.engine.cuda_inputs import RowInputs
 from phloem.shared.engine.decode_tables import DecodeTables
+from phloem.shared.engine.decode_upload import DecodeInputs
 from phloem.shared.engine.grammar.masks import TokenMasks
 from phloem.shared.engine.models.batch import ForwardBatch
-from phloem.shared.engine.models.decode_pass import DecodePass
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.step_inputs import RunnerSizes, SampledRows, StepInputs
 from phloem.shared.engine.step_plan import DecodeStep, Row, StepPlan
+from phloem.shared.engine.step_results import StepResults
 from phloem.shared.engine.step_runner import Forward, LayerWatch
 from phloem.shared.transfer.device_event import DeviceEvent
 
 _EMPTY = np.zeros(0, dtype=np.int64)
 
 
-class _Sampled(NamedTuple):
-    """The tokens are in pinned memory once the event has happened."""
-
-    tokens: Tensor
-    event: torch.cuda.Event
-
-
 class CudaStep:
-    """A launched step."""
+    """A launched step. `sample` is called once: with what a graph has sampled already, it only takes note."""
 
-    def __init__(self, draw: Callable[[TokenMasks | None], _Sampled]) -> None:
+    def __init__(
+        self, results: StepResults, turn: int, num_rows: int, draw: Callable[[TokenMasks | None], None]
+    ) -> None:
+        self._results = results
+        self._turn = turn
+        self._num_rows = num_rows
         self._draw = draw
-        self._sampled: _Sampled | None = None
+        self._is_sampled = False
 
     def sample(self, masks: TokenMasks | None = None) -> None:
-        self._sampled = self._draw(masks)
+        self._draw(masks)
+        self._results.launched(self._turn)
+        self._is_sampled = True
 
     def ready(self) -> bool:
-        sampled = self._sampled
-        return sampled is not None and bool(sampled.event.query())  # type: ignore[no-untyped-call]
+        return self._is_sampled and self._results.ready(self._turn)
 
     def token_ids(self) -> list[int]:
-        assert self._sampled is not None, "a step is sampled before it is collected"
-        self._sampled.event.synchronize()
-        ids: list[int] = self._sampled.tokens.tolist()
-        return ids
+        assert self._is_sampled, "a step is sampled before it is collected"
+        return self._results.wait(self._turn, self._num_rows)
 
 
-class _Graph(NamedTuple):
-    """A captured decode forward pass for `size` rows; `logits` is where it leaves them."""
+class DecodeForward(Protocol):
+    """`phloem.shared.engine.models.decode_pass.DecodePass`."""
 
-    graph: torch.cuda.CUDAGraph
-    logits: Tensor
+    def forward(self, rows: DecodeRows, kv: KVCache) -> Tensor: ...
 
 
 class DecodeParts(NamedTuple):
     """What captured steps are made of, not the decoder's own forward pass. cos, sin: as `DecodeRows`."""
 
-    forward: DecodePass
-    tables: DecodeTables  # the same that the runner's `CudaAttention` keeps up to date
+    forward: DecodeForward
+    tables: DecodeTables
     cos: Tensor
     sin: Tensor
 
@@ -91,58 +88,64 @@ class CudaStepRunner:
         attention: CudaAttention,
         sizes: RunnerSizes,
         decode: DecodeParts | None = None,
+        calls: DeviceCalls | None = None,
     ) -> None:
+        """`calls` stands in for CUDA where there is none."""
         self._decode = decode
         self._model = model
         self._kv = kv
         self._device = device
-        self._inputs = StepInputs(attention, device, sizes)
+        self._calls = calls or CudaCalls(device)
+        tables = decode.tables if decode is not None else None
+        self._inputs = StepInputs(attention, device, sizes, self._calls.send, tables)
         self._last_token = torch.zeros(sizes.num_slots + 1, dtype=torch.int64, device=device)
-        self._results = [
-            torch.zeros(sizes.num_slots + 1, dtype=torch.int64, pin_memory=True) for _ in range(RING)
-        ]
-        self._turn = 0
-        self._graphs: dict[int, _Graph] = {}
+        self._results = StepResults(device, sizes.num_slots + 1, self._calls)
+        self._graphs: dict[int, Captured] = {}
         self._bucket_of: npt.NDArray[np.int64] = _EMPTY
 
     # -- graphs ----------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def capture(self, buckets: list[int], progress: Callable[[int, int], None]) -> None:
-        """Captures the decode forward pass for each batch size; the largest first, for a shared pool."""
-        pool = None
+        """Captures the decode step for each batch size; the largest first, for a shared pool."""
         for done, size in enumerate(sorted(buckets, reverse=True)):
             progress(done, len(buckets))
-            forward = self._padding_step(size)
-            forward()
-            torch.cuda.synchronize(self._device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                logits = forward()
-            pool = graph.pool()
-            self._graphs[size] = _Graph(graph, logits)
+            self._graphs[size] = self._calls.capture(self._padding_step(size))
         progress(len(buckets), len(buckets))
         self._bucket_of = _buckets_by_count(sorted(self._graphs))
 
     def _padding_step(self, size: int) -> Callable[[], Tensor]:
+        """What a graph consists of: new pages, the forward pass, sampling. Returns the logits."""
         inputs, plans = self._inputs.padding(size)
-        if self._decode is not None:
-            decode, rows = self._decode.forward, self._decode_rows(self._decode, inputs)
-            return lambda: decode.forward(rows, self._kv)
+        forward = self._forward(inputs, plans)
+
+        def step() -> Tensor:
+            logits = forward()
+            self._sample(logits, inputs, all_greedy=False)
+            return logits
+
+        return step
+
+    def _forward(self, inputs: DecodeInputs, plans: Mapping[int, PlannedRows]) -> Callable[[], Tensor]:
+        parts = self._decode
+        if parts is None:
+            return lambda: self._model.forward(self._batch(inputs.rows, None, plans), self._kv)
+        rows = self._decode_rows(parts, inputs)
 
         def forward() -> Tensor:
-            return self._model.forward(self._batch(inputs, None, plans), self._kv)
+            ops.place_pages(rows.page_table, inputs.header, inputs.pairs)
+            return parts.forward.forward(rows, self._kv)
 
         return forward
 
-    def _decode_rows(self, parts: DecodeParts, inputs: RowInputs) -> DecodeRows:
+    def _decode_rows(self, parts: DecodeParts, inputs: DecodeInputs) -> DecodeRows:
         return DecodeRows(
-            token=inputs.token,
-            slot=inputs.slot,
-            write_index=inputs.write_index,
+            token=inputs.rows.token,
+            slot=inputs.rows.slot,
+            write_index=inputs.rows.write_index,
             last_token=self._last_token,
             page_table=parts.tables.page_table,
-            work=parts.tables.work(len(inputs.token)),
+            work=inputs.work,
             cos=parts.cos,
             sin=parts.sin,
         )
@@ -152,31 +155,42 @@ class CudaStepRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> CudaStep:
         decode = plan.decode
+        turn = self._results.next_turn()
         if decode is not None and len(decode.positions) < len(self._bucket_of):
-            step = self._launch_graph(decode, watch)
+            step = self._launch_graph(decode, turn, watch)
         else:
-            step = self._launch_mixed(plan.rows, watch)
+            step = self._launch_mixed(plan.rows, turn, watch)
         if not plan.constrained:
             step.sample()
         return step
 
-    def _launch_graph(self, step: DecodeStep, watch: LayerWatch | None) -> CudaStep:
-        count = len(step.positions)
-        size = int(self._bucket_of[count])
-        sampled = self._inputs.decode(step, size)
+    def _launch_graph(self, step: DecodeStep, turn: int, watch: LayerWatch | None) -> CudaStep:
+        size = int(self._bucket_of[len(step.positions)])
+        sampled = self._inputs.decode(step, size, turn)
         captured = self._graphs[size]
-        captured.graph.replay()
+        captured.replay()
         if watch is not None:
             watch.all_at(self._mark())
-        return CudaStep(partial(self._draw, captured.logits[:count], sampled))
 
-    def _launch_mixed(self, rows: list[Row], watch: LayerWatch | None) -> CudaStep:
-        step = self._inputs.mixed(rows)
+        def draw(masks: TokenMasks | None) -> None:
+            if masks is not None or not sampled.hints.no_filters:
+                self._draw(captured.logits[: sampled.num_rows], sampled, masks)
+
+        return CudaStep(self._results, turn, sampled.num_rows, draw)
+
+    def _launch_mixed(self, rows: list[Row], turn: int, watch: LayerWatch | None) -> CudaStep:
+        step = self._inputs.mixed(rows, turn)
         batch = self._batch(step.tokens, step.logits_index, step.plans)
         if watch is not None:
             batch = batch._replace(on_kv=watch.on_kv(self._mark))
         logits = self._model.forward(batch, self._kv)
-        return CudaStep(partial(self._draw, logits, step.sampled))
+        sampled = step.sampled
+
+        def draw(masks: TokenMasks | None) -> None:
+            if sampled is not None:
+                self._draw(logits, sampled, masks)
+
+        return CudaStep(self._results, turn, sampled.num_rows if sampled is not None else 0, draw)
 
     def _mark(self) -> DeviceEvent:
         return DeviceEvent(self._device)
@@ -192,37 +206,46 @@ class CudaStepRunner:
             plans=plans,
         )
 
-    # -- results ---------------------------------------------------------------------------------------
+    # -- sampling --------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _draw(self, logits: Tensor, sampled: SampledRows | None, masks: TokenMasks | None) -> _Sampled:
-        """Draws the rows' tokens and notes them, on the device and on the way to the host."""
-        if sampled is None:
-            return self._result(torch.empty(0, dtype=torch.int64, device=self._device))
-        count, inputs, hints = sampled
+    def _draw(self, logits: Tensor, sampled: SampledRows, masks: TokenMasks | None) -> None:
+        """Draws the rows' tokens outside a graph; those that a graph drew without masks and filters go."""
         if masks is not None and len(masks.rows):
             bitmask, rows = (part.to(self._device, non_blocking=True) for part in (masks.bitmask, masks.rows))
             ops.apply_bitmask(logits, bitmask, rows)
+        count, turn, inputs, hints = sampled
+        if hints.no_filters:
+            self._sample(logits, inputs, all_greedy=hints.all_greedy)
+            return
+        rows_in = inputs.rows
         tokens = ops.sample(
             logits,
-            inputs.temperature[:count],
-            inputs.top_k[:count],
-            inputs.top_p[:count],
-            inputs.min_p[:count],
-            inputs.seed[:count],
-            inputs.sample_position[:count],
+            rows_in.temperature[:count],
+            rows_in.top_k[:count],
+            rows_in.top_p[:count],
+            rows_in.min_p[:count],
+            rows_in.seed[:count],
+            rows_in.sample_position[:count],
             hints=hints,
         )
-        self._last_token.index_copy_(0, inputs.slot[:count], tokens)
-        return self._result(tokens)
+        self._last_token.index_copy_(0, rows_in.slot[:count], tokens)
+        self._results.tokens[turn, :count].copy_(tokens, non_blocking=True)
 
-    def _result(self, tokens: Tensor) -> _Sampled:
-        self._turn = (self._turn + 1) % RING
-        result = self._results[self._turn][: len(tokens)]
-        result.copy_(tokens, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's stubs
-        event.record()
-        return _Sampled(result, event)
+    def _sample(self, logits: Tensor, inputs: DecodeInputs, *, all_greedy: bool) -> None:
+        """Without filters: for as many rows as there are logits."""
+        count, rows = len(logits), inputs.rows
+        ops.sample_to_slots(
+            logits,
+            rows.temperature[:count],
+            rows.seed[:count],
+            rows.sample_position[:count],
+            rows.slot[:count],
+            self._last_token,
+            self._results.tokens,
+            inputs.header[1:],
+            all_greedy=all_greedy,
+        )
 
 
 def decode_buckets(max_batch: int) -> list[int]:

@@ -9,7 +9,6 @@ from phloem.shared.engine.config import EngineOptions
 from phloem.shared.engine.cuda_runner import DecodeParts
 from phloem.shared.engine.decode_tables import DecodeTables
 from phloem.shared.engine.models.decode_pass import DecodePass, decode_shape
-from phloem.shared.engine.page_mirror import PageMirror
 
 if TYPE_CHECKING:
     from phloem.shared.engine.runners import LoadedModel
@@ -26,16 +25,11 @@ def decode_parts(options: EngineOptions, model: LoadedModel, max_pages: int) -> 
     )
     if kernels is None:
         return None
-    mirror = PageMirror(
+    tables = DecodeTables(
         model.device,
         num_slots=options.max_running_requests + 1,
         max_pages=max_pages,
         page_size=options.page_size,
-    )
-    tables = DecodeTables(
-        mirror,
-        model.device,
-        max_rows=options.max_running_requests + 1,
         num_kv_heads=config.num_kv_heads,
     )
     cos, sin = model.decoder.rope.halves(model.context_length + 1, model.dtype)

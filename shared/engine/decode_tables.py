@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from phloem.kernels import ops
 from phloem.kernels.flashinfer_ops.page_lists import PagedRows
-from phloem.kernels.triton_ops.key_shares import FIELDS, make_items, num_items, share_size
-from phloem.shared.engine.cuda_inputs import RING
+from phloem.kernels.triton_ops.key_shares import make_items, num_items, share_size
 from phloem.shared.engine.page_mirror import PageMirror
+
+Int32Array = npt.NDArray[np.int32]
 
 
 class DecodeTables:
-    """On the device, at addresses that stay; `update` before each step, ordered on the current stream."""
+    """`page_table` is int32 `[num_slots, max_pages]` on the device, at one address for good. `write` says
+    what a step has to bring: it travels with the step's rows (`decode_upload.py`)."""
 
-    def __init__(self, pages: PageMirror, device: torch.device, *, max_rows: int, num_kv_heads: int) -> None:
-        self._pages = pages
+    def __init__(
+        self, device: torch.device, *, num_slots: int, max_pages: int, page_size: int, num_kv_heads: int
+    ) -> None:
+        self._mirror = PageMirror(num_slots=num_slots, max_pages=max_pages, page_size=page_size)
         self._num_kv_heads = num_kv_heads
-        shape = (num_items(max_rows, num_kv_heads), FIELDS)
-        self._work = torch.zeros(shape, dtype=torch.int32, device=device)
-        pinned = device.type == "cuda"
-        self._hosts = [torch.zeros(shape, dtype=torch.int32, pin_memory=pinned) for _ in range(RING)]
-        self._turn = 0
+        self.page_table = torch.zeros((num_slots, max_pages), dtype=torch.int32, device=device)
 
-    @property
-    def page_table(self) -> Tensor:
-        return self._pages.table
+    def num_items(self, num_rows: int) -> int:
+        """Items of work of a step of so many rows."""
+        return num_items(num_rows, self._num_kv_heads)
 
-    def work(self, num_rows: int) -> Tensor:
-        """The items of a step of so many rows, int32 `[num_items, FIELDS]`."""
-        return self._work[: num_items(num_rows, self._num_kv_heads)]
+    def write(self, rows: PagedRows, work: Int32Array, pairs: Int32Array) -> int:
+        """Fills `work` (`[num_items, FIELDS]`) and the beginning of `pairs` (`[capacity, 2]`), both on the
+        host; returns the number of pairs. More than there is room for go at once, by themselves."""
+        make_items(rows.slots, rows.kv_lens, share_size(rows.kv_lens, self._num_kv_heads), work)
+        changes = self._mirror.changes(rows)
+        if len(changes) > len(pairs):
+            self._place_now(changes)
+            return 0
+        pairs[: len(changes)] = changes
+        return len(changes)
 
-    def update(self, rows: PagedRows) -> None:
-        self._pages.update(rows)
-        self._turn = (self._turn + 1) % RING
-        work = self.work(len(rows.kv_lens))
-        host = self._hosts[self._turn][: len(work)]
-        make_items(rows.slots, rows.kv_lens, share_size(rows.kv_lens, self._num_kv_heads), host.numpy())
-        work.copy_(host, non_blocking=True)
+    def _place_now(self, changes: Int32Array) -> None:
+        """When a large batch begins at once. torch's allocator keeps the pinned copy until it was read."""
+        host = torch.from_numpy(changes)
+        if self.page_table.is_cuda:
+            host = host.pin_memory()
+        pairs = host.to(self.page_table.device, non_blocking=True)
+        count = torch.full((1,), len(changes), dtype=torch.int32, device=pairs.device)
+        ops.place_pages(self.page_table, count, pairs)

@@ -159,7 +159,6 @@ def _cuda_runner(
         model.device,
         backend,
         AttentionSizes(options.page_size, options.max_running_requests, max_pages),
-        decode.tables if decode is not None else None,
     )
     runner = CudaStepRunner(
         model.decoder,

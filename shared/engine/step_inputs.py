@@ -17,7 +17,9 @@ from torch import Tensor
 from phloem.kernels import ops
 from phloem.kernels.flashinfer_ops.page_lists import PagedRows
 from phloem.shared.engine.cuda_attention import CudaAttention, PlannedRows
-from phloem.shared.engine.cuda_inputs import HostRows, InputRing, RowInputs
+from phloem.shared.engine.cuda_inputs import HostRows, InputRing, RowInputs, Send
+from phloem.shared.engine.decode_tables import DecodeTables
+from phloem.shared.engine.decode_upload import DecodeInputs, DecodeUpload
 from phloem.shared.engine.slot_table import SlotTable
 from phloem.shared.engine.step_plan import FROM_DEVICE, DecodeBatch, DecodeStep, Row
 
@@ -33,10 +35,11 @@ class RunnerSizes(NamedTuple):
 
 
 class SampledRows(NamedTuple):
-    """`num_rows` rows to sample; `inputs` may hold padding rows behind them."""
+    """`num_rows` rows to sample; `inputs` may hold padding rows behind them. `turn`: see `StepResults`."""
 
     num_rows: int
-    inputs: RowInputs
+    turn: int
+    inputs: DecodeInputs
     hints: ops.SamplingHints
 
 
@@ -64,24 +67,33 @@ class _Prepared(NamedTuple):
 class StepInputs:
     """Owns the slot table and the input buffers. No model, no kernels: it runs on a CPU as well."""
 
-    def __init__(self, attention: CudaAttention, device: torch.device, sizes: RunnerSizes) -> None:
+    def __init__(
+        self,
+        attention: CudaAttention,
+        device: torch.device,
+        sizes: RunnerSizes,
+        send: Send,
+        tables: DecodeTables | None = None,
+    ) -> None:
+        """With `tables`, steps of decode rows alone are the decode kernels'; `attention` plans the others."""
         self._attention = attention
+        self._tables = tables
         self._page_size = sizes.page_size
         self._slots = SlotTable(sizes.num_slots + 1, sizes.max_pages)
         self._scratch_slot = sizes.num_slots
         self._slots.page_ids[self._scratch_slot] = sizes.scratch_page
         self._slots.temperature[self._scratch_slot] = 0.0
-        self._rows = InputRing(sizes.num_slots + 1, device)
-        self._tokens = InputRing(sizes.max_step_tokens + sizes.num_slots, device)
+        self._rows = DecodeUpload(device, sizes.num_slots + 1, tables, send)
+        self._tokens = InputRing(sizes.max_step_tokens + sizes.num_slots, device, send)
         self._prepared: _Prepared | None = None  # of the step before
 
-    def padding(self, size: int) -> tuple[RowInputs, Mapping[int, PlannedRows]]:
+    def padding(self, size: int) -> tuple[DecodeInputs, Mapping[int, PlannedRows]]:
         """A decode step of `size` padding rows, which has something harmless to do, for a graph's capture."""
         step = DecodeStep(DecodeBatch([]), np.zeros(0, dtype=np.int64), None, [])
         self._prepared = self._prepare(step.batch, size)
-        return self._send(self._prepared, step), self._plan(self._prepared, same_rows=False)
+        return self._send(self._prepared, step, 0, same_rows=False)
 
-    def decode(self, step: DecodeStep, size: int) -> SampledRows:
+    def decode(self, step: DecodeStep, size: int, turn: int) -> SampledRows:
         """A decode step, padded to the `size` of the graph that will be replayed."""
         before, batch = self._prepared, step.batch
         same = before is not None and before.batch is batch and len(before.slots) == size
@@ -95,11 +107,10 @@ class StepInputs:
                 self._slots.bind(request)
             prepared = self._prepared = self._prepare(batch, size)
         prepared.positions[: len(batch.slots)] = step.positions
-        inputs = self._send(prepared, step)
-        self._plan(prepared, same_rows=same)
-        return SampledRows(len(batch.slots), inputs, prepared.hints)
+        inputs, _ = self._send(prepared, step, turn, same_rows=same)
+        return SampledRows(len(batch.slots), turn, inputs, prepared.hints)
 
-    def mixed(self, rows: list[Row]) -> MixedInputs:
+    def mixed(self, rows: list[Row], turn: int) -> MixedInputs:
         """Decode rows and chunks, as the model computes them without a graph."""
         self._prepared = None
         for row in rows:
@@ -121,7 +132,7 @@ class StepInputs:
         plans = self._attention.plan_mixed(
             PagedRows(self._slots.page_ids, slots, counts, starts + counts), _num_leading_decodes(rows)
         )
-        sampled = self._sampled(slots[samples], (starts + counts)[samples]) if len(last) else None
+        sampled = self._sampled(slots[samples], (starts + counts)[samples], turn) if len(last) else None
         return MixedInputs(tokens, tokens.seed[: len(last)], plans, sampled)
 
     # -- inside ----------------------------------------------------------------------------------------
@@ -146,9 +157,25 @@ class StepInputs:
         ones = np.ones(size, dtype=np.int64)
         return _Prepared(batch, slots, zeros.copy(), ones, rows, self._hints(batch.slots))
 
-    def _send(self, prepared: _Prepared, step: DecodeStep) -> RowInputs:
-        count, size = len(step.positions), len(prepared.slots)
-        host, fixed, positions = self._rows.host(size), prepared.rows, prepared.positions
+    def _send(
+        self, prepared: _Prepared, step: DecodeStep, turn: int, *, same_rows: bool
+    ) -> tuple[DecodeInputs, Mapping[int, PlannedRows]]:
+        """Everything that the step needs, in one copy; FlashInfer's and Triton's plans go by themselves."""
+        size, positions = len(prepared.slots), prepared.positions
+        paged = PagedRows(self._slots.page_ids, prepared.slots, prepared.ones, positions + 1, same_rows)
+        host = self._rows.host(size)
+        self._fill_rows(host.rows, prepared, step)
+        num_pairs = 0
+        plans: Mapping[int, PlannedRows] = {}
+        if self._tables is not None:
+            num_pairs = self._tables.write(paged, host.work, host.pairs)
+        else:
+            plans = self._attention.plan_decode(paged, in_graph=True)
+        host.header[:2] = num_pairs, turn
+        return self._rows.send(size, num_pairs), plans
+
+    def _fill_rows(self, host: HostRows, prepared: _Prepared, step: DecodeStep) -> None:
+        count, fixed, positions = len(step.positions), prepared.rows, prepared.positions
         host.slot[:] = fixed.slot
         host.token[:count] = FROM_DEVICE if step.tokens is None else step.tokens
         host.token[count:] = 0
@@ -160,18 +187,13 @@ class StepInputs:
         host.temperature[:] = fixed.temperature
         host.top_p[:] = fixed.top_p
         host.min_p[:] = fixed.min_p
-        return self._rows.upload(size)
 
-    def _plan(self, prepared: _Prepared, *, same_rows: bool) -> Mapping[int, PlannedRows]:
-        rows = PagedRows(
-            self._slots.page_ids, prepared.slots, prepared.ones, prepared.positions + 1, same_rows
-        )
-        return self._attention.plan_decode(rows, in_graph=True)
-
-    def _sampled(self, slots: Int64Array, positions: Int64Array) -> SampledRows:
+    def _sampled(self, slots: Int64Array, positions: Int64Array, turn: int) -> SampledRows:
         """Rows whose next tokens, at `positions`, are drawn outside a graph: only sampling reads them."""
         table, count = self._slots, len(slots)
-        host = self._rows.host(count)
+        upload = self._rows.host(count)
+        upload.header[:2] = 0, turn
+        host = upload.rows
         host.slot[:] = slots
         host.seed[:] = table.seed[slots]
         host.sample_position[:] = positions
@@ -179,7 +201,7 @@ class StepInputs:
         host.temperature[:] = table.temperature[slots]
         host.top_p[:] = table.top_p[slots]
         host.min_p[:] = table.min_p[slots]
-        return SampledRows(count, self._rows.upload(count), self._hints(slots))
+        return SampledRows(count, turn, self._rows.send(count, 0), self._hints(slots))
 
     def _hints(self, slots: Int64Array) -> ops.SamplingHints:
         table = self._slots

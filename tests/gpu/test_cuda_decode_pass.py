@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from phloem.kernels import ops
-from phloem.kernels.flashinfer_ops.page_lists import PagedRows
 from phloem.kernels.types import DecodeRows
-from phloem.shared.engine.decode_tables import DecodeTables
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.decode_pass import DecodePass, decode_shape
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.models.parameters import DecoderParameters, LayerParameters, ParameterFactory
 from phloem.shared.engine.models.registry import find_architecture
-from phloem.shared.engine.page_mirror import PageMirror
 from phloem.shared.engine.weights.slots import weight_slots
 from phloem.shared.model_store.model_config import ModelConfig, parse_model_config
 from tests.support.device_ops import relative_error
+from tests.support.key_work import key_work
 
 pytestmark = pytest.mark.gpu
 
@@ -103,17 +100,13 @@ def test_logits_and_kv(architecture: str, heads: tuple[int, int, int], num_rows:
     last_token = torch.zeros(num_rows, dtype=torch.int64)
     last_token[slots[0]] = tokens[0]
     tokens[0] = -1
-    mirror = PageMirror(CUDA, num_slots=num_rows, max_pages=MAX_PAGES, page_size=PAGE_SIZE)
-    tables = DecodeTables(mirror, CUDA, max_rows=num_rows, num_kv_heads=config.num_kv_heads)
-    lengths = (positions + 1).numpy()
-    tables.update(PagedRows(pages.numpy(), slots.numpy(), np.ones_like(lengths), lengths))
     rows = DecodeRows(
         token=tokens.to(CUDA),
         slot=slots.to(CUDA),
         write_index=write_index.to(CUDA),
         last_token=last_token.to(CUDA),
-        page_table=tables.page_table,
-        work=tables.work(num_rows),
+        page_table=pages.to(CUDA),
+        work=key_work(slots, positions + 1, config.num_kv_heads).to(CUDA),
         cos=cos,
         sin=sin,
     )

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from phloem.kernels.flashinfer_ops.page_lists import PagedRows
 from phloem.kernels.triton_ops.decode_kernels import DecodeKernels
 from phloem.kernels.triton_ops.tilings import choose_tiling
 from phloem.kernels.types import DecodeRows
-from phloem.shared.engine.decode_tables import DecodeTables
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.decode_pass import DecodePass, decode_shape
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.models.parameters import ParameterFactory
 from phloem.shared.engine.models.registry import find_architecture
-from phloem.shared.engine.page_mirror import PageMirror
 from phloem.shared.engine.weights.slots import weight_slots
 from phloem.shared.model_store.model_config import parse_model_config
 from tests.support.device_ops import relative_error
+from tests.support.key_work import key_work
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels for real")
 
@@ -97,16 +94,13 @@ def test_logits_and_kv_are_the_decoders(
     given = tokens.clone()
     given[1] = -1
     last_token[slots[1]] = tokens[1]
-    mirror = PageMirror(CPU, num_slots=3, max_pages=4, page_size=PAGE_SIZE)
-    tables = DecodeTables(mirror, CPU, max_rows=3, num_kv_heads=decoder.config.num_kv_heads)
-    lengths = (at.positions + 1).numpy()
-    tables.update(PagedRows(page_table.numpy(), slots.numpy(), np.ones_like(lengths), lengths))
+    work = key_work(slots, at.positions + 1, decoder.config.num_kv_heads)
     kernels = DecodeKernels(decode_shape(decoder.config), CPU, max_rows=3)
     if not few:
         monkeypatch.setattr(kernels, "takes", lambda num_rows: False)
     assert kernels.takes(3) is few
     logits = DecodePass(decoder, kernels).forward(
-        DecodeRows(given, slots, at.write_index, last_token, page_table, tables.work(3), cos, sin), mine
+        DecodeRows(given, slots, at.write_index, last_token, page_table, work, cos, sin), mine
     )
     assert relative_error(logits, expected(decoder, at, tokens, theirs)) < 1e-5
     for ours, other in zip(mine.k + mine.v, theirs.k + theirs.v, strict=True):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from phloem.kernels.flashinfer_ops.page_lists import PagedRows
 from phloem.kernels.triton_ops.key_shares import FIELDS, make_items, num_items, share_size
 from phloem.shared.engine.decode_tables import DecodeTables
-from phloem.shared.engine.page_mirror import PageMirror
 
 LENGTHS = st.lists(st.integers(1, 40_000), min_size=1, max_size=80)
 
@@ -46,15 +45,28 @@ def test_equal_rows_that_fill_the_device_are_not_cut() -> None:
 
 
 def test_tables_hold_the_steps_work() -> None:
-    pages = PageMirror(torch.device("cpu"), num_slots=4, max_pages=80, page_size=16)
-    tables = DecodeTables(pages, torch.device("cpu"), max_rows=4, num_kv_heads=2)
+    tables = DecodeTables(torch.device("cpu"), num_slots=4, max_pages=80, page_size=16, num_kv_heads=2)
     table = np.arange(320, dtype=np.int32).reshape(4, 80)
     for lengths in ([700, 3, 1_200], [701, 4, 1_201], [5]):
         slots, kv_lens = np.arange(len(lengths)), np.array(lengths)
-        tables.update(PagedRows(table, slots, np.ones_like(slots), kv_lens))
+        found = np.zeros((tables.num_items(len(lengths)), FIELDS), dtype=np.int32)
+        pairs = np.zeros((100, 2), dtype=np.int32)
+        tables.write(PagedRows(table, slots, np.ones_like(slots), kv_lens), found, pairs)
         expected = np.zeros((num_items(len(lengths), 2), FIELDS), dtype=np.int32)
         make_items(slots, kv_lens, share_size(kv_lens, 2), expected)
-        found = tables.work(len(lengths)).numpy()
-        assert (found[:, 0] == expected[:, 0]).all()
-        assert (found[found[:, 0] >= 0] == expected[expected[:, 0] >= 0]).all()
-        assert tables.page_table[slots[-1], 0] == table[slots[-1], 0]
+        assert (found == expected).all()
+
+
+def test_more_pages_than_travel_with_a_step_are_there_all_the_same() -> None:
+    tables = DecodeTables(torch.device("cpu"), num_slots=4, max_pages=80, page_size=16, num_kv_heads=2)
+    table = np.arange(320, dtype=np.int32).reshape(4, 80)
+    work = np.zeros((tables.num_items(3), FIELDS), dtype=np.int32)
+    pairs = np.zeros((4, 2), dtype=np.int32)
+    slots, kv_lens = np.arange(1, 4), np.array([16, 33, 80])
+    rows = PagedRows(table, slots, np.ones_like(slots), kv_lens)
+    assert tables.write(rows, work, pairs) == 0
+    for slot, num_pages in zip((1, 2, 3), (1, 3, 5), strict=True):
+        assert (tables.page_table[slot, :num_pages].numpy() == table[slot, :num_pages]).all()
+    assert tables.page_table[1:, 5:].sum() == 0
+    assert tables.write(rows._replace(kv_lens=kv_lens + 1), work, pairs) == 2, "of rows at the end of a page"
+    assert pairs[:2].tolist() == [[81, 81], [245, 245]]

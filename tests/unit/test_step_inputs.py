@@ -6,13 +6,14 @@ import random
 
 import pytest
 import torch
+from torch import Tensor
 
+from phloem.kernels import ops
 from phloem.kernels.flashinfer_ops.page_lists import PageLists
 from phloem.shared.engine.cuda_attention import CudaAttention
-from phloem.shared.engine.cuda_inputs import RowInputs
+from phloem.shared.engine.cuda_inputs import RING, RowInputs
 from phloem.shared.engine.decode_tables import DecodeTables
 from phloem.shared.engine.offline.null_device import NullLane
-from phloem.shared.engine.page_mirror import PageMirror
 from phloem.shared.engine.step_inputs import RunnerSizes, SampledRows, StepInputs
 from phloem.shared.engine.step_plan import FROM_DEVICE, Row, StepPlan
 from tests.support.engine_world import EngineWorld, FakeStep, next_tokens
@@ -25,6 +26,10 @@ KV_HEADS = 2
 SIZES = RunnerSizes(SLOTS, 64, 64, PAGE, SCRATCH)
 
 
+def copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source)
+
+
 class CheckedInputs:
     """Plans the inputs of every step of an `EngineWorld`, and compares them with the plan's rows."""
 
@@ -32,8 +37,9 @@ class CheckedInputs:
         """`kernels`: steps of decode rows alone are made of the decode kernels, which read tables."""
         self.decode_lane, self.chunk_lane = NullLane(SIZES), NullLane(SIZES)
         self.tables = make_tables() if kernels else None
-        attention = CudaAttention({0: (self.decode_lane, self.chunk_lane)}, self.tables)
-        self.inputs = StepInputs(attention, CPU, SIZES)
+        attention = CudaAttention({0: (self.decode_lane, self.chunk_lane)})
+        self.inputs = StepInputs(attention, CPU, SIZES, copy, self.tables)
+        self.turn = 0
         self.num_continued = 0
         self.num_grown = 0
         self._padding = padding
@@ -41,6 +47,7 @@ class CheckedInputs:
         self._last_batch: object = None
 
     def launch(self, plan: StepPlan, watch: object = None) -> FakeStep:
+        self.turn = (self.turn + 1) % RING
         if plan.decode is None:
             self._check_mixed(plan.rows)
             self._last_batch = None
@@ -49,12 +56,13 @@ class CheckedInputs:
             self.num_grown += len(plan.decode.grown)
             self._last_batch = plan.decode.batch
             size = min(SLOTS, plan.num_rows + self._padding)
-            self._check_decode(plan.rows, self.inputs.decode(plan.decode, size), size)
+            self._check_decode(plan.rows, self.inputs.decode(plan.decode, size, self.turn), size)
         return self._launch(plan)
 
     def _check_decode(self, rows: list[Row], sampled: SampledRows, size: int) -> None:
-        count, inputs, hints = sampled
+        count, turn, (inputs, header, work, pairs), hints = sampled
         assert count == len(rows) and len(inputs.slot) == size
+        assert turn == header[1] == self.turn
         assert inputs.slot.tolist() == [row.request.slot for row in rows] + [SLOTS] * (size - count)
         known = [FROM_DEVICE if row.from_device else row.request.token_ids[row.start] for row in rows]
         assert inputs.token.tolist() == known + [0] * (size - count)
@@ -63,12 +71,13 @@ class CheckedInputs:
         self._check_sampling(rows, sampled)
         assert hints.all_greedy == all(row.request.sampling.temperature == 0 for row in rows)
         if self.tables is not None:
-            self._check_tables(self.tables, rows, size)
+            ops.place_pages(self.tables.page_table, header, pairs)
+            self._check_tables(self.tables, work, rows, size)
         else:
             self._check_lists(self.decode_lane.lists, rows, size - count)
 
     def _check_mixed(self, rows: list[Row]) -> None:
-        tokens, logits_index, _, sampled = self.inputs.mixed(rows)
+        tokens, logits_index, _, sampled = self.inputs.mixed(rows, self.turn)
         places = [(row, row.start + offset) for row in rows for offset in range(row.num_tokens)]
         known = [FROM_DEVICE if row.from_device else row.request.token_ids[at] for row, at in places]
         assert tokens.token.tolist() == known
@@ -94,15 +103,15 @@ class CheckedInputs:
         assert inputs.write_index[:count].tolist() == index
 
     def _check_sampling(self, rows: list[Row], sampled: SampledRows) -> None:
-        count, inputs, _ = sampled
-        assert count == len(rows)
+        count, turn, (inputs, header, _, _), _ = sampled
+        assert count == len(rows) and turn == header[1] == self.turn
         assert inputs.slot[:count].tolist() == [row.request.slot for row in rows]
         assert inputs.seed[:count].tolist() == [row.request.sampling.seed for row in rows]
         assert inputs.sample_position[:count].tolist() == [_last(row) + 1 for row in rows]
         heat = [row.request.sampling.temperature for row in rows]
         assert inputs.temperature[:count].tolist() == heat
 
-    def _check_tables(self, tables: DecodeTables, rows: list[Row], size: int) -> None:
+    def _check_tables(self, tables: DecodeTables, work: Tensor, rows: list[Row], size: int) -> None:
         """The rows' pages are in the table of their slots; their items are all keys of each row, once
         (rows long enough to be cut: `test_key_shares.py`)."""
         for row in rows:
@@ -111,7 +120,7 @@ class CheckedInputs:
         assert tables.page_table[SLOTS, 0] == SCRATCH or size == len(rows)
         wanted = [(row.request.slot, row.start) for row in rows] + [(SLOTS, 0)] * (size - len(rows))
         keys: list[list[int]] = [[] for _ in wanted]
-        items = [item for item in tables.work(size).tolist() if item[0] >= 0]
+        items = [item for item in work.tolist() if item[0] >= 0]
         for place, (index, slot, position, begin, end, first, count, _) in enumerate(items):
             assert (slot, position) == wanted[index]
             assert first <= place < first + count and [item[0] for item in items].count(index) == count
@@ -128,8 +137,9 @@ class CheckedInputs:
 
 
 def make_tables() -> DecodeTables:
-    mirror = PageMirror(CPU, num_slots=SLOTS + 1, max_pages=SIZES.max_pages, page_size=PAGE)
-    return DecodeTables(mirror, CPU, max_rows=SLOTS + 1, num_kv_heads=KV_HEADS)
+    return DecodeTables(
+        CPU, num_slots=SLOTS + 1, max_pages=SIZES.max_pages, page_size=PAGE, num_kv_heads=KV_HEADS
+    )
 
 
 def _last(row: Row) -> int:
@@ -164,7 +174,10 @@ def test_inputs_are_those_of_the_rows(
 
 def test_padding_rows_write_where_nobody_reads() -> None:
     lane = NullLane(SIZES)
-    inputs, _ = StepInputs(CudaAttention({0: (lane, lane)}), CPU, SIZES).padding(3)
+    (inputs, header, _, _), _ = StepInputs(
+        CudaAttention({0: (lane, lane)}), CPU, SIZES, copy
+    ).padding(3)
+    assert header[0] == 0
     assert inputs.slot.tolist() == [SLOTS] * 3
     assert inputs.write_index.tolist() == [SCRATCH * PAGE] * 3
     assert inputs.position.tolist() == inputs.token.tolist() == [0] * 3

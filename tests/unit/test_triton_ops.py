@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from phloem.kernels import ops
-from phloem.kernels.reference import sampling
+from phloem.kernels.reference import pages, sampling
 from phloem.kernels.triton_ops import activation as triton_activation
+from phloem.kernels.triton_ops import decode_begin
 from phloem.kernels.triton_ops import norm as triton_norm
 from phloem.kernels.triton_ops import pages as triton_pages
 from phloem.kernels.triton_ops import rope as triton_rope
@@ -147,6 +148,38 @@ def test_greedy_takes_the_first_of_equal_tokens() -> None:
     zeros, ids = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
     out = triton_sampling.sample(logits, zeros, ids, zeros, zeros, ids, ids, all_greedy=True, no_filters=True)
     assert out.tolist() == [0, 77, 0]
+
+
+@pytest.mark.parametrize("all_greedy", [False, True])
+def test_tokens_go_to_their_slots_and_to_the_turns_results(all_greedy: bool) -> None:
+    rows, vocab = 5, 5000
+    logits = torch.randn(rows, vocab) * 3
+    logits[3] = float("-inf")  # nothing is allowed: token 0
+    logits[4, 4999] = float("inf")
+    temperature = torch.tensor([0.0, 1.0, 0.7, 0.5, 0.9]) * (not all_greedy)
+    seed, position = torch.randint(-(2**62), 2**62, (rows,)), torch.arange(rows) + 40
+    slot = torch.tensor([6, 0, 3, 5, 1])
+    found, expected = (
+        (torch.full((8,), -7), torch.full((3, 9), -7)) for _ in range(2)
+    )  # of each: by slot, by turn
+    drawn = (logits, temperature, seed, position, slot)
+    turn = torch.tensor([2, 0], dtype=torch.int32)
+    triton_sampling.sample_to_slots(*drawn, *found, turn, all_greedy=all_greedy)
+    sampling.sample_to_slots(*drawn, *expected, turn)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert found[1][2, 3] == 0 and found[1][2, 4] == 4999
+
+
+@pytest.mark.parametrize("count", [0, 1, 300, 5000])
+def test_pages_are_placed_up_to_the_count(count: int) -> None:
+    table = torch.zeros((60, 100), dtype=torch.int32)
+    expected = table.clone()
+    places = torch.randperm(6000)[:5500]
+    pairs = torch.stack((places, places + 9), dim=1).to(torch.int32)
+    header = torch.tensor([count, 1], dtype=torch.int32)
+    decode_begin.place_pages(table, header, pairs)
+    pages.place_pages(expected, header, pairs)
+    assert torch.equal(table, expected) and int((table > 0).sum()) == count
 
 
 def test_bitmask_forbids_exactly_the_zero_bits() -> None:

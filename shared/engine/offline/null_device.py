@@ -1,6 +1,7 @@
 """A device that computes nothing: what is left of a step is the host's work, and that runs without a GPU.
 
-The inputs are planned and copied as for CUDA; only what CUDA and FlashInfer themselves would do is missing.
+The inputs are planned and copied as for CUDA and its decode kernels; only what CUDA and FlashInfer themselves
+would do is missing.
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ from torch import Tensor
 
 from phloem.kernels.flashinfer_ops.page_lists import PagedRows, PageLists
 from phloem.shared.engine.cuda_attention import CudaAttention
+from phloem.shared.engine.decode_tables import DecodeTables
 from phloem.shared.engine.grammar.masks import TokenMasks
 from phloem.shared.engine.step_inputs import RunnerSizes, StepInputs
 from phloem.shared.engine.step_plan import StepPlan
 
 CPU = torch.device("cpu")
 _TOKEN = 7
+_KV_HEADS = 8
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source)
 
 
 class _NullPart:
@@ -83,8 +90,15 @@ class NullRunner:
         self, sizes: RunnerSizes, *, step_s: float = 0.0, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.clock = clock
-        self.attention = CudaAttention({0: (NullLane(sizes), NullLane(sizes))})
-        self.inputs = StepInputs(self.attention, CPU, sizes)
+        attention = CudaAttention({0: (NullLane(sizes), NullLane(sizes))})
+        self.tables = DecodeTables(
+            CPU,
+            num_slots=sizes.num_slots + 1,
+            max_pages=sizes.max_pages,
+            page_size=sizes.page_size,
+            num_kv_heads=_KV_HEADS,
+        )
+        self.inputs = StepInputs(attention, CPU, sizes, _copy, self.tables)
         self.step_s = step_s
         self.num_launched = 0
         self.idle_s = 0.0
@@ -94,9 +108,9 @@ class NullRunner:
     def launch(self, plan: StepPlan, watch: object = None) -> NullStep:
         del watch  # there are no layers
         if plan.decode is not None:
-            num_tokens = self.inputs.decode(plan.decode, plan.num_rows).num_rows
+            num_tokens = self.inputs.decode(plan.decode, plan.num_rows, 0).num_rows
         else:
-            sampled = self.inputs.mixed(plan.rows).sampled
+            sampled = self.inputs.mixed(plan.rows, 0).sampled
             num_tokens = sampled.num_rows if sampled is not None else 0
         self.occupy(self.step_s)
         self.num_launched += 1

@@ -1,0 +1,256 @@
+"""The CUDA runner on a CPU, with a device that is always late: its tokens are the synchronous runner's."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from phloem.kernels import ops
+from phloem.kernels.flashinfer_ops.page_lists import PagedRows
+from phloem.kernels.types import DecodeRows
+from phloem.shared.engine.cuda_attention import CudaAttention
+from phloem.shared.engine.cuda_runner import CudaStepRunner, DecodeParts
+from phloem.shared.engine.decode_tables import DecodeTables
+from phloem.shared.engine.grammar.masks import TokenMasks
+from phloem.shared.engine.models.batch import ForwardBatch
+from phloem.shared.engine.models.decoder import Decoder
+from phloem.shared.engine.models.kv_cache import KVCache
+from phloem.shared.engine.requests import Request
+from phloem.shared.engine.step_inputs import RunnerSizes
+from phloem.shared.engine.step_plan import DecodeBatch, DecodeStep, Row, StepPlan
+from phloem.shared.engine.step_runner import LaunchedStep, LayerWatch, StepRunner, SyncStepRunner
+from phloem.shared.protocol.engine import EngineSubmit
+from phloem.shared.protocol.session import SamplingParams, Submit
+from tests.support.engine_world import EngineWorld, FakeDevice
+from tests.support.late_device import LateDevice
+from tests.support.streams import Stream
+from tests.support.tiny_model import VOCAB, random_prompt, tiny_decoder
+
+CPU = torch.device("cpu")
+PAGE, SLOTS, MAX_PAGES, CONTEXT = 4, 6, 50, 200
+
+
+class TableForward:
+    """The decode pass as the decoder's own: from the page table and the work, as the kernels find them."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def forward(self, rows: DecodeRows, kv: KVCache) -> Tensor:
+        positions = torch.zeros_like(rows.slot)
+        for row, slot, position, *_ in rows.work.tolist():
+            if row >= 0:
+                positions[row] = position
+                assert slot == rows.slot[row]
+        batch = ForwardBatch(
+            input_ids=torch.where(rows.token < 0, rows.last_token[rows.slot], rows.token),
+            positions=positions,
+            write_index=rows.write_index,
+            query_lens=[1] * len(positions),
+            kv_lens=(positions + 1).tolist(),
+            page_table=rows.page_table[rows.slot].long(),
+        )
+        return self._decoder.forward(batch, kv)
+
+
+class ReferencePart:
+    def __init__(self, rows: PagedRows) -> None:
+        table = torch.from_numpy(rows.page_table[rows.slots]).long()
+        self._plan = ops.plan_attention(rows.query_lens.tolist(), rows.kv_lens.tolist(), table, PAGE)
+
+    def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float, out: Tensor) -> None:
+        out.copy_(ops.paged_attention(q, k_pages, v_pages, self._plan, scale))
+
+
+class ReferenceLane:
+    def plan(self, rows: PagedRows, *, in_graph: bool) -> ReferencePart:
+        return ReferencePart(rows)
+
+
+class Rig:
+    """A runner over a tiny decoder, and its device."""
+
+    def __init__(self, num_pages: int, buckets: tuple[int, ...] = (2, SLOTS)) -> None:
+        decoder = tiny_decoder()
+        self.calls = LateDevice()
+        kv = KVCache.allocate(decoder.config, num_pages + 1, PAGE, torch.float32, CPU)
+        tables = DecodeTables(
+            CPU,
+            num_slots=SLOTS + 1,
+            max_pages=MAX_PAGES,
+            page_size=PAGE,
+            num_kv_heads=decoder.config.num_kv_heads,
+        )
+        nothing = torch.zeros(0)
+        self.runner = CudaStepRunner(
+            decoder,
+            kv,
+            CPU,
+            CudaAttention({0: (ReferenceLane(), ReferenceLane())}),
+            RunnerSizes(SLOTS, MAX_PAGES, 64, PAGE, num_pages),
+            DecodeParts(TableForward(decoder), tables, nothing, nothing),
+            self.calls,
+        )
+        self.runner.capture(list(buckets), lambda done, total: None)
+        self.calls.late = True
+
+    def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> LaunchedStep:
+        """Other steps than captured ones are computed at once: as behind a device that has caught up."""
+        if plan.decode is not None:
+            return self.runner.launch(plan, watch)
+        self.calls.finish()
+        self.calls.late = False
+        step = self.runner.launch(plan, watch)
+        self.calls.late = True
+        return step
+
+
+class Device(FakeDevice):
+    """The steps of a real runner; no KV ever leaves."""
+
+    def __init__(self, runner: StepRunner | Rig, num_pages: int) -> None:
+        super().__init__(num_pages, PAGE, SLOTS, runs_ahead=True)
+        self._runner = runner
+        self.num_captured = 0
+
+    def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> LaunchedStep:  # type: ignore[override]
+        self.num_launched += 1
+        self.num_collected += 1
+        self.num_captured += plan.decode is not None
+        return self._runner.launch(plan, watch)
+
+
+def sampling_of(index: int, max_tokens: int) -> SamplingParams:
+    kinds = [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "seed": 7 * index},
+        {"temperature": 1.2, "seed": index, "top_k": 9, "top_p": 0.9},
+    ]
+    # Requests with filters are few and late: most steps are without.
+    kind = kinds[2] if index in (8, 13) else kinds[index % 2]
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True, **kind)  # type: ignore[arg-type]
+
+
+def streams_of(device: Device, num_pages: int) -> tuple[dict[str, list[int]], int]:
+    """Requests come and go; what each was answered, and how often one was retracted."""
+    rng = random.Random(3)
+    world = EngineWorld(device=device, num_pages=num_pages, page_size=PAGE, slots=SLOTS, budget=64)
+    for index in range(14):
+        prompt = random_prompt(rng.randint(1, 30), index)
+        world.streams[f"r{index}"] = Stream(0)
+        submit = Submit(
+            request_id=f"r{index}",
+            attempt=1,
+            epoch=1,
+            phase="both",
+            token_ids=prompt,
+            num_prompt_tokens=len(prompt),
+            sampling=sampling_of(index, rng.randint(1, 70)),
+        )
+        world.engine.deliver(EngineSubmit(0, submit))
+        for _ in range(rng.randint(0, 8)):
+            world.turn()
+    world.assert_idle()
+    answers = {request_id: stream.token_ids for request_id, stream in world.streams.items()}
+    return answers, world.audit().counters["retractions"]
+
+
+@pytest.mark.parametrize("num_pages", [200, 40])
+def test_tokens_are_those_of_the_synchronous_runner(num_pages: int) -> None:
+    decoder = tiny_decoder()
+    kv = KVCache.allocate(decoder.config, num_pages, PAGE, torch.float32, CPU)
+    plain = SyncStepRunner(decoder, kv, CPU, num_slots=SLOTS, max_pages=MAX_PAGES)
+    expected, _ = streams_of(Device(plain, num_pages), num_pages)
+    device = Device(Rig(num_pages), num_pages)
+    found, num_retractions = streams_of(device, num_pages)
+    assert found == expected
+    assert device.num_captured > 60
+    assert (num_retractions > 0) == (num_pages == 40)
+
+
+def make_request(slot: int, page_ids: list[int], sampling: SamplingParams, length: int = 3) -> Request:
+    prompt = random_prompt(length, slot)
+    submit = Submit(
+        request_id=f"slot {slot}",
+        attempt=1,
+        epoch=1,
+        phase="both",
+        token_ids=prompt,
+        num_prompt_tokens=length,
+        sampling=sampling,
+    )
+    request = Request(submit, gateway=0, order=0, eos_token_ids=(), context_length=CONTEXT, now_s=0.0)
+    request.slot, request.page_ids = slot, page_ids
+    return request
+
+
+def prefilled(rig: Rig, sampling: SamplingParams, count: int = 2) -> list[Request]:
+    """Requests of three tokens, the last of which is still to be computed."""
+    requests = [make_request(slot, list(range(5 * slot, 5 * slot + 5)), sampling) for slot in range(count)]
+    rig.launch(StepPlan([Row(request, 0, 2, False, False) for request in requests])).token_ids()
+    return requests
+
+
+class CountedOps(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's stubs
+    """Tensor operations: each would be a launch on CUDA, or at least a call into torch."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_steady_step_is_one_copy_one_replay_and_one_event() -> None:
+    rig = Rig(40)
+    for temperature in (0.0, 0.9):
+        requests = prefilled(rig, SamplingParams(max_tokens=9, temperature=temperature))
+        batch = DecodeBatch(requests)
+        counted = []
+        for step_index in range(16):
+            positions = torch.tensor([2, 2]).numpy() + step_index
+            tokens = [request.token_ids[-1] for request in requests] if step_index == 0 else None
+            plan = StepPlan.of_decodes(DecodeStep(batch, positions, tokens, []))
+            rig.calls.asked.clear()
+            with CountedOps() as operations:
+                step = rig.launch(plan)
+            counted.append((rig.calls.asked[:], operations.names))
+            assert len(step.token_ids()) == 2
+        assert [asked for asked, _ in counted] == [["send", "replay", "mark"]] * 16
+        # Views of the pinned buffers, with and without new pages, are made when their turn comes first.
+        assert [names for _, names in counted[12:]] == [[]] * 4
+
+
+def test_masked_rows_are_drawn_again_and_go_on_from_there() -> None:
+    """The graph's own choice is overwritten, for the host and for the step after."""
+    rig, twin = Rig(40), Rig(40)
+    allowed = 77
+    bitmask = torch.zeros((1, -(-VOCAB // 32)), dtype=torch.int32)
+    bitmask[0, allowed // 32] = 1 << (allowed % 32)
+    masks = TokenMasks(torch.tensor([1]), bitmask)
+    made = []
+    for world, is_masked in ((rig, True), (twin, False)):
+        requests = prefilled(world, SamplingParams(max_tokens=9, temperature=0.7, seed=5))
+        batch = DecodeBatch(requests)
+        if is_masked:
+            batch.constrained = [1]
+        known = [request.token_ids[-1] for request in requests]
+        positions = torch.tensor([2, 2]).numpy()
+        step = world.launch(StepPlan.of_decodes(DecodeStep(batch, positions, known, [])))
+        if is_masked:
+            assert not step.ready(), "it is not sampled"
+            step.sample(masks)
+        first = step.token_ids()
+        batch.constrained = []
+        tokens = None if is_masked else [first[0], allowed]
+        after = world.launch(StepPlan.of_decodes(DecodeStep(batch, positions + 1, tokens, [])))
+        made.append((first, after.token_ids()))
+    (masked, masked_after), (free, free_after) = made
+    assert masked == [free[0], allowed] and free[1] != allowed
+    assert masked_after == free_after
