@@ -71,14 +71,18 @@ class FailingCompiler(LocalCompiler):
 
 
 class SlowCompiler(LocalCompiler):
-    """Compiles when the test says so."""
+    """Compiles when the test says so; notes what."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.has_begun = threading.Event()
         self.may_compile = threading.Event()
+        self.compiled: list[str] = []
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
+        self.has_begun.set()
         assert self.may_compile.wait(DEADLINE_S)
+        self.compiled.append(grammar.source)
         return super().compile(grammar)
 
 
@@ -264,7 +268,7 @@ def test_orders_are_bounded_and_what_is_ordered_may_be_ordered_again() -> None:
     compiler = SlowCompiler()
     world = World(compiler=compiler)
     for index in range(MAX_ORDERED):
-        assert world.desk.find_or_order(Grammar("regex", f"a{{{index + 1}}}")) is None
+        assert world.desk.find_or_order(Grammar("regex", f"a{{{index + 1}}}"), lambda: False) is None
     refused = world.submit("refused", [1], 9, grammar=Grammar("regex", "b"))
     known = world.submit("known", [1], 9, grammar=Grammar("regex", "a{2}"))
     world.turn_until(lambda: refused.ended)
@@ -275,6 +279,62 @@ def test_orders_are_bounded_and_what_is_ordered_may_be_ordered_again() -> None:
     world.assert_idle()
     assert text_of(known.token_ids) == "aa"
     world.desk.close()
+
+
+def test_orders_that_nobody_waits_for_are_not_compiled() -> None:
+    compiler = SlowCompiler()
+    world = World(compiler=compiler)
+    for name in ("a", "b", "c"):
+        world.submit(name, [1], 9, grammar=Grammar("regex", name))
+    also_c = world.submit("also c", [1], 9, grammar=Grammar("regex", "c"))
+    world.turn()
+    assert compiler.has_begun.wait(DEADLINE_S)
+    for name in ("a", "b", "c"):
+        world.turn(EngineAbort(name, 1))
+    compiler.may_compile.set()
+    world.compiled(2)
+    world.assert_idle()
+    assert compiler.compiled == ["a", "c"], "a was under way, and somebody waits for c"
+    assert text_of(also_c.token_ids) == "c"
+    again = world.submit("b again", [1], 9, grammar=Grammar("regex", "b"))
+    world.turn()
+    world.compiled()
+    world.assert_idle()
+    assert text_of(again.token_ids) == "b"
+    world.desk.close()
+
+
+def test_orders_that_nobody_waits_for_make_room_for_others() -> None:
+    compiler = SlowCompiler()
+    world = World(compiler=compiler)
+    grammars = [Grammar("regex", f"a{{{index + 1}}}") for index in range(MAX_ORDERED)]
+    gone = False
+    for grammar in grammars:
+        assert world.desk.find_or_order(grammar, lambda: gone) is None
+    assert compiler.has_begun.wait(DEADLINE_S)
+    assert not world.desk.takes(Grammar("regex", "b"))
+    gone = True
+    assert world.desk.takes(Grammar("regex", "b"))
+    assert world.desk.takes(grammars[0])
+    late = world.submit("late", [1], 9, grammar=grammars[1])
+    world.turn()
+    compiler.may_compile.set()
+    world.compiled(2)
+    world.assert_idle()
+    assert compiler.compiled == ["a{1}", "a{2}"] and text_of(late.token_ids) == "aa"
+    world.desk.close()
+
+
+def test_request_that_no_token_can_follow_fails_without_one_more(world: World) -> None:
+    stuck = world.submit("stuck", [5], 9, grammar=Grammar("ebnf", 'root ::= "ab" [\u4e00]'))
+    good = world.submit("good", [5], 60, grammar=OBJECT)
+    world.turn()
+    world.compiled(2)
+    world.assert_idle()
+    assert text_of(stuck.token_ids) == "ab"
+    assert stuck.error is not None
+    assert (stuck.error.code, stuck.error.http_status) == ("grammar_dead_end", 400)
+    assert json.loads(text_of(good.token_ids))
 
 
 def test_too_long_a_grammar_is_refused_at_once(world: World) -> None:
@@ -291,13 +351,18 @@ def test_engine_without_grammars_says_so() -> None:
     assert stream.error is not None and stream.error.code == "grammar_unavailable"
 
 
-def test_request_aborted_while_its_grammar_compiles_ends_once(world: World) -> None:
+def test_request_aborted_while_its_grammar_compiles_ends_once() -> None:
+    compiler = SlowCompiler()
+    world = World(compiler=compiler)
     stream = world.submit("r", [1], grammar=OBJECT)
     world.turn()
+    assert compiler.has_begun.wait(DEADLINE_S)
     world.turn(EngineAbort("r", 1))
     assert stream.ended == "aborted"
+    compiler.may_compile.set()
     world.compiled()
     world.assert_idle()
+    world.desk.close()
 
 
 @pytest.mark.parametrize(("grammar", "ends"), [(OBJECT, True), (None, False)])

@@ -41,16 +41,33 @@ class GrammarReady(NamedTuple):
     error: ErrorInfo | None
 
 
+class _Order:
+    """`waiters` say whether who waits has gone. All of it is read and changed under the desk's lock."""
+
+    def __init__(self, grammar: Grammar) -> None:
+        self.grammar = grammar
+        self.waiters: list[Callable[[], bool]] = []
+        self.is_begun = False
+
+    @property
+    def is_abandoned(self) -> bool:
+        return not self.is_begun and all(is_gone() for is_gone in self.waiters)
+
+
 class GrammarDesk:
-    """Called from the engine's thread only; `deliver` is called from the desk's own."""
+    """Called from the engine's thread only; `deliver` is called from the desk's own.
+
+    An order is dropped when everybody who waited for it has gone before its turn comes.
+    """
 
     def __init__(
         self, make_compiler: Callable[[], Compiler], deliver: Callable[[GrammarReady], None]
     ) -> None:
         self._make_compiler = make_compiler
         self._deliver = deliver
-        self._orders: queue.SimpleQueue[Grammar | None] = queue.SimpleQueue()
-        self._ordered: set[Grammar] = set()
+        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # for moments only: neither thread ever compiles under it
+        self._ordered: dict[Grammar, _Order] = {}  # by the lock; what is dropped is no longer in it
         self._kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()  # the one used last is the last
         self._kept_bytes = 0
         self._thread: threading.Thread | None = None
@@ -58,22 +75,31 @@ class GrammarDesk:
 
     def takes(self, grammar: Grammar) -> bool:
         """Whether it may be ordered: it is known, or not too many wait."""
-        return len(self._ordered) < MAX_ORDERED or grammar in self._ordered or grammar in self._kept
+        with self._lock:
+            if len(self._ordered) >= MAX_ORDERED:
+                self._ordered = {g: order for g, order in self._ordered.items() if not order.is_abandoned}
+            return len(self._ordered) < MAX_ORDERED or grammar in self._ordered or grammar in self._kept
 
-    def find_or_order(self, grammar: Grammar) -> CompiledGrammar | None:
-        """A grammar that was compiled before; None: `deliver` will tell."""
+    def find_or_order(self, grammar: Grammar, is_gone: Callable[[], bool]) -> CompiledGrammar | None:
+        """A grammar that was compiled before; None: `deliver` will tell, unless `is_gone` (called from any
+        thread) says by then that nobody wants to know."""
         compiled = self._kept.get(grammar)
         if compiled is not None:
             self._kept.move_to_end(grammar)
-        elif grammar not in self._ordered:
-            self._ordered.add(grammar)
-            self._start()
-            self._orders.put(grammar)
-        return compiled
+            return compiled
+        with self._lock:
+            order = self._ordered.get(grammar)
+            if order is None:
+                order = self._ordered[grammar] = _Order(grammar)
+                self._orders.put(order)
+            order.waiters.append(is_gone)
+        self._start()
+        return None
 
     def done(self, ready: GrammarReady) -> None:
         """What `deliver` brought has reached the engine's thread."""
-        self._ordered.discard(ready.grammar)
+        with self._lock:
+            self._ordered.pop(ready.grammar, None)
         if ready.compiled is None:
             return
         self._kept[ready.grammar] = ready.compiled
@@ -97,13 +123,25 @@ class GrammarDesk:
 
     def _work(self) -> None:
         try:
-            while (grammar := self._orders.get()) is not None:
-                self._deliver(self._compile(grammar))
+            while (order := self._orders.get()) is not None:
+                if self._begin(order):
+                    self._deliver(self._compile(order.grammar))
         finally:
             self._drop_compiler()
 
+    def _begin(self, order: _Order) -> bool:
+        """Whether somebody still waits for it; otherwise it was never ordered."""
+        with self._lock:
+            if self._ordered.get(order.grammar) is not order:
+                return False
+            if order.is_abandoned:
+                del self._ordered[order.grammar]
+                return False
+            order.is_begun = True
+            return True
+
     def _compile(self, grammar: Grammar) -> GrammarReady:
-        """Every order is answered: somebody waits for it."""
+        """Every order that is begun is answered: somebody waits for it."""
         try:
             compiler = self._compiler = self._compiler or self._make_compiler()
             return GrammarReady(grammar, compiler.compile(grammar), None)

@@ -12,6 +12,7 @@ from phloem.shared.engine.step_plan import StepPlan
 from phloem.shared.errors import ErrorInfo, PhloemError, overloaded
 
 _LEFT = ErrorInfo("grammar_violated", "the tokens that came with the request leave its grammar", False, 400)
+_STUCK = ErrorInfo("grammar_dead_end", "no token of the model goes on as the grammar demands", False, 400)
 
 
 class Grammars:
@@ -45,11 +46,11 @@ class Grammars:
         constraint = request.constraint
         if constraint is None or self._parts is None:
             return
-        compiled = self._parts.desk.find_or_order(constraint.grammar)
+        compiled = self._parts.desk.find_or_order(constraint.grammar, lambda: _is_over(request))
         if compiled is not None:
             constraint.begin(compiled)
         else:
-            self._waiting.append(request)
+            self._waiting = [*(other for other in self._waiting if not _is_over(other)), request]
 
     def done(self, ready: GrammarReady) -> None:
         """A grammar that was ordered is compiled, or can't be: all that wait for it go on, or fail."""
@@ -58,7 +59,7 @@ class Grammars:
         mine = [request for request in self._waiting if _wants(request, ready)]
         self._waiting = [request for request in self._waiting if not _wants(request, ready)]
         for request in mine:
-            if request.status is Status.ENDED or request.constraint is None:
+            if _is_over(request) or request.constraint is None:
                 continue
             if ready.compiled is not None:
                 request.constraint.begin(ready.compiled)
@@ -66,12 +67,20 @@ class Grammars:
                 self._fail(request, ready.error)
 
     def masks(self, plan: StepPlan) -> TokenMasks:
-        """What the plan's constrained rows allow; requests that left their grammar fail."""
+        """What the plan's constrained rows allow; requests that left their grammar, or can't go on in it,
+        fail before the step makes a token of theirs."""
         assert self._parts is not None, "without grammars no request has a constraint"
-        masks, strays = self._parts.masks.fill(plan)
+        masks, strays, stuck = self._parts.masks.fill(plan)
         for request in strays:
             self._fail(request, _LEFT)
+        for request in stuck:
+            self._fail(request, _STUCK)
         return masks
+
+
+def _is_over(request: Request) -> bool:
+    """Also asked by the desk's thread: an ended request stays ended."""
+    return request.status is Status.ENDED
 
 
 def _wants(request: Request, ready: GrammarReady) -> bool:

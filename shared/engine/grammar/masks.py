@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,20 +27,31 @@ class TokenMasks(NamedTuple):
     bitmask: Tensor
 
 
+class Filled(NamedTuple):
+    """`strays` are the requests whose answer left their grammar, `stuck` those that no token can follow in
+    theirs. Neither has a mask that forbids anything: what their rows sample is dropped with them."""
+
+    masks: TokenMasks
+    strays: list[Request]
+    stuck: list[Request]
+
+
 class MaskFiller:
     """Follows the rows' requests in their grammars. Buffers are made with the first grammar."""
 
     def __init__(self, num_slots: int, vocab_size: int, *, pinned: bool) -> None:
         self._num_slots = num_slots
         self._num_words = -(-vocab_size // 32)
+        self._last_word = np.int32(
+            -1 if vocab_size % 32 == 0 else (1 << vocab_size % 32) - 1
+        )  # the tokens' bits
         self._pinned = pinned
         self._buffers: list[TokenMasks] = []
         self._threads: BatchGrammarMatcher | None = None
         self._turn = 0
 
-    def fill(self, plan: StepPlan) -> tuple[TokenMasks, list[Request]]:
-        """The masks of a plan's constrained rows, whose tokens before are all known; and the requests whose
-        answer left their grammar, which get no mask."""
+    def fill(self, plan: StepPlan) -> Filled:
+        """The masks of a plan's constrained rows, whose tokens before are all known."""
         wanted: list[tuple[int, Constraint]] = []
         strays: list[Request] = []
         for row in plan.constrained:
@@ -51,7 +63,8 @@ class MaskFiller:
                 wanted.append((row, constraint))
             else:
                 strays.append(request)
-        return self._masks(wanted), strays
+        masks = self._masks(wanted)
+        return Filled(masks, strays, [plan.sampled[row] for row in self._open_dead_ends(masks)])
 
     def _masks(self, wanted: list[tuple[int, Constraint]]) -> TokenMasks:
         rows, bitmask = self._next_buffer()
@@ -64,6 +77,15 @@ class MaskFiller:
         else:
             self._fill_together(matchers, bitmask[:count])
         return TokenMasks(rows[:count], bitmask[:count])
+
+    def _open_dead_ends(self, masks: TokenMasks) -> list[int]:
+        """Rows of the step whose masks allow no token. There is nothing to draw from, so all is allowed."""
+        words = masks.bitmask.numpy()
+        is_open = words[:, :-1].any(axis=1) | ((words[:, -1] & self._last_word) != 0)
+        stuck = np.flatnonzero(~is_open)
+        words[stuck] = -1
+        rows: list[int] = masks.rows.numpy()[stuck].tolist()
+        return rows
 
     def _fill_together(self, matchers: list[GrammarMatcher], bitmask: Tensor) -> None:
         """On xgrammar's threads."""
