@@ -138,6 +138,9 @@ def _run(options: EngineOptions, work: _Work) -> OfflineReport:
     cost = model_cost(config, dtype.itemsize)
     measurements = []
     try:
+        if work.grammar_share:
+            progress("grammar")
+            progress(f"grammar ready after {driver.prepare_grammar():.1f} s")
         for length in work.prefill_lengths:
             progress(f"prefill {length}")
             measurements.append(_prefill(driver, cost, ceilings, length))
@@ -193,8 +196,6 @@ def _decode(
     # Early prompts decode while later ones prefill: leave room for that before the batch is complete.
     lead = 8 + (batch * context) // 4096
     prompt = max(1, context - lead - num_steps // 2)
-    if grammar_share:
-        driver.run_batch(1, 1, 1, grammar_share=1.0)  # compiles it
     driver.start_batch(
         batch,
         prompt,

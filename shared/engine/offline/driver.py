@@ -25,6 +25,7 @@ tags ::= "\"tags\": [" string (", " string)* "]"
 string ::= "\"" ([^"\\\x00-\x1f] | "\\" ["\\/bfnrt])* "\""
 """,
 )
+GRAMMAR_TIMEOUT_S = 90.0  # more than the compiler itself is given to start
 
 
 class StepTime(NamedTuple):
@@ -106,10 +107,29 @@ class Driver:
             engine.deliver(EngineSubmit(0, self._submit(length, new_tokens, temperature, grammar)))
 
     def run_until(self, enough: Callable[[], bool]) -> None:
-        """Turns the engine until `enough`, or until all requests have ended."""
-        engine = self._attached()
+        """Turns the engine until `enough`, or until all requests have ended.
+
+        It sleeps when the engine has nothing to do, as a worker does: a thread that compiles a grammar would
+        get the interpreter for moments only beside a loop that never lets go of it.
+        """
+        engine, busy = self._attached(), True
         while self._open and not enough():
-            engine.turn()
+            busy = engine.turn(wait=not busy)
+
+    def prepare_grammar(self) -> float:
+        """Has `ENDLESS_JSON` compiled, as the first grammar of a worker; how many seconds that took.
+
+        Raises `PhloemError` when it takes longer than `GRAMMAR_TIMEOUT_S`, or can't be compiled here.
+        """
+        started_s = time.perf_counter()
+        deadline_s = started_s + GRAMMAR_TIMEOUT_S
+        self.start_batch(1, 1, 1, grammar_share=1.0)
+        self.run_until(lambda: time.perf_counter() > deadline_s)
+        if self._open:
+            raise PhloemError(
+                "bench_failed", f"the grammar compiler is not ready after {GRAMMAR_TIMEOUT_S:g} s"
+            )
+        return time.perf_counter() - started_s
 
     def full_steps(self, batch: int) -> int:
         return sum(step.num_tokens == batch for step in self.steps)

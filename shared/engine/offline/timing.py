@@ -94,8 +94,10 @@ class TimedRunner:
     def idle_percent(self, num_rows: int) -> float | None:
         """Share of the device's time between the starts of full steps in which it had nothing to do; None
         where launches are synchronous."""
-        if self.launches and self.launches[-1].end is not None:
-            self.launches[-1].end.synchronize()
+        if self.launches:
+            last = self.launches[-1].end or self.launches[-1].begin  # it may not be sampled yet
+            if last is not None:
+                last.synchronize()
         idle_ms = total_ms = 0.0
         for earlier, later in itertools.pairwise(self.launches):
             if earlier.num_rows != num_rows or later.num_rows != num_rows:
