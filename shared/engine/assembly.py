@@ -17,13 +17,15 @@ from phloem.shared.engine.fault_injection import damaging
 from phloem.shared.engine.grammar.parts import GrammarModel, grammar_parts
 from phloem.shared.engine.kv_pool import KVPool
 from phloem.shared.engine.limits import Limits
-from phloem.shared.engine.loading import load_model
+from phloem.shared.engine.loading import load_model, out_of_memory_as
+from phloem.shared.engine.memory import staging_not_allocated
 from phloem.shared.engine.models.kv_cache import bytes_per_page
 from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.page_store import page_store
 from phloem.shared.engine.radix_tree import RadixTree
+from phloem.shared.engine.rehearsal import memory_gauge
 from phloem.shared.engine.runners import LoadedModel, find_device, for_device
-from phloem.shared.engine.sizing import kv_layout
+from phloem.shared.engine.sizing import kv_layout, staging_reserve
 from phloem.shared.engine.step_runner import StepRunner
 from phloem.shared.errors import ConfigError
 from phloem.shared.protocol.engine import EngineReady, EngineUp
@@ -90,22 +92,12 @@ def _wire(
         )
     # The endpoint and the engine need each other; nothing is delivered before the engine runs.
     engines: list[Engine] = []
-    endpoint = TransferEndpoint(
-        TransferConfig(
-            me=PeerRef(config.worker_id, config.epoch),
-            host=config.host,
-            cluster_secret=config.cluster_secret,
-            kv_layout=layout,
-            device=str(model.device),
-            device_id=_device_id(model.device),
-            staging_bytes=options.staging_bytes,
-            staging_slots=options.staging_slots,
-            max_ctas=options.transfer_max_ctas,
-            timeout_s=options.transfer_timeout_s,
-            accepts=config.role != "prefill",
-        ),
-        damaging(config.faults, lambda event: engines[0].deliver(event)),
-    )
+    memory = memory_gauge(model.device).read()
+    with out_of_memory_as(lambda: staging_not_allocated(staging_reserve(options), memory)):
+        endpoint = TransferEndpoint(
+            _transfer_config(config, model.device, layout, store.layer_page_bytes),
+            damaging(config.faults, lambda event: engines[0].deliver(event)),
+        )
     grammars = grammar_parts(
         GrammarModel(
             Path(options.model_path),
@@ -137,10 +129,33 @@ def _wire(
             overlap=not options.disable_overlap_schedule,
             grammars=grammars,
             transfer_bytes_per_s=lambda: _send_rate(endpoint),
+            transfer_status=endpoint.status,
+            hang_timeout_s=config.hang_timeout_s,
         )
     )
     engines.append(engine)
     return engine, endpoint
+
+
+def _transfer_config(
+    config: EngineConfig, device: torch.device, layout: str, layer_page_bytes: int
+) -> TransferConfig:
+    options = config.options
+    return TransferConfig(
+        me=PeerRef(config.worker_id, config.epoch),
+        host=config.host,
+        cluster_secret=config.cluster_secret,
+        kv_layout=layout,
+        device=str(device),
+        device_id=_device_id(device),
+        staging_bytes=options.staging_bytes,
+        staging_slots=options.staging_slots,
+        max_peers=options.transfer_peers,
+        least_slot_bytes=layer_page_bytes,
+        max_ctas=options.transfer_max_ctas,
+        timeout_s=options.transfer_timeout_s,
+        accepts=config.role != "prefill",
+    )
 
 
 def _device_id(device: torch.device) -> str:

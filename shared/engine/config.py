@@ -86,7 +86,18 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     staging_bytes: Annotated[
         int, Meta(ge=65_536, le=1 << 30, description="bytes of one staging slot for KV transfer")
     ] = 128 * 1024 * 1024
-    staging_slots: Annotated[int, Meta(ge=1, le=64, description="staging slots per channel and side")] = 4
+    staging_slots: Annotated[
+        int, Meta(ge=1, le=64, description="most staging slots of one channel, on each side")
+    ] = 4
+    transfer_peers: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=256,
+            description="workers that this one exchanges KV with at a time; staging memory for them is set "
+            "aside at start: --staging-bytes for each, and --staging-slots times that for the first",
+        ),
+    ] = 8
     transfer_max_ctas: Annotated[
         int,
         Meta(ge=1, le=32, description="multiprocessors that KV transfer over NCCL may use; 16: 250 GB/s"),
@@ -121,6 +132,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     cluster_secret: bytes
     options: EngineOptions
     faults: Faults = Faults()  # of tests only; no flag sets it
+    hang_timeout_s: float = 120.0  # a step that takes longer will not end: the engine gives up
     logs: LogOptions = LogOptions()
 
 

@@ -101,7 +101,12 @@ class Engine:
         )
         self._transfers = TransferIntake(self._sender, self._receiver, self._ends)
         self._steps = StepsInFlight(
-            parts.runner, self._grammars, self._rates, parts.clock, overlap=parts.overlap
+            parts.runner,
+            self._grammars,
+            self._rates,
+            parts.clock,
+            overlap=parts.overlap,
+            hang_timeout_s=parts.hang_timeout_s,
         )
         self._status = EngineStatus(self._scheduler, parts.account, self._rates, self._sender, self._receiver)
         self._next_tick_s = 0.0
@@ -153,9 +158,11 @@ class Engine:
     def _await_device(self) -> bool:
         """Whether the oldest step is ready now. A message that comes before it is handled and ends the wait,
         and so do KV that was computed or has arrived: a request to launch behind the running step, or pages
-        to send, must not wait for a whole step."""
+        to send, must not wait for a whole step. Nor must deadlines, on a device that is slow or hangs."""
         while not self._steps.oldest_is_ready():
             if self._deferred or self._sender.has_news or self._receiver.has_news:
+                return False
+            if self._clock() >= self._next_tick_s:
                 return False
             try:
                 self._handle(self._inbox.get(timeout=_POLL_S))
@@ -232,7 +239,9 @@ class Engine:
         if now_s < self._next_tick_s:
             return
         self._next_tick_s = now_s + _TICK_S
+        self._steps.check_hang(now_s)
         self._status.transfer_bytes_per_s = self._parts.transfer_bytes_per_s()
+        self._status.transfer = self._parts.transfer_status()
         self._ends.handovers(self._receiver.expired())
         in_the_way = self._sender.in_the_way() if self._scheduler.short_of_pages else None
         if in_the_way is not None:

@@ -9,6 +9,7 @@ from phloem.shared.engine.rates import Rates
 from phloem.shared.engine.scheduler import Scheduler
 from phloem.shared.protocol.cluster import WorkerLoad
 from phloem.shared.protocol.engine import AuditReply
+from phloem.shared.transfer.stats import TransferStatus
 
 
 class EngineStatus:
@@ -30,6 +31,7 @@ class EngineStatus:
         self.num_turns = 0
         self.num_steps = 0
         self.transfer_bytes_per_s = 0.0
+        self.transfer = TransferStatus()
 
     def load(self) -> WorkerLoad:
         scheduler = self._scheduler
@@ -45,6 +47,8 @@ class EngineStatus:
             tree_pages=self._account.tree.num_pages,
             exposed_transfer_s=self._sender.exposure.average_s,
             num_handing_over=scheduler.num_requests - scheduler.num_running - scheduler.num_waiting,
+            cut_off=self.transfer.cut_off,
+            num_channels=self.transfer.num_channels,
         )
 
     def audit(self, tag: int) -> AuditReply:
@@ -66,6 +70,8 @@ class EngineStatus:
                 "pages_sent": self._sender.num_pages_sent,
                 "bytes_received": self._receiver.num_bytes_received,
                 "pages_received": self._receiver.num_pages_received,
+                "channels": self.transfer.num_channels,
+                "staging_lent_bytes": self.transfer.staging_lent_bytes,
             },
             exposed_transfer_s=self._sender.exposure.latest_s,
         )

@@ -24,9 +24,9 @@ from phloem.shared.engine.memory import (
 )
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache, bytes_per_page
-from phloem.shared.engine.rehearsal import CudaGauge, HostGauge, MemoryGauge, measure_overhead
+from phloem.shared.engine.rehearsal import MemoryGauge, measure_overhead, memory_gauge
 from phloem.shared.engine.runners import LoadedModel, build_runner, log, pick_backend, warm_up_runner
-from phloem.shared.engine.sizing import context_length, host_pool_pages
+from phloem.shared.engine.sizing import context_length, host_pool_pages, staging_reserve
 from phloem.shared.engine.step_runner import StepRunner
 from phloem.shared.engine.weights.loader import count_parameters, load_decoder, resolve_dtype
 from phloem.shared.errors import PhloemError
@@ -43,8 +43,7 @@ def load_model(options: EngineOptions, device: torch.device, send: Send) -> tupl
 
     Raises `PhloemError` with a remedy: a backend that can't run, bad weights, `out_of_memory`.
     """
-    gauge: MemoryGauge = CudaGauge(device) if device.type == "cuda" else HostGauge()
-    return ModelLoading(options, device, send, gauge).run()
+    return ModelLoading(options, device, send, memory_gauge(device)).run()
 
 
 class ModelLoading:
@@ -109,8 +108,7 @@ class ModelLoading:
             options.mem_fraction_static,
             options.max_total_tokens,
         )
-        staging = options.staging_slots * options.staging_bytes  # of one channel, which opens later
-        plan = plan_pool(wish, memory, overhead + staging)
+        plan = plan_pool(wish, memory, overhead + staging_reserve(options))
         if plan.note is not None:
             log.warning("%s", plan.note)
         return plan.num_pages

@@ -107,8 +107,8 @@ def plan_pool(wish: PoolWish, memory: DeviceMemory, overhead: int) -> PoolPlan:
         raise out_of_memory(
             f"the weights fit, but of the {gb(memory.free)} free beside them on {memory.name} CUDA graphs, "
             f"the largest step and staging take {gb(overhead + MARGIN_BYTES)}, which leaves nothing for KV "
-            "pages: lower --chunked-prefill-size, --max-running-requests or --cuda-graph-max-bs, or use a "
-            "device with more memory",
+            "pages: lower --chunked-prefill-size, --max-running-requests, --cuda-graph-max-bs or "
+            "--transfer-peers, or use a device with more memory",
             "chunked_prefill_size",
         )
     if wish.max_total_tokens:
@@ -133,6 +133,16 @@ def pool_not_allocated(num_pages: int, page_bytes: int, page_size: int, memory: 
         f"allocated: {gb(memory.free)} of {memory.name}'s {gb(memory.total)} were free; lower "
         f"--mem-fraction-static, or give --max-total-tokens {fits}, or stop what else uses the device",
         "mem_fraction_static",
+    )
+
+
+def staging_not_allocated(need: int, memory: DeviceMemory) -> PhloemError:
+    """What to say when staging for KV transfer, which has room beside the pool, got none."""
+    return out_of_memory(
+        f"{gb(need)} of staging memory for KV transfer could not be allocated: {gb(memory.free)} of "
+        f"{memory.name}'s {gb(memory.total)} were free; lower --transfer-peers or --staging-bytes, or stop "
+        "what else uses the device",
+        "transfer_peers",
     )
 
 

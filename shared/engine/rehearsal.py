@@ -52,6 +52,11 @@ class HostGauge:
         gc.collect()
 
 
+def memory_gauge(device: torch.device) -> MemoryGauge:
+    """Of where `device` keeps its tensors."""
+    return CudaGauge(device) if device.type == "cuda" else HostGauge()
+
+
 def _meminfo() -> dict[str, int]:
     """Bytes by name, as the kernel says them."""
     lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())

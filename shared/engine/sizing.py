@@ -12,6 +12,7 @@ from phloem.shared.engine.memory import gb, out_of_memory
 from phloem.shared.engine.rehearsal import HostGauge
 from phloem.shared.errors import ConfigError
 from phloem.shared.model_store.model_config import ModelConfig
+from phloem.shared.transfer.config import num_staging_blocks
 
 CPU_SHARE = 0.125  # of free memory: several workers and the demo's other services share a host
 CPU_MAX_TOKENS = 131_072
@@ -37,6 +38,11 @@ def host_pool_pages(options: EngineOptions, bytes_per_page: int, context_length:
             "max_total_tokens",
         )
     return pages
+
+
+def staging_reserve(options: EngineOptions) -> int:
+    """Bytes that the transfer endpoint allocates for all its channels, beside the KV pool."""
+    return num_staging_blocks(options.transfer_peers, options.staging_slots) * options.staging_bytes
 
 
 def context_length(options: EngineOptions, config: ModelConfig) -> int:

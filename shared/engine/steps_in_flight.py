@@ -10,6 +10,7 @@ from phloem.shared.engine.grammar.grammars import Grammars
 from phloem.shared.engine.rates import Rates
 from phloem.shared.engine.step_plan import StepPlan
 from phloem.shared.engine.step_runner import LaunchedStep, LayerWatch, StepRunner
+from phloem.shared.errors import PhloemError
 
 MAX_IN_FLIGHT = 2
 
@@ -32,12 +33,14 @@ class StepsInFlight:
         clock: Callable[[], float],
         *,
         overlap: bool,
+        hang_timeout_s: float = 120.0,
     ) -> None:
         self._max_in_flight = MAX_IN_FLIGHT if overlap else 1
         self._runner = runner
         self._grammars = grammars
         self._rates = rates
         self._clock = clock
+        self._hang_timeout_s = hang_timeout_s
         self._steps: deque[_InFlight] = deque()
         self._collected_at_s = 0.0  # of the step before: a device that runs ahead begins the next one then
 
@@ -67,6 +70,22 @@ class StepsInFlight:
         take(plan, token_ids, now_s)
         if self._steps:
             self._sample_oldest()
+
+    def check_hang(self, now_s: float) -> None:
+        """Raises `device_hung` when the oldest step is not ready, long after the device could begin it."""
+        if not self._steps or self._steps[0].step.ready():
+            return
+        plan, _, launched_at_s = self._steps[0]
+        if now_s - max(launched_at_s, self._collected_at_s) > self._hang_timeout_s:
+            raise PhloemError(
+                "device_hung",
+                f"a step of {plan.num_rows} requests has not ended after {self._hang_timeout_s:g} s: "
+                "the device hangs. This worker ends and its requests go on elsewhere; look for errors of the "
+                "device in `dmesg` (NVRM: Xid), or raise --engine-hang-timeout-s if steps do take so long",
+                retryable=True,
+                http_status=503,
+                retry_after_s=1.0,
+            )
 
     def _sample_oldest(self) -> None:
         plan, step, _ = self._steps[0]

@@ -26,6 +26,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     exposed_transfer_s: float = 0.0  # prefill side: from token 0 to word that decode has admitted the request
     tree_pages: int = 0  # owned by the radix tree
     num_handing_over: int = 0  # accepted, neither running nor waiting: KV on its way here or from here
+    cut_off: tuple[str, ...] = ()  # ids of workers that it can't hand over to now: no pair with it
+    num_channels: int = 0  # KV channels that are open, on either side
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,12 @@ MAX_CTAS = 16
 # crossed, so that three to four slots of 128 MiB keep the link busy.
 STAGING_BYTES = 128 * 1024 * 1024
 STAGING_SLOTS = 4
+MAX_PEERS = 8  # of a host of eight GPUs all others, on one side or the other
+
+
+def num_staging_blocks(max_peers: int, staging_slots: int) -> int:
+    """Blocks of an endpoint's `StagingPool`: one for each peer, and for the first of them all its slots."""
+    return max_peers - 1 + staging_slots
 
 
 class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,8 +29,10 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     `host` is the one address that the control listener and the group's sockets bind to.
     `kv_layout` must be equal on both sides of a channel, `device_id` (a GPU's own, "" for a CPU) must not.
     `staging_bytes` is the size of one slot (a channel takes the smaller of both sides'), `staging_slots` the
-    slots per channel and side. `timeout_s` bounds every operation: a peer that is silent for that long is
-    lost. `max_ctas`: of NCCL. `accepts`: decode and unified workers listen, prefill workers don't.
+    most slots per channel and side, `max_peers` how many channels are certain of memory, at least one;
+    `least_slot_bytes`: smaller slots are of no use. `timeout_s` bounds every operation: a peer that is silent
+    for that long is lost. `max_ctas`: of NCCL. `accepts`: decode and unified workers listen, prefill workers
+    don't.
     """
 
     me: PeerRef
@@ -35,6 +43,13 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     device_id: str = ""
     staging_bytes: int = STAGING_BYTES
     staging_slots: int = STAGING_SLOTS
+    max_peers: int = MAX_PEERS
+    least_slot_bytes: int = 1
     max_ctas: int = MAX_CTAS
     timeout_s: float = 10.0
     accepts: bool = False
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of `staging_bytes` that the endpoint allocates."""
+        return num_staging_blocks(self.max_peers, self.staging_slots)

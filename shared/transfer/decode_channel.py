@@ -21,7 +21,7 @@ from phloem.shared.transfer.frames import FrameSocket
 from phloem.shared.transfer.mailbox import Mailbox
 from phloem.shared.transfer.pending import Pending
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec
-from phloem.shared.transfer.staging import ReceiveRing, StagingSlot, make_slots
+from phloem.shared.transfer.staging import ReceiveRing, StagingSlot
 from phloem.shared.transfer.stats import PeerMeter
 
 _MAX_ARRIVALS = 4096  # messages and pieces that wait for bytes before them
@@ -52,14 +52,13 @@ class DecodeChannel(Channel):
         deliver: Callable[[TransferEvent], None],
         meter: PeerMeter,
         *,
-        staging_bytes: int,
-        staging_slots: int,
+        slots: list[StagingSlot],
     ) -> None:
         super().__init__(peer, name, plane_spec, frames, deliver, meter)
-        self._staging_bytes = staging_bytes
-        self._ring = ReceiveRing(make_slots(self.name, staging_slots, staging_bytes, plane_spec.device))
+        self._staging_bytes = slots[0].tensor.numel()
+        self._ring = ReceiveRing(slots)
         self._arrivals: Mailbox[_Arrival] = Mailbox(_MAX_ARRIVALS)
-        self._digests: Mailbox[int] = Mailbox(staging_slots)  # in the order of the pieces
+        self._digests: Mailbox[int] = Mailbox(len(slots))  # in the order of the pieces
 
     def release(self, piece: PieceReceived, after: Pending) -> None:
         """Empties the slot; one of an older channel is left alone, and so is one of a lost channel."""

@@ -16,17 +16,18 @@ from phloem.shared.protocol.transfer import Open, Opened, Refused, transfer_mess
 from phloem.shared.transfer.addresses import parse_address
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.errors import channel_lost, protocol_violation
-from phloem.shared.transfer.events import ChannelLost, TransferEvent
+from phloem.shared.transfer.events import ChannelLost, ChannelOpened, PeerCutOff, TransferEvent
 from phloem.shared.transfer.frames import FrameSocket
 from phloem.shared.transfer.handshake import handshake_deadline, prove_as_dialer, transfer_key
 from phloem.shared.transfer.planes import PlaneSpec
 from phloem.shared.transfer.prefill_channel import PrefillChannel
+from phloem.shared.transfer.redial import REFUSED_FOR_NOW, Redial
+from phloem.shared.transfer.staging_pool import StagingLease, StagingPool
 from phloem.shared.transfer.stats import PeerMeter
 
 log = logging.getLogger(__name__)
 
-FIRST_BACKOFF_S = 0.05
-MAX_BACKOFF_S = 2.0
+LEND_WAIT_S = 1.0  # for the memory of a channel that is just ending
 MAX_CREDITS = 1024
 MAX_OPENING_FRAME_BYTES = 64 * 1024
 
@@ -45,6 +46,7 @@ class Dialer:
         peer: PeerRef,
         address: str,
         config: TransferConfig,
+        pool: StagingPool,
         deliver: Callable[[TransferEvent], None],
         meter: PeerMeter,
     ) -> None:
@@ -53,9 +55,12 @@ class Dialer:
         self.address = address
         self._host, self._port = parse_address(address)
         self._config = config
-        self._deliver = deliver
+        self._pool = pool
+        self._deliver_to_engine = deliver
         self._meter = meter
+        self._redial = Redial()
         self._stopped = threading.Event()
+        self._retry = threading.Event()  # set: the pause is over
         self._lock = threading.Lock()  # guards the two below
         self._frames: FrameSocket | None = None
         self._channel: PrefillChannel | None = None
@@ -65,13 +70,23 @@ class Dialer:
 
     @property
     def channel(self) -> PrefillChannel | None:
-        """The latest channel, open or not."""
+        """The channel, open or not."""
         return self._channel
+
+    @property
+    def cut_off(self) -> ErrorInfo | None:
+        """Why there is no channel and won't be one soon."""
+        return self._redial.cut_off
+
+    def retry_soon(self) -> None:
+        """What the last attempt lacked may be there now."""
+        self._retry.set()
 
     def stop(self, error: PhloemError) -> None:
         """Ends the channel with `error` and dials no more; returns at once."""
         with self._lock:
             self._stopped.set()
+            self._retry.set()
             frames, channel = self._frames, self._channel
         if channel is not None:
             channel.fail(error)
@@ -87,17 +102,35 @@ class Dialer:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        backoff_s = FIRST_BACKOFF_S
         while not self._stopped.is_set():
-            started = time.monotonic()
+            began_s = time.monotonic()
+            self._retry.clear()
             attempt = self._attempt_guarded()
             if attempt.is_final:
                 log.warning("%s refuses KV transfer: %s", self.peer, attempt.error.message)
-                self._deliver(ChannelLost(self.peer, "prefill", attempt.error))
+                self._redial.refused(attempt.error)
+                self._deliver_to_engine(ChannelLost(self.peer, "prefill", attempt.error))
                 return
-            lived_long = time.monotonic() - started > MAX_BACKOFF_S
-            backoff_s = FIRST_BACKOFF_S if lived_long else min(2 * backoff_s, MAX_BACKOFF_S)
-            self._stopped.wait(backoff_s)
+            pause_s = self._redial.failed(attempt.error, began_s, time.monotonic())
+            if not self._stopped.is_set():
+                self._tell_cut_off(pause_s)
+                self._retry.wait(pause_s)
+
+    def _tell_cut_off(self, pause_s: float) -> None:
+        error = self._redial.cut_off
+        if error is not None:
+            log.warning(
+                "no KV channel with %s, requests go elsewhere, next try in %.0f s: %s",
+                self.peer,
+                pause_s,
+                error.message,
+            )
+            self._deliver_to_engine(PeerCutOff(self.peer, error))
+
+    def _deliver(self, event: TransferEvent) -> None:
+        if isinstance(event, ChannelOpened):
+            self._redial.opened()
+        self._deliver_to_engine(event)
 
     def _attempt_guarded(self) -> _Attempt:
         try:
@@ -113,18 +146,31 @@ class Dialer:
         """One channel from dial to loss, or the reason why there was none."""
         deadline = handshake_deadline(self._config.timeout_s)
         frames = self._connect(deadline)
+        lease: StagingLease | None = None
         try:
-            name, opened = self._open(frames, deadline)
+            prove_as_dialer(frames, transfer_key(self._config.cluster_secret), deadline)
+            lease = self._borrow(frames)
+            name, opened = self._open(frames, lease.slot_bytes, deadline)
             if isinstance(opened, Refused):
-                retryable = opened.code == "overloaded"
+                retryable = opened.code in REFUSED_FOR_NOW
                 error = PhloemError(opened.code, opened.message, retryable=retryable, http_status=503)
                 return _Attempt(error.info, is_final=not retryable)
-            channel = self._make_channel(name, opened, frames)
-            return _Attempt(channel.run())
+            # No variable holds the channel: with its slots, it is gone when their memory is given back.
+            return _Attempt(self._make_channel(name, opened, frames, lease).run())
         finally:
             with self._lock:
-                self._frames = None
+                self._frames = self._channel = None
             frames.close()
+            if lease is not None:
+                lease.close()
+
+    def _borrow(self, frames: FrameSocket) -> StagingLease:
+        """Memory for the channel. Raises `staging_full`, and tells the peer."""
+        try:
+            return self._pool.lend(f"to {self.peer.worker_id}", LEND_WAIT_S)
+        except PhloemError as error:
+            frames.write(transfer_message.encode(Refused(error.code, str(error))))
+            raise
 
     def _connect(self, deadline: float) -> FrameSocket:
         timeout_s = deadline - time.monotonic()
@@ -139,12 +185,10 @@ class Dialer:
                 frames.shutdown()
         return frames
 
-    def _open(self, frames: FrameSocket, deadline: float) -> tuple[str, Opened | Refused]:
-        prove_as_dialer(frames, transfer_key(self._config.cluster_secret), deadline)
+    def _open(self, frames: FrameSocket, staging_bytes: int, deadline: float) -> tuple[str, Opened | Refused]:
         me = self._config.me
         nonce = secrets.token_hex(8)
         name = f"{me.worker_id}.{me.epoch}-{self.peer.worker_id}.{self.peer.epoch}-{nonce}"
-        staging_bytes = self._config.staging_bytes
         layout, device_id = self._config.kv_layout, self._config.device_id
         request = Open(me, self.peer, layout, staging_bytes, name, device_id)
         frames.write(transfer_message.encode(request))
@@ -157,7 +201,9 @@ class Dialer:
             case _:
                 raise protocol_violation(f"the answer to Open makes no sense: {answer}")
 
-    def _make_channel(self, name: str, opened: Opened, frames: FrameSocket) -> PrefillChannel:
+    def _make_channel(
+        self, name: str, opened: Opened, frames: FrameSocket, lease: StagingLease
+    ) -> PrefillChannel:
         config = self._config
         spec = PlaneSpec(
             host=config.host,
@@ -173,8 +219,7 @@ class Dialer:
             frames,
             self._deliver,
             self._meter,
-            staging_bytes=opened.staging_bytes,
-            staging_slots=config.staging_slots,
+            slots=lease.slots(name, opened.staging_bytes, opened.credits),
             credits=opened.credits,
         )
         with self._lock:

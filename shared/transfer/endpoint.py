@@ -25,7 +25,8 @@ from phloem.shared.transfer.listener import Listener
 from phloem.shared.transfer.pending import DONE, Moved, Pending
 from phloem.shared.transfer.prefill_channel import PrefillChannel
 from phloem.shared.transfer.staging import StagingSlot
-from phloem.shared.transfer.stats import PeerMeter, PeerStats
+from phloem.shared.transfer.staging_pool import StagingPool
+from phloem.shared.transfer.stats import PeerMeter, PeerStats, TransferStatus
 
 
 class TransferEndpoint:
@@ -35,7 +36,10 @@ class TransferEndpoint:
     """
 
     def __init__(self, config: TransferConfig, deliver: Callable[[TransferEvent], None]) -> None:
-        """Raises `address_unavailable`."""
+        """Allocates the memory of all channels.
+
+        Raises `address_unavailable`, and what torch raises when the device has no room.
+        """
         self._config = config
         self._deliver_to_engine = deliver
         self._lock = threading.Lock()  # guards all below
@@ -43,7 +47,8 @@ class TransferEndpoint:
         self._dialers: dict[str, Dialer] = {}  # by the decode worker's id: one epoch at a time
         self._retired: list[Dialer] = []  # stopped, their threads may still be ending
         self._meters: dict[PeerRef, PeerMeter] = {}
-        self._listener = Listener(config, self._deliver, self._meter) if config.accepts else None
+        self._pool = pool = StagingPool(config)
+        self._listener = Listener(config, pool, self._deliver, self._meter) if config.accepts else None
         self.address = self._listener.address if self._listener is not None else ""
 
     # --- peers ---
@@ -69,7 +74,9 @@ class TransferEndpoint:
         with self._lock:
             if self._closing.is_set():
                 return
-            self._dialers[peer.worker_id] = Dialer(peer, address, self._config, self._deliver, meter)
+            self._dialers[peer.worker_id] = Dialer(
+                peer, address, self._config, self._pool, self._deliver, meter
+            )
 
     def peer_down(self, peer: PeerRef) -> None:
         """Ends the peer's channels now: their `ChannelLost` is delivered before this returns."""
@@ -81,6 +88,10 @@ class TransferEndpoint:
             self._retire(dialer, reason)
         if self._listener is not None:
             self._listener.drop(peer, channel_lost(reason))
+        with self._lock:
+            waiting = [other for other in self._dialers.values() if other.cut_off is not None]
+        for other in waiting:  # there may be memory for them now
+            other.retry_soon()
 
     def is_open(self, peer: PeerRef, side: Side) -> bool:
         """Whether a channel is open in which this process plays `side`."""
@@ -115,6 +126,11 @@ class TransferEndpoint:
         if channel is not None:
             channel.give_back(slot)
 
+    def announce_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot) -> None:
+        """Tells the peer of a piece that the caller is about to gather: while it does, the peer prepares. A
+        `send_piece` must follow; the slot can't be given back any more."""
+        self._open_prefill_channel(peer).announce(piece, slot)
+
     def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
         """Sends `slot.tensor[:piece.num_bytes]` once `gathered` is done, and its digest. The slot is the
         endpoint's again."""
@@ -129,6 +145,18 @@ class TransferEndpoint:
     def send_cancel(self, peer: PeerRef, message: Cancel, side: Side) -> None:
         """`side` is the part that this process plays. Arrives after what was sent before."""
         self._channel(peer, side).send(message)
+
+    def status(self) -> TransferStatus:
+        """Of now."""
+        with self._lock:
+            dialers = list(self._dialers.values())
+        channels = [channel for dialer in dialers if (channel := dialer.channel) is not None]
+        accepted = self._listener.num_open if self._listener is not None else 0
+        return TransferStatus(
+            sum(channel.is_open for channel in channels) + accepted,
+            tuple(sorted(dialer.peer.worker_id for dialer in dialers if dialer.cut_off is not None)),
+            self._pool.lent_bytes,
+        )
 
     def stats(self) -> dict[PeerRef, PeerStats]:
         """By peer, of the peers that were not reported down."""

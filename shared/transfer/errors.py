@@ -18,3 +18,8 @@ def protocol_violation(message: str) -> PhloemError:
 def transfer_timeout(message: str) -> PhloemError:
     """An operation passed its deadline."""
     return PhloemError("transfer_timeout", message, retryable=True, http_status=504)
+
+
+def staging_full(message: str) -> PhloemError:
+    """A side has no staging memory for one more channel: one may open when another has ended."""
+    return PhloemError("staging_full", message, retryable=True, http_status=503)

@@ -8,14 +8,14 @@ import socket
 import threading
 from collections.abc import Callable
 
-from phloem.shared.errors import PhloemError
+from phloem.shared.errors import PhloemError, overloaded
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Open, Opened, Refused, transfer_message
 from phloem.shared.transfer.addresses import listen_on
 from phloem.shared.transfer.admission import SeenEpochs, refusal
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.decode_channel import DecodeChannel
-from phloem.shared.transfer.dialer import MAX_OPENING_FRAME_BYTES
+from phloem.shared.transfer.dialer import LEND_WAIT_S, MAX_OPENING_FRAME_BYTES
 from phloem.shared.transfer.errors import channel_lost, protocol_violation
 from phloem.shared.transfer.events import TransferEvent
 from phloem.shared.transfer.frames import FrameSocket
@@ -26,6 +26,8 @@ from phloem.shared.transfer.handshake import (
     transfer_key,
 )
 from phloem.shared.transfer.planes import PlaneSpec
+from phloem.shared.transfer.staging import StagingSlot
+from phloem.shared.transfer.staging_pool import StagingPool
 from phloem.shared.transfer.stats import PeerMeter
 
 log = logging.getLogger(__name__)
@@ -39,11 +41,13 @@ class Listener:
     def __init__(
         self,
         config: TransferConfig,
+        pool: StagingPool,
         deliver: Callable[[TransferEvent], None],
         meter_of: Callable[[PeerRef], PeerMeter],
     ) -> None:
         """Raises `address_unavailable`."""
         self._config = config
+        self._pool = pool
         self._key = transfer_key(config.cluster_secret)
         self._deliver = deliver
         self._meter_of = meter_of
@@ -62,6 +66,11 @@ class Listener:
         """The latest channel of the peer, open or not."""
         channel = self._channels.get(peer.worker_id)
         return channel if channel is not None and channel.peer == peer else None
+
+    @property
+    def num_open(self) -> int:
+        with self._lock:
+            return sum(channel.is_open for channel in self._channels.values())
 
     def drop(self, peer: PeerRef, error: PhloemError) -> None:
         """Ends the peer's channel with `error`; returns at once. The peer may come back."""
@@ -121,9 +130,8 @@ class Listener:
 
     def _serve(self, frames: FrameSocket) -> None:
         try:
-            channel = self._open(frames)
-            if channel is not None:
-                self._run(channel)
+            with contextlib.ExitStack() as stack:
+                self._open_and_run(frames, stack)
         except PhloemError as error:
             log.warning("a transfer connection is refused: %s", error)
         except Exception:  # out of memory, or a bug of ours: others must still be served
@@ -133,7 +141,11 @@ class Listener:
             with self._lock:
                 del self._connections[frames]
 
-    def _run(self, channel: DecodeChannel) -> None:
+    def _open_and_run(self, frames: FrameSocket, stack: contextlib.ExitStack) -> None:
+        """`stack` gives the channel's memory back; nothing refers to the channel by then."""
+        channel = self._open(frames, stack)
+        if channel is None:
+            return
         try:
             channel.run()
         finally:
@@ -141,15 +153,18 @@ class Listener:
                 if self._channels.get(channel.peer.worker_id) is channel:
                     del self._channels[channel.peer.worker_id]
 
-    def _open(self, frames: FrameSocket) -> DecodeChannel | None:
+    def _open(self, frames: FrameSocket, stack: contextlib.ExitStack) -> DecodeChannel | None:
+        """The peer's new channel, or None when it is refused."""
         request = self._authenticated_open(frames)
-        channel = self._admit(request, frames)
-        if isinstance(channel, Refused):
-            log.warning("%s is refused a transfer channel: %s", request.prefill, channel.message)
-            frames.write(transfer_message.encode(channel))
+        try:
+            self._check(request)
+            slots = self._borrow(request, stack)
+            channel = self._register(request, slots, frames)
+        except PhloemError as error:
+            log.warning("%s is refused a transfer channel: %s", request.prefill, error)
+            frames.write(transfer_message.encode(Refused(error.code, str(error))))
             return None
-        credits = self._config.staging_slots
-        opened = Opened(self._agreed_bytes(request), credits)
+        opened = Opened(slots[0].tensor.numel(), len(slots))
         try:
             frames.write(transfer_message.encode(opened))
         except PhloemError as error:
@@ -164,29 +179,48 @@ class Listener:
             message = transfer_message.decode(frames.read(MAX_OPENING_FRAME_BYTES, deadline))
         finally:
             self._strangers.release()
+        if isinstance(message, Refused):  # by the side that dials
+            raise PhloemError(message.code, message.message)
         if not isinstance(message, Open):
             raise protocol_violation(f"the first message is {type(message).__name__}")
         return message
 
-    def _admit(self, request: Open, frames: FrameSocket) -> DecodeChannel | Refused:
-        """The peer's new channel; an older one of the same worker ends first."""
+    def _check(self, request: Open) -> None:
+        """Raises what the request is refused with. An older channel of the same worker ends now."""
         prefill = request.prefill
         with self._lock:
-            if self._closing.is_set():
-                return Refused("overloaded", "shutting down")
             others = sum(1 for worker_id in self._channels if worker_id != prefill.worker_id)
             newest = self._seen.newest(prefill.worker_id)
             refused = refusal(request, self._config, newest, others)
             if refused is not None:
-                return refused
+                raise PhloemError(refused.code, refused.message)
             self._seen.note(prefill.worker_id, prefill.epoch)
             older = self._channels.get(prefill.worker_id)
-            channel = self._channels[prefill.worker_id] = self._make_channel(request, frames)
+        if older is not None:
+            older.fail(channel_lost(f"{prefill} opened a new channel"))
+
+    def _borrow(self, request: Open, stack: contextlib.ExitStack) -> list[StagingSlot]:
+        """Memory for the channel. Raises `staging_full`."""
+        lease = self._pool.lend(f"from {request.prefill.worker_id}", LEND_WAIT_S)
+        stack.callback(lease.close)
+        slot_bytes = min(request.staging_bytes, lease.slot_bytes)
+        return lease.slots(request.channel_name, slot_bytes, self._config.staging_slots)
+
+    def _register(self, request: Open, slots: list[StagingSlot], frames: FrameSocket) -> DecodeChannel:
+        """The channel; the last one of a worker that came in the meantime counts, unless its epoch is old."""
+        prefill = request.prefill
+        with self._lock:
+            if self._closing.is_set():
+                raise overloaded("shutting down")
+            if prefill.epoch < self._seen.newest(prefill.worker_id):
+                raise PhloemError("stale_epoch", f"{prefill} is superseded")
+            older = self._channels.get(prefill.worker_id)
+            channel = self._channels[prefill.worker_id] = self._make_channel(request, slots, frames)
         if older is not None:
             older.fail(channel_lost(f"{prefill} opened a new channel"))
         return channel
 
-    def _make_channel(self, request: Open, frames: FrameSocket) -> DecodeChannel:
+    def _make_channel(self, request: Open, slots: list[StagingSlot], frames: FrameSocket) -> DecodeChannel:
         config = self._config
         spec = PlaneSpec(
             host=config.host,
@@ -202,9 +236,5 @@ class Listener:
             frames,
             self._deliver,
             self._meter_of(request.prefill),
-            staging_bytes=self._agreed_bytes(request),
-            staging_slots=config.staging_slots,
+            slots=slots,
         )
-
-    def _agreed_bytes(self, request: Open) -> int:
-        return min(request.staging_bytes, self._config.staging_bytes)

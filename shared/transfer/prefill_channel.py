@@ -32,7 +32,7 @@ from phloem.shared.transfer.frames import FrameSocket
 from phloem.shared.transfer.mailbox import Mailbox
 from phloem.shared.transfer.pending import Moved, Pending
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec
-from phloem.shared.transfer.staging import SendRing, StagingSlot, make_slots
+from phloem.shared.transfer.staging import SendRing, StagingSlot
 from phloem.shared.transfer.stats import PeerMeter
 
 
@@ -57,14 +57,12 @@ class PrefillChannel(Channel):
         deliver: Callable[[TransferEvent], None],
         meter: PeerMeter,
         *,
-        staging_bytes: int,
-        staging_slots: int,
+        slots: list[StagingSlot],
         credits: int,
     ) -> None:
         super().__init__(peer, name, plane_spec, frames, deliver, meter)
-        slots = make_slots(self.name, staging_slots, staging_bytes, plane_spec.device)
         self._ring = SendRing(slots, credits)
-        self._sendings: Mailbox[_Sending] = Mailbox(staging_slots)
+        self._sendings: Mailbox[_Sending] = Mailbox(len(slots))
 
     def acquire(self) -> StagingSlot | None:
         if not self.is_open:

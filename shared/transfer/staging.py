@@ -9,26 +9,19 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from phloem.shared.transfer.errors import protocol_violation
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class StagingSlot:
-    """`tensor` is uint8 [staging_bytes] on the endpoint's device; it belongs to one channel for ever."""
+    """`tensor` is uint8 [slot bytes] on the endpoint's device. It belongs to one channel; when that has ended
+    and nobody refers to the slot, the `StagingPool` lends its memory to another one."""
 
     index: int
     channel_name: str
     tensor: Tensor
-
-
-def make_slots(channel_name: str, num_slots: int, num_bytes: int, device: str) -> list[StagingSlot]:
-    return [
-        StagingSlot(index, channel_name, torch.empty(num_bytes, dtype=torch.uint8, device=device))
-        for index in range(num_slots)
-    ]
 
 
 class SendRing:

@@ -20,6 +20,16 @@ class PeerStats(msgspec.Struct, frozen=True):
     channels_opened: int = 0
 
 
+class TransferStatus(msgspec.Struct, frozen=True):
+    """An endpoint as it is now. `num_channels` are open; `cut_off` are the ids of the workers that can't be
+    handed over to for the time being: dialed in vain, or refused. `staging_lent_bytes` are held by channels,
+    or still in use of those that have ended."""
+
+    num_channels: int = 0
+    cut_off: tuple[str, ...] = ()
+    staging_lent_bytes: int = 0
+
+
 class PeerMeter:
     """Counts for one peer. Thread-safe."""
 

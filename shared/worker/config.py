@@ -54,7 +54,7 @@ class WorkerConfig(LogOptions, frozen=True, kw_only=True):
     ] = 1800.0
     engine_hang_timeout_s: Annotated[
         float,
-        Meta(gt=0.0, le=86_400.0, description="silence of a busy engine after which it is killed"),
+        Meta(gt=0.0, le=86_400.0, description="one step, or silence of a busy engine, that ends the worker"),
     ] = 120.0
     engine: EngineOptions = EngineOptions()
 

@@ -74,6 +74,7 @@ def _engine_config(
         host=config.host,
         cluster_secret=secret,
         options=msgspec.structs.replace(config.engine, model_path=str(model_dir)),
+        hang_timeout_s=config.engine_hang_timeout_s,
         logs=LogOptions(log_level=config.log_level, log_format=config.log_format),
     )
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import TypeAlias
 
 from phloem.shared.protocol.cluster import WorkerLoad
 
 INTERVAL_S = 0.005
+
+_Relevant: TypeAlias = tuple[int, int, tuple[str, ...]]
 
 
 class LoadTeller:
@@ -18,7 +21,7 @@ class LoadTeller:
     def __init__(self, tell: Callable[[WorkerLoad], None], *, interval_s: float = INTERVAL_S) -> None:
         self._tell = tell
         self._interval_s = interval_s
-        self._told: tuple[int, int] | None = None
+        self._told: _Relevant | None = None
         self._latest = WorkerLoad()
         self._pause: asyncio.TimerHandle | None = None
 
@@ -38,6 +41,6 @@ class LoadTeller:
         self._pause = asyncio.get_running_loop().call_later(self._interval_s, self._tell_if_changed)
 
 
-def _relevant(load: WorkerLoad) -> tuple[int, int]:
+def _relevant(load: WorkerLoad) -> _Relevant:
     """Free pages and rates change with every step, and only a little."""
-    return load.num_running + load.num_waiting + load.num_handing_over, load.queued_tokens
+    return load.num_running + load.num_waiting + load.num_handing_over, load.queued_tokens, load.cut_off

@@ -16,6 +16,7 @@ _LOAD_GAUGES = {
     "decode_step_s": "moving average of the duration of a decode step",
     "transfer_bytes_per_s": "moving average of the KV transfer rate",
     "exposed_transfer_s": "moving average from token 0 to word that decode has admitted the request",
+    "num_channels": "KV channels that are open",
 }
 
 
@@ -44,8 +45,10 @@ class WorkerMetrics:
             "index_digests", "digests compared with the index: equal, different or failed", "result"
         )
         self.index_blocks = counter("index_blocks_published", "block changes published", "change")
+        self._cut_off = gauge("engine_cut_off_peers", "workers that this one can't hand KV over to now")
         self._load = {name: gauge(f"engine_{name}", text) for name, text in _LOAD_GAUGES.items()}
 
     def set_load(self, load: WorkerLoad) -> None:
         for name, metric in self._load.items():
             metric.set(getattr(load, name))
+        self._cut_off.set(len(load.cut_off))

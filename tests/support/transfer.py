@@ -62,6 +62,11 @@ def transfer_config(
     )
 
 
+def make_slots(num_slots: int, num_bytes: int) -> list[StagingSlot]:
+    """Slots of a channel "c"."""
+    return [StagingSlot(n, "c", torch.empty(num_bytes, dtype=torch.uint8)) for n in range(num_slots)]
+
+
 class Recorded:
     """An endpoint and its events, in order."""
 

@@ -128,7 +128,7 @@ def test_no_room_beside_graphs_and_steps_names_what_makes_them_smaller() -> None
         "of the 3.0 GB free beside them on NVIDIA H100 CUDA graphs, the largest step and staging take 3.5 GB"
         in message
     )
-    assert "--chunked-prefill-size, --max-running-requests or --cuda-graph-max-bs" in message
+    assert "--max-running-requests, --cuda-graph-max-bs or --transfer-peers" in message
 
 
 def test_max_total_tokens_is_taken_whatever_the_fraction_says() -> None:

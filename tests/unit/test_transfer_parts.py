@@ -18,9 +18,9 @@ from phloem.shared.transfer.frames import FrameSocket
 from phloem.shared.transfer.interfaces import interface_of
 from phloem.shared.transfer.mailbox import Mailbox
 from phloem.shared.transfer.rendezvous import MAX_KEYS, ControlStore
-from phloem.shared.transfer.staging import ReceiveRing, SendRing, StagingSlot, make_slots
+from phloem.shared.transfer.staging import ReceiveRing, SendRing, StagingSlot
 from phloem.shared.transfer.stats import PeerMeter
-from tests.support.transfer import wait_until
+from tests.support.transfer import make_slots, wait_until
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_mailbox_is_idle_only_when_the_getter_came_back() -> None:
 def test_send_ring_never_has_more_out_than_slots_and_credits(
     num_slots: int, credits: int, choices: list[str]
 ) -> None:
-    slots = make_slots("c", num_slots, 1, "cpu")
+    slots = make_slots(num_slots, 1)
     ring = SendRing(slots, credits)
     acquired: list[StagingSlot] = []
     sending: list[StagingSlot] = []
@@ -243,7 +243,7 @@ def test_send_ring_never_has_more_out_than_slots_and_credits(
 
 
 def test_receive_ring_takes_back_only_what_it_gave() -> None:
-    ring = ReceiveRing(make_slots("c", 2, 1, "cpu"))
+    ring = ReceiveRing(make_slots(2, 1))
     first, second = ring.take(), ring.take()
     with pytest.raises(PhloemError) as caught:
         ring.take()
