@@ -54,7 +54,6 @@ class SimGateway:
         self._policy: RoutingPolicy = policy
         self._index = index
         self._events = events
-        self._refs = refs
         self._slots = {ref: slot for slot, ref in enumerate(refs)}
         self._block_tokens = block_tokens
         self._recent = RecentPlacements(_clock_of(events))

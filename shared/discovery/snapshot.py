@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from phloem.shared.protocol.cluster import Role, ServiceRecord, WorkerRecord
+from phloem.shared.protocol.cluster import ServiceRecord, WorkerRecord
 
 
 class ClusterSnapshot(msgspec.Struct, frozen=True):
@@ -24,9 +24,6 @@ class ClusterSnapshot(msgspec.Struct, frozen=True):
 
     def worker(self, worker_id: str) -> WorkerRecord | None:
         return next((record for record in self.workers if record.worker_id == worker_id), None)
-
-    def with_role(self, *roles: Role) -> tuple[WorkerRecord, ...]:
-        return tuple(record for record in self.workers if record.role in roles)
 
 
 class Reading(msgspec.Struct, frozen=True):

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import msgspec
 
-from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import SamplingParams
 from phloem.shared.transfer_bench.engine_client import EngineClient
 from phloem.shared.transfer_bench.lab import HandOver, hand_over, whole
@@ -198,9 +197,3 @@ def explain(report: EqualityReport) -> list[str]:
     lines += [f"DIFFERS {line}" for line in report.differing]
     lines += [f"FAILED {line}" for line in report.failed]
     return lines
-
-
-def require(report: EqualityReport) -> None:
-    """Raises `PhloemError` (`not_equal`) when the report does not hold."""
-    if not report.holds:
-        raise PhloemError("not_equal", "; ".join(explain(report)[:6]))

@@ -35,7 +35,6 @@ from phloem.shared.engine.config import EngineOptions
 from phloem.shared.errors import ConfigError, PhloemError
 
 DEADLINE_S = 15.0
-NO_RETRY = Retry(NoBackoff(), 0)
 
 
 AROUND = Surroundings("redis://:pw@127.0.0.1:1/0", "s3cret", Path("/models/m"), None, {"HOME": "/root"})

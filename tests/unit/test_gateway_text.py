@@ -319,9 +319,7 @@ PIECES = ["the ", "wörld", "👋🏽", " é", "漢字", "\n", "user "]
 
 @settings(deadline=None)
 @given(
-    text=st.lists(st.sampled_from(["the ", "wörld", "👋🏽", " é", "漢字", "\n", "user "]), max_size=20).map(
-        "".join
-    ),
+    text=st.lists(st.sampled_from(PIECES), max_size=20).map("".join),
     noise=st.lists(st.integers(3, 399), max_size=40),
     sizes=st.lists(st.integers(0, 8), min_size=1, max_size=10).filter(any),
 )

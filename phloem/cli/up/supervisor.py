@@ -58,7 +58,6 @@ class Supervisor:
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._settled = False
-        self._stopping = False
 
     async def __aenter__(self) -> Supervisor:
         return self
@@ -86,7 +85,6 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Stops all children, gateways first, Valkey last. When cancelled, kills them all at once."""
-        self._stopping = True
         for watcher in self._watchers.values():
             watcher.cancel()
         try:
