@@ -56,6 +56,23 @@ class _InFlight(NamedTuple):
     done_s: float
 
 
+def _record(ref: PeerRef, role: Role, options: SimulationOptions) -> WorkerRecord:
+    return WorkerRecord(
+        worker_id=ref.worker_id,
+        epoch=ref.epoch,
+        role=role,
+        rpc_address="",
+        model_id="simulated",
+        page_size=options.shape.page_tokens,
+        context_length=CONTEXT_UNITS,
+        kv_layout="simulated",
+        kv_bytes_per_token=options.steps.kv_bytes_per_token,
+        transfer_address="" if role == "prefill" else "simulated",
+        device="cuda",
+        max_running_requests=options.shape.max_running,
+    )
+
+
 class SimWorker:
     """One engine. Within a turn it calls `on_step` with each collected step, `on_reserved` with requests that
     got pages for a peer's KV, `on_short` when one waits for pages, `on_tree` with what the tree stored and
@@ -102,20 +119,7 @@ class SimWorker:
         self._order = 0
         self._turning = False
         self._noted_load = (0, 0)
-        self._record = WorkerRecord(
-            worker_id=self.worker_id,
-            epoch=1,
-            role=role,
-            rpc_address="",
-            model_id="simulated",
-            page_size=shape.page_tokens,
-            context_length=CONTEXT_UNITS,
-            kv_layout="simulated",
-            kv_bytes_per_token=options.steps.kv_bytes_per_token,
-            transfer_address="" if role == "prefill" else "simulated",
-            device="cuda",
-            max_running_requests=shape.max_running,
-        )
+        self._record = _record(self.ref, role, options)
 
     # -- what comes in ---------------------------------------------------------------------------------
 
