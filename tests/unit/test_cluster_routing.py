@@ -178,6 +178,7 @@ loads = st.builds(
     prefill_tokens_per_s=st.floats(0, 1e6),
     decode_step_s=st.floats(0, 10),
     transfer_bytes_per_s=st.floats(0, 1e12),
+    cut_off=st.sampled_from([(), (), ("1",), ("0", "2"), tuple("012345")]),
 )
 roles = st.sampled_from(get_args(Role))
 
@@ -206,4 +207,5 @@ def test_any_cluster_with_a_decoder_gets_a_sound_decision(
     assert decision.prefill != decision.decode
     if decision.prefill is not None:
         assert by_ref[decision.prefill].role != "decode"
+        assert decision.decode.worker_id not in by_ref[decision.prefill].load.cut_off
     assert all(math.isfinite(term) and term >= 0 for term in decision.terms.values())

@@ -24,6 +24,7 @@ def may_hand_over(prefill: WorkerRecord, decode: WorkerRecord) -> bool:
         (prefill.role, decode.role) in PAIRING_ROLES
         and prefill.kv_layout == decode.kv_layout
         and decode.transfer_address != ""
+        and decode.worker_id not in prefill.load.cut_off
     )
 
 
@@ -56,6 +57,7 @@ loads = st.builds(
     prefill_tokens_per_s=st.sampled_from([0.0, 0.1, 999.0, 1000.0]),
     decode_step_s=st.sampled_from([0.0, 0.02, 0.021]),
     transfer_bytes_per_s=st.sampled_from([0.0, 1.0, 1e8, 3e9]),
+    cut_off=st.sampled_from([(), (), ("1",), ("0", "2", "5"), ("1", "3")]),
 )
 candidates_of = st.lists(
     st.tuples(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 
@@ -149,6 +150,33 @@ def test_cache_aware_counts_prompts_under_way_to_a_tree() -> None:
 def test_cache_aware_takes_unified_workers_by_the_same_rule() -> None:
     workers = [worker("u1", "unified", cached=640), worker("u2", "unified")]
     assert named("cache_aware", request(), *workers) == (None, "u1")
+
+
+# -- pairs without a channel ---------------------------------------------------------------------------
+
+ALL: tuple[RoutingPolicy, ...] = get_args(RoutingPolicy)
+
+
+@pytest.mark.parametrize("policy", ALL)
+def test_pairs_that_are_cut_off_are_never_chosen_and_the_others_are(policy: RoutingPolicy) -> None:
+    workers = [
+        worker("p1", "prefill", WorkerLoad(cut_off=("d1",))),
+        worker("p2", "prefill", WorkerLoad(cut_off=("d2", "d3"))),
+        *(worker(name, "decode") for name in ("d1", "d2", "d3")),
+    ]
+    chosen = {named(policy, request(100_000, request_id=str(n), sequence=n), *workers) for n in range(60)} - {
+        (None, "d1"),
+        (None, "d2"),
+        (None, "d3"),
+    }
+    assert chosen
+    assert chosen <= {("p1", "d2"), ("p1", "d3"), ("p2", "d1")}
+
+
+@pytest.mark.parametrize("policy", ALL)
+def test_decode_worker_that_nobody_reaches_prefills_for_itself(policy: RoutingPolicy) -> None:
+    workers = [worker("p", "prefill", WorkerLoad(cut_off=("d",))), worker("d", "decode")]
+    assert named(policy, request(), *workers) == (None, "d")
 
 
 # -- what a decision tells -----------------------------------------------------------------------------

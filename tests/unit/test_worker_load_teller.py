@@ -38,3 +38,14 @@ async def test_a_request_that_starts_to_run_changes_nothing() -> None:
     teller.note(WorkerLoad(num_running=1))
     teller.note(WorkerLoad(num_handing_over=1))
     assert len(told) == 1
+
+
+async def test_a_peer_that_is_cut_off_is_told_at_once() -> None:
+    told: list[WorkerLoad] = []
+    teller = LoadTeller(told.append, interval_s=0.0)
+    teller.note(WorkerLoad())
+    await until(lambda: len(told) == 1)
+    await asyncio.sleep(0)
+    teller.note(WorkerLoad(cut_off=("decode-1",)))
+    await until(lambda: len(told) == 2)
+    assert told[1].cut_off == ("decode-1",)

@@ -70,8 +70,9 @@ def choose_cheapest(request: RoutingRequest, candidates: Sequence[Candidate]) ->
 def hand_over_pools(
     prefills: Sequence[PrefillCost], decodes: Sequence[DecodeCost]
 ) -> list[tuple[list[PrefillCost], list[DecodeCost]]]:
-    """All pairs that can exchange KV, as products: KV moves between equal layouts, to a worker that listens.
-    Two unified workers never pair: each does both phases, and they open no channel."""
+    """All pairs that can exchange KV, as products: KV moves between equal layouts, to a worker that listens
+    and that the giver is not cut off from. Two unified workers never pair: each does both phases, and they
+    open no channel."""
     pools = []
     for layout in sorted({cost.worker.record.kv_layout for cost in prefills}):
         givers = [cost for cost in prefills if cost.worker.record.kv_layout == layout]
@@ -81,9 +82,24 @@ def hand_over_pools(
             if cost.worker.record.kv_layout == layout and cost.worker.record.transfer_address
         ]
         unified = [cost for cost in givers if cost.worker.record.role == "unified"]
-        pools.append(([cost for cost in givers if cost.worker.record.role == "prefill"], takers))
-        pools.append((unified, [cost for cost in takers if cost.worker.record.role == "decode"]))
+        pools += _by_reach([cost for cost in givers if cost.worker.record.role == "prefill"], takers)
+        pools += _by_reach(unified, [cost for cost in takers if cost.worker.record.role == "decode"])
     return [pool for pool in pools if pool[0] and pool[1]]
+
+
+def _by_reach(
+    givers: list[PrefillCost], takers: list[DecodeCost]
+) -> list[tuple[list[PrefillCost], list[DecodeCost]]]:
+    """The same as products of those who have a channel or may get one: one product, as a rule."""
+    if not any(cost.worker.record.load.cut_off for cost in givers):
+        return [(givers, takers)]
+    alike: dict[frozenset[str], list[PrefillCost]] = {}
+    for cost in givers:
+        alike.setdefault(frozenset(cost.worker.record.load.cut_off), []).append(cost)
+    return [
+        (members, [taker for taker in takers if members[0].worker.reaches(taker.worker)])
+        for members in alike.values()
+    ]
 
 
 def alone_key(cost: AloneCost, draw: Draw) -> Key:

@@ -9,8 +9,8 @@ from phloem.services.gateway.policies.snapshot import Candidate
 
 
 class Pool(NamedTuple):
-    """Every worker of `prefill` can hand over to every one of `decode`. No prefill workers: each of `decode`
-    does both phases alone."""
+    """Each of `decode` can be handed over to by some of `prefill`, as a rule by all. No prefill workers: each
+    of `decode` does both phases alone."""
 
     prefill: list[Candidate]
     decode: list[Candidate]
@@ -32,10 +32,17 @@ def simple_pools(candidates: Sequence[Candidate]) -> list[Pool]:
             pools.append(Pool(unified, decode))
         else:
             alone += unified
-    pools = [pool for pool in pools if pool.decode]
+    pools = [reachable for pool in pools if (reachable := _within_reach(pool)).decode]
     if alone:
         pools.append(Pool([], alone))
     return pools or _decoding_alone(candidates)
+
+
+def _within_reach(pool: Pool) -> Pool:
+    """Without the decode workers that all prefill workers are cut off from."""
+    if not any(worker.record.load.cut_off for worker in pool.prefill):
+        return pool
+    return Pool(pool.prefill, [d for d in pool.decode if any(p.reaches(d) for p in pool.prefill)])
 
 
 def _decoding_alone(candidates: Sequence[Candidate]) -> list[Pool]:

@@ -53,7 +53,7 @@ def choose_by_scores(
     pool = _pool_in_turn(pools, request.sequence)
     scores, draw = score(request, pool), Draw(request)
     decode = _best(scores.decode_names, scores.decode, pool.decode, draw)
-    prefill = _best(scores.prefill_names, scores.prefill, pool.prefill, draw) if pool.prefill else None
+    prefill = _best_giver(scores, pool.prefill, decode.worker, draw) if pool.prefill else None
     return Decision(
         decode=decode.worker.ref,
         prefill=prefill.worker.ref if prefill is not None else None,
@@ -81,6 +81,14 @@ def _best(names: tuple[str, ...], scores: list[Score], workers: Sequence[Candida
     least = min(scores)
     equals = [worker for worker, score in zip(workers, scores, strict=True) if score == least]
     return _Best(equals[draw.lowest(equals)], dict(zip(names, least, strict=True)))
+
+
+def _best_giver(scores: Scores, workers: Sequence[Candidate], decode: Candidate, draw: Draw) -> _Best:
+    """Of the prefill workers that are not cut off from the decode worker."""
+    within = [n for n, worker in enumerate(workers) if worker.reaches(decode)]
+    return _best(
+        scores.prefill_names, [scores.prefill[n] for n in within], [workers[n] for n in within], draw
+    )
 
 
 def _prefixed(side: str, best: _Best) -> dict[str, float]:

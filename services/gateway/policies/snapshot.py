@@ -32,6 +32,10 @@ class Candidate(Struct, frozen=True, kw_only=True):
     def ref(self) -> PeerRef:
         return PeerRef(self.record.worker_id, self.record.epoch)
 
+    def reaches(self, decode: Candidate) -> bool:
+        """Whether a KV channel with this decode worker is open, or may open at any time; roles apart."""
+        return decode.record.worker_id not in self.record.load.cut_off
+
     @property
     def kind_alone(self) -> RouteKind:
         """What it is called when it does both phases."""
