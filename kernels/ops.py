@@ -168,8 +168,8 @@ def gather_pages_async(
     out: Tensor,
     digest: Tensor,
 ) -> None:
-    """As `gather_pages`, but nothing waits for a CUDA device: the digest is added to `digest`, int64 `[1]`
-    on the device.
+    """As `gather_pages`, but nothing waits for a CUDA device: the digest is added to the cells of `digest`,
+    int64 `[C]` on the device, so that their sum (modulo 2**64) grows by it. Many cells, 64 say, are faster.
 
     `addresses` are `plane_addresses(kv)`.
     """
@@ -178,7 +178,7 @@ def gather_pages_async(
 
         cuda_ops.gather_pages(kv, page_ids, layer_start, layer_end, out, addresses, digest)
     else:
-        digest += _pages.gather_pages(kv, page_ids, layer_start, layer_end, out)
+        digest[0] += _pages.gather_pages(kv, page_ids, layer_start, layer_end, out)
 
 
 def scatter_pages_async(
@@ -190,13 +190,14 @@ def scatter_pages_async(
     src: Tensor,
     digest: Tensor,
 ) -> None:
-    """As `scatter_pages`, in the manner of `gather_pages_async`."""
+    """As `scatter_pages`, in the manner of `gather_pages_async`. On CUDA what is for a page below 0 is read
+    for the digest and goes nowhere."""
     if src.is_cuda:
         from phloem.kernels import cuda_ops
 
         cuda_ops.scatter_pages(kv, page_ids, layer_start, layer_end, src, addresses, digest)
     else:
-        digest += _pages.scatter_pages(kv, page_ids, layer_start, layer_end, src)
+        digest[0] += _pages.scatter_pages(kv, page_ids, layer_start, layer_end, src)
 
 
 def sample(

@@ -10,7 +10,8 @@ from torch import Tensor
 from phloem.kernels.reference.pages import COLUMN_STEP, ROW_STEP, ROW_WORDS
 from phloem.kernels.types import PagedKV
 
-_BLOCK_WORDS = 1024
+_MAX_BLOCK_WORDS = 2048
+_DIGEST_CELLS = 64
 
 
 @triton.jit
@@ -21,29 +22,40 @@ def _move_kernel(
     digest,
     num_pages,
     page_words,
+    digest_cells,
     row_words: tl.constexpr,
     row_step: tl.constexpr,
     column_step: tl.constexpr,
     gathers: tl.constexpr,
     block: tl.constexpr,
 ):
-    plane = tl.program_id(0)
-    page = tl.program_id(1)
-    base = tl.load(planes + plane).to(tl.pointer_type(tl.int64))
-    pages = base + tl.load(page_ids + page) * page_words
-    first = (plane.to(tl.int64) * num_pages + page) * page_words
-    word = tl.program_id(2) * block + tl.arange(0, block)
-    inside = word < page_words
-    if gathers:
-        value = tl.load(pages + word, mask=inside, other=0)
-        tl.store(staging + first + word, value, mask=inside)
-    else:
-        value = tl.load(staging + first + word, mask=inside, other=0)
-        tl.store(pages + word, value, mask=inside)
-    place = first + word
-    row_weight = ((place // row_words) * row_step) | 1
-    column_weight = ((place % row_words) * column_step) | 1
-    tl.atomic_add(digest, tl.sum(value * row_weight * column_weight, axis=0))
+    page = tl.program_id(0)
+    plane = tl.program_id(1)
+    page_id = tl.load(page_ids + page)
+    # Planes lie as torch allocates them: 16 bytes are read and written at a time.
+    base = tl.multiple_of(tl.load(planes + plane).to(tl.pointer_type(tl.int64)), 16)
+    pages = base + page_id * page_words
+    # Places in staging fit into 32 bits (16 GiB), which a GPU computes in one instruction.
+    first = (plane * num_pages + page) * page_words
+    staged = staging + first
+    total = tl.zeros([block], dtype=tl.int64)
+    for start in range(0, page_words, block):
+        word = start + tl.arange(0, block)
+        inside = word < page_words
+        if gathers:
+            value = tl.load(pages + word, mask=inside, other=0)
+            tl.store(staged + word, value, mask=inside)
+        else:
+            value = tl.load(staged + word, mask=inside, other=0)
+            tl.store(pages + word, value, mask=inside & (page_id >= 0))
+        place = first + word
+        row_weight = ((place // row_words).to(tl.int64) * row_step) | 1
+        column_weight = ((place % row_words).to(tl.int64) * column_step) | 1
+        total += value * row_weight * column_weight
+    # Nobody reads the sum before the kernel's end: without "relaxed" each program would wait until all that
+    # it wrote is in memory, and without cells all would queue for one address.
+    cell = (plane * num_pages + page) % digest_cells
+    tl.atomic_add(digest + cell, tl.sum(total, axis=0), sem="relaxed")
 
 
 def gather_pages(
@@ -55,7 +67,8 @@ def gather_pages(
     addresses: Tensor | None = None,
     digest: Tensor | None = None,
 ) -> Tensor:
-    """See `ops.gather_pages`; the digest stays on the device, int64 `[1]`: in `digest`, if that is given.
+    """See `ops.gather_pages`; the digest stays on the device: what is returned, or what is added to the cells
+    of `digest`, if it is given.
 
     With `addresses` (`ops.plane_addresses`) only launches; without, their upload is waited for.
     """
@@ -87,7 +100,8 @@ def _move(
     gathers: bool,
 ) -> Tensor:
     if digest is None:
-        digest = torch.zeros(1, dtype=torch.int64, device=staging.device)
+        cells = torch.zeros(_DIGEST_CELLS, dtype=torch.int64, device=staging.device)
+        return _move(kv, page_ids, layer_start, layer_end, staging, addresses, cells, gathers=gathers).sum()
     num_planes = 2 * (layer_end - layer_start)
     if not num_planes or not page_ids.numel():
         return digest
@@ -100,18 +114,20 @@ def _move(
     else:
         pointers = addresses[2 * layer_start : 2 * layer_end]
     page_words = page_bytes // 8
-    _move_kernel[(num_planes, page_ids.numel(), triton.cdiv(page_words, _BLOCK_WORDS))](
+    block = min(_MAX_BLOCK_WORDS, triton.next_power_of_2(page_words))
+    _move_kernel[(page_ids.numel(), num_planes)](
         pointers,
         page_ids,
         staging[: staging.numel() // 8 * 8].view(torch.int64),
         digest,
         page_ids.numel(),
         page_words,
+        digest.numel(),
         row_words=ROW_WORDS,
         row_step=ROW_STEP,
         column_step=COLUMN_STEP,
         gathers=gathers,
-        block=_BLOCK_WORDS,
-        num_warps=4,
+        block=block,
+        num_warps=4 if block > 512 else 1,
     )
     return digest

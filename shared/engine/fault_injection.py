@@ -15,6 +15,8 @@ from phloem.shared.transfer.events import PieceReceived, TransferEvent
 
 log = logging.getLogger(__name__)
 
+_BYTES_WITHIN_S = 10.0
+
 
 class Faults(Struct, frozen=True, kw_only=True):
     """`corrupt_pieces`: of which of the pieces that arrive here, counted from 0 over all channels, one byte
@@ -48,6 +50,8 @@ class _Corruptor:
 
     @staticmethod
     def _alter(piece: PieceReceived) -> None:
+        if piece.incoming is not None:
+            piece.incoming.wait(_BYTES_WITHIN_S)
         # Reading it back waits for the device: whatever the engine launches comes after.
         piece.data[piece.data.numel() // 2] ^= 0x10
         log.warning(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from phloem.shared.errors import ErrorInfo
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Admitted, Cancel, Last, Piece, Ready
 from phloem.shared.transfer.events import PieceReceived, Side
-from phloem.shared.transfer.pending import DONE, Moved, Pending
+from phloem.shared.transfer.pending import DONE, Incoming, Moved, Pending
 from phloem.shared.transfer.staging import StagingSlot
 
 _MAX_REMEMBERED = 8192
@@ -25,6 +25,7 @@ class Channels(Protocol):
 
     def is_open(self, peer: PeerRef, side: Side) -> bool: ...
     def acquire_slot(self, peer: PeerRef) -> StagingSlot | None: ...
+    def announce_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot) -> None: ...
     def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot, gathered: Moved) -> None: ...
     def send_last(self, peer: PeerRef, message: Last) -> None: ...
     def send_ready(self, peer: PeerRef, message: Ready) -> None: ...
@@ -35,7 +36,7 @@ class Channels(Protocol):
 
 class PageStore(Protocol):
     """The KV tensors behind page ids. Pages move beside the engine's steps, not in their order: whoever gives
-    pages away that may still be on the move calls `fence` first."""
+    pages away that may still be on the move calls `fence` or `withdraw` first."""
 
     num_layers: int
     layer_page_bytes: int  # K and V of one page in one layer
@@ -43,11 +44,22 @@ class PageStore(Protocol):
     def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> Moved:
         """Copies pages, computed by now, into `out` (uint8)."""
 
-    def scatter(self, page_ids: Sequence[int], layer_start: int, layer_end: int, data: Tensor) -> Moved:
-        """Copies `data` (uint8) into pages."""
+    def scatter(
+        self,
+        page_ids: Sequence[int],
+        layer_start: int,
+        layer_end: int,
+        data: Tensor,
+        after: Incoming | None = None,
+    ) -> Moved:
+        """Copies `data` (uint8) into pages, when `after` is there."""
 
     def fence(self) -> None:
-        """Steps launched from now on begin, on the device, when all that moves by now has moved."""
+        """Steps launched from now on begin, on the device, when all that is gathered by now is gathered."""
+
+    def withdraw(self, scatters: Iterable[Moved]) -> None:
+        """Those of them whose bytes have not come will write nothing. Steps launched from now on begin, on
+        the device, when the others are over."""
 
 
 class Ended(NamedTuple):

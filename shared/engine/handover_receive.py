@@ -2,7 +2,8 @@
 
     reserved -> Ready -> pieces (scattered, digests compared) -> Last -> every digest compared -> admitted
 
-Pieces are scattered beside the engine's steps; `poll` looks which of them are done. Everything that does not
+Pieces are scattered beside the engine's steps, where the device can wait for their bytes as soon as they are
+announced; `poll` looks which of them are done. Everything that does not
 add up (digest, range, count, epoch) fails closed: the request fails retryably, its pages go back unread, and
 the gateway has the prompt prefilled again.
 """
@@ -30,7 +31,12 @@ log = logging.getLogger(__name__)
 
 class _Scattering(NamedTuple):
     moved: Moved
-    digest: int  # the sender's
+    piece: PieceReceived
+
+    @property
+    def is_over(self) -> bool:
+        """Both digests are known."""
+        return self.piece.digest is not None and self.moved.done()
 
 
 class _ReceivePlan:
@@ -50,6 +56,11 @@ class _ReceivePlan:
     @property
     def key(self) -> OwnerKey:
         return self.request.key
+
+    @property
+    def has_come(self) -> bool:
+        """Nothing of it is still on its way from the sender."""
+        return self.last is not None and all(item.piece.has_come for item in self.scattering)
 
 
 class Arrived(NamedTuple):
@@ -89,9 +100,7 @@ class HandoverReceiver:
     @property
     def has_news(self) -> bool:
         """`poll` has something to say now."""
-        return any(
-            plan.scattering[0].moved.done() if plan.scattering else True for plan in self._moving.values()
-        )
+        return any(plan.scattering[0].is_over if plan.scattering else True for plan in self._moving.values())
 
     def reserved(self, request: Request) -> Ended | None:
         """The request has its pages: tell the prefill side, now or when its channel opens."""
@@ -111,13 +120,14 @@ class HandoverReceiver:
     def on_lost(self, peer: PeerRef, error: ErrorInfo) -> list[Ended]:
         """The channel or the peer is gone: what it had not sent to the end fails, retryably.
 
-        What has come with its `Last` is whole: only the device is still busy with it.
+        What has come with its `Last` is whole: only the device is still busy with it. If the channel's end
+        cut off the bytes, their digest tells.
         """
         self._heard_s.pop(peer, None)
         lost_error = ErrorInfo(
             "channel_lost", f"KV channel from {peer.worker_id}: {error.message}", True, 503
         )
-        lost = [plan for plan in self._plans.values() if plan.peer == peer and plan.last is None]
+        lost = [plan for plan in self._plans.values() if plan.peer == peer and not plan.has_come]
         return [self._fail(plan, lost_error) for plan in lost]
 
     def on_piece(self, event: PieceReceived) -> Ended | None:
@@ -138,13 +148,15 @@ class HandoverReceiver:
             self._channels.release(event)
             return self._refuse(plan, "kv_bad_piece", "a KV piece is out of order or has the wrong size")
         page_ids = span.of(plan.request.page_ids)
-        moved = self._store.scatter(page_ids, span.layer_start, span.layer_end, event.data)
+        moved = self._store.scatter(
+            page_ids, span.layer_start, span.layer_end, event.data, after=event.incoming
+        )
         self._channels.release(event, moved)
         plan.arrived.note(span)
         plan.num_pieces += 1
         plan.last_piece_s = self._heard_s[event.peer]
         plan.first_piece_s = plan.first_piece_s or plan.last_piece_s
-        plan.scattering.append(_Scattering(moved, header.digest))
+        plan.scattering.append(_Scattering(moved, event))
         self._moving[plan.key] = plan
         self.num_bytes_received += header.num_bytes
         self.num_pages_received += span.num_pages if span.layer_end == self._store.num_layers else 0
@@ -227,9 +239,9 @@ class HandoverReceiver:
 
     def _is_sound(self, plan: _ReceivePlan) -> bool:
         """Compares, in order, what is done; whether all of that came as it was sent."""
-        while plan.scattering and plan.scattering[0].moved.done():
-            moved, digest = plan.scattering.popleft()
-            if moved.digest() != digest:
+        while plan.scattering and plan.scattering[0].is_over:
+            moved, piece = plan.scattering.popleft()
+            if moved.digest() != piece.digest:
                 return False
         return True
 
@@ -261,7 +273,7 @@ class HandoverReceiver:
         self._moving.pop(plan.key, None)
         self._recent.add(plan.key)
         if plan.scattering:
-            self._store.fence()  # its pages are given away while pieces may still be written to them
+            self._store.withdraw(item.moved for item in plan.scattering)  # its pages are given away
 
     def _cancel(self, peer: PeerRef, key: OwnerKey, error: ErrorInfo) -> None:
         with contextlib.suppress(PhloemError):  # a channel that broke meanwhile tells both sides by itself

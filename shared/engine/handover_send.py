@@ -19,7 +19,7 @@ from functools import partial
 from phloem.shared.engine.exposure import Exposure
 from phloem.shared.engine.handover import Channels, Ended, PageStore, RecentKeys, span_bytes
 from phloem.shared.engine.kv_pool import OwnerKey
-from phloem.shared.engine.layer_groups import PrefillStep, layer_groups
+from phloem.shared.engine.layer_groups import PrefillStep, layer_groups, next_piece_bytes
 from phloem.shared.engine.page_layers import PageLayers, Span
 from phloem.shared.engine.requests import Request, Status
 from phloem.shared.engine.send_plan import Chunk, SendPlan
@@ -32,7 +32,6 @@ from phloem.shared.transfer.pending import Pending
 from phloem.shared.transfer.staging import StagingSlot
 
 _MAX_EARLY = 4096
-_FIRST_PIECE_BYTES = 64 * 2**20  # nothing crosses while it is gathered; the next is, while it crosses
 _STARVED_S = 1.0  # a request that decode has room for waits at most this long for pages held in vain
 
 
@@ -258,20 +257,24 @@ class HandoverSender:
             slot = self._channels.acquire_slot(plan.peer)
             if slot is None:
                 return False
-            num_bytes = slot.tensor.numel()
-            if not plan.num_pieces:
-                num_bytes = min(num_bytes, _FIRST_PIECE_BYTES)
-            span = gone.next_span(num_pages, layer_end, num_bytes, self._store.layer_page_bytes)
+            layer_page_bytes = self._store.layer_page_bytes
+            num_bytes = next_piece_bytes(
+                gone.num_lacking(num_pages, layer_end) * layer_page_bytes,
+                slot.tensor.numel(),
+                is_first=not plan.num_pieces,
+            )
+            span = gone.next_span(num_pages, layer_end, num_bytes, layer_page_bytes)
             self._send_piece(plan, span, slot)
             gone.note(span)
         return True
 
     def _send_piece(self, plan: SendPlan, span: Span, slot: StagingSlot) -> None:
         request, num_bytes = plan.request, span_bytes(self._store, span)
+        piece = Piece(request.request_id, request.attempt, *span, num_bytes, digest=0)  # known when gathered
+        self._channels.announce_piece(plan.peer, piece, slot)
         gathered = self._store.gather(
             span.of(request.page_ids), span.layer_start, span.layer_end, slot.tensor[:num_bytes]
         )
-        piece = Piece(request.request_id, request.attempt, *span, num_bytes, digest=0)  # known when gathered
         self._channels.send_piece(plan.peer, piece, slot, gathered)
         plan.num_pieces += 1
         plan.times.last_piece_s = self._clock()

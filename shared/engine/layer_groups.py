@@ -1,4 +1,4 @@
-"""After which layers of a running prefill the pages computed so far are sent. Pure."""
+"""After which layers of a running prefill the pages computed so far are sent, and in which pieces. Pure."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 PIECE_OVERHEAD_S = 0.000_05
 _OVERHEAD_SHARE = 0.1
 _UNKNOWN_BYTES_PER_S = 64e9  # until the first transfers were measured
+_EDGE_PIECE_BYTES = 64 * 2**20  # nothing crosses while the first piece is gathered and the last is scattered
 
 
 class PrefillStep(NamedTuple):
@@ -49,3 +50,23 @@ def _layers_while_sending(step: PrefillStep, send_s: float) -> int:
         return 1
     layer_s = step.num_tokens / step.tokens_per_s / step.num_layers
     return max(1, math.ceil((send_s + PIECE_OVERHEAD_S) / layer_s))
+
+
+def next_piece_bytes(num_bytes_left: int, slot_bytes: int, *, is_first: bool) -> int:
+    """The size of the next piece of `num_bytes_left` that may go now.
+
+        gather   | edge |   slot   |  rest  | edge |
+        link            | edge |   slot   |  rest  | edge |
+        scatter                | edge |   slot   |  rest  | edge |
+
+    A piece costs NCCL some 15 us, so that they are as large as may be; but nothing crosses while the first of
+    a request is gathered and while the last is scattered.
+    """
+    edge = min(_EDGE_PIECE_BYTES, slot_bytes)
+    if num_bytes_left <= edge:
+        return num_bytes_left
+    if is_first:
+        return edge
+    if num_bytes_left >= slot_bytes + edge:
+        return slot_bytes
+    return max(edge, num_bytes_left - edge)

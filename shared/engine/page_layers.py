@@ -46,6 +46,10 @@ class PageLayers:
         """Whether layers below `layer_end` of the first `num_pages` pages have not all gone."""
         return bool((self._gone[:num_pages] < layer_end).any())
 
+    def num_lacking(self, num_pages: int, layer_end: int) -> int:
+        """Of all that `lacks` speaks of, the number of layers of pages."""
+        return int((layer_end - self._gone[:num_pages]).clip(min=0).sum())
+
     def next_span(self, num_pages: int, layer_end: int, slot_bytes: int, layer_page_bytes: int) -> Span:
         """What goes next of that which `lacks` speaks of, as much as fits into a slot.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from phloem.kernels import ops
 from phloem.shared.engine.handover import PageStore
 from phloem.shared.engine.models.kv_cache import KVCache
-from phloem.shared.transfer.pending import Moved, MovedNow
+from phloem.shared.transfer.pending import Incoming, Moved, MovedNow
 
 
 def page_store(kv: KVCache, device: torch.device) -> PageStore:
@@ -35,11 +35,22 @@ class KVPageStore:
         return MovedNow(ops.gather_pages(self._kv, torch.tensor(page_ids), layer_start, layer_end, out))
 
     @torch.inference_mode()
-    def scatter(self, page_ids: Sequence[int], layer_start: int, layer_end: int, data: Tensor) -> Moved:
+    def scatter(
+        self,
+        page_ids: Sequence[int],
+        layer_start: int,
+        layer_end: int,
+        data: Tensor,
+        after: Incoming | None = None,
+    ) -> Moved:
+        assert after is None, "a CPU waits for nothing by itself"
         return MovedNow(ops.scatter_pages(self._kv, torch.tensor(page_ids), layer_start, layer_end, data))
 
     def fence(self) -> None:
         pass
+
+    def withdraw(self, scatters: Iterable[Moved]) -> None:
+        del scatters
 
 
 def layer_page_bytes(kv: KVCache) -> int:

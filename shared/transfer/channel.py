@@ -1,9 +1,10 @@
 """One channel: three threads over a control connection and a data plane.
 
     the thread of `run`   reads control frames
-    write                 sends what the outbox holds; after a Piece header it posts the data, which the
-                          device sends once it is gathered
-    complete              waits for gathered and posted data, in order; sends digests, or tells the engine
+    write                 sends what the outbox holds; posts data behind its header, which the device sends
+                          once it is gathered
+    complete              waits for gathered and posted data, in order; sends digests, or credits, or tells
+                          the engine
 
 Whoever sees something break calls `fail`; that silences the channel at once, and `run` takes it apart.
 """
@@ -39,11 +40,12 @@ KEEPALIVES_PER_TIMEOUT = 4
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A message, alone or with the slot that it is about: decode's Credit leaves when the device is done with
-    `emptied`; prefill's Piece leaves at once, its bytes when the device is done with `gathered`."""
+    """A message, or bytes, or a message about a slot: decode's Credit leaves when the device is done with
+    `emptied`; of prefill's slot `num_bytes` leave when the device is done with `gathered`."""
 
-    message: TransferMessage
+    message: TransferMessage | None
     slot: StagingSlot | None = None
+    num_bytes: int = 0
     emptied: Pending | None = None
     gathered: Moved | None = None
 
@@ -192,7 +194,8 @@ class Channel(ABC):
                 self._frames.write(KEEPALIVE)
                 continue
             self._before_sending(item)
-            self._frames.write(transfer_message.encode(item.message))
+            if item.message is not None:
+                self._frames.write(transfer_message.encode(item.message))
             self._after_sending(item, plane)
 
     def _guarded(self, body: Callable[[], None]) -> None:

@@ -1,9 +1,15 @@
-"""The decode side of a channel: pieces in, credits out."""
+"""The decode side of a channel: pieces in, credits out.
+
+Where a device can wait for the bytes of a piece, the engine is told of it when its header comes, and queues
+what scatters it behind them: the device goes on by itself, and this thread only looks whether the peer keeps
+its deadlines. Elsewhere the engine is told when bytes and digest are there.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -19,7 +25,7 @@ from phloem.shared.transfer.errors import protocol_violation, transfer_timeout
 from phloem.shared.transfer.events import CancelReceived, LastReceived, PieceReceived, TransferEvent
 from phloem.shared.transfer.frames import FrameSocket
 from phloem.shared.transfer.mailbox import Mailbox
-from phloem.shared.transfer.pending import Pending
+from phloem.shared.transfer.pending import Incoming, Pending, SentDigest
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec
 from phloem.shared.transfer.staging import ReceiveRing, StagingSlot
 from phloem.shared.transfer.stats import PeerMeter
@@ -31,9 +37,9 @@ _ONE_CREDIT = Credit(1)
 
 @dataclass(frozen=True, slots=True)
 class _Receiving:
+    piece: PieceReceived
+    sent_digest: SentDigest
     pending: Pending
-    header: Piece
-    slot: StagingSlot
     posted_at: float
 
 
@@ -58,7 +64,9 @@ class DecodeChannel(Channel):
         self._staging_bytes = slots[0].tensor.numel()
         self._ring = ReceiveRing(slots)
         self._arrivals: Mailbox[_Arrival] = Mailbox(_MAX_ARRIVALS)
-        self._digests: Mailbox[int] = Mailbox(len(slots))  # in the order of the pieces
+        self._untold: deque[SentDigest] = deque()  # of the pieces whose digests have not come
+        self._runs_ahead = False  # the device waits for bytes, the engine does not
+        self._released: Mailbox[tuple[StagingSlot, Pending]] = Mailbox(len(slots))  # while bytes may come
 
     def release(self, piece: PieceReceived, after: Pending) -> None:
         """Empties the slot; one of an older channel is left alone, and so is one of a lost channel."""
@@ -66,11 +74,16 @@ class DecodeChannel(Channel):
             return
         self._ring.releasing(piece.slot)
         with contextlib.suppress(PhloemError):  # lost: its event comes
-            self._post(Outgoing(_ONE_CREDIT, piece.slot, emptied=after))
+            if piece.incoming is None:
+                self._post(Outgoing(_ONE_CREDIT, piece.slot, emptied=after))
+            else:
+                self._released.put((piece.slot, after))
 
     def _warm_up(self, plane: DataPlane) -> None:
         byte = torch.zeros(1, dtype=torch.uint8, device=self._plane_spec.device)
-        plane.post_receive(byte, 1).wait(self._timeout_s)
+        pending = plane.post_receive(byte, 1)
+        self._runs_ahead = isinstance(pending, Incoming)
+        pending.wait(self._timeout_s)
         if int(byte) != 1:
             raise protocol_violation("the first byte is wrong")
 
@@ -78,20 +91,46 @@ class DecodeChannel(Channel):
         match message:
             case Piece():
                 check_header(message, self._staging_bytes)
-                slot = self._ring.take()
-                posted_at = time.monotonic()
-                pending = plane.post_receive(slot.tensor, message.num_bytes)
-                self._arrivals.put(_Receiving(pending, message, slot, posted_at), self._timeout_s)
+                self._expect(message, plane)
             case PieceDigest():
-                self._digests.put(message.digest)  # more of them than slots: the peer breaks a rule
+                if not self._untold:
+                    raise protocol_violation("a digest came without its piece")
+                self._untold.popleft().tell(message.digest)
             case Last():
                 if message.num_pieces < 0:
                     raise protocol_violation(f"{message.num_pieces} pieces")
-                self._arrivals.put(message, self._timeout_s)
+                self._pass_on(message)
             case Cancel():
-                self._arrivals.put(message, self._timeout_s)
+                self._pass_on(message)
             case _:
                 raise protocol_violation(f"prefill sent {type(message).__name__}")
+
+    def _pass_on(self, message: Last | Cancel) -> None:
+        """Behind the pieces that the engine was or will be told of."""
+        if self._runs_ahead:
+            self._tell(message)
+        else:
+            self._arrivals.put(message, self._timeout_s)
+
+    def _tell(self, message: Last | Cancel) -> None:
+        if isinstance(message, Last):
+            self._emit(LastReceived(self.peer, message))
+        else:
+            self._emit(CancelReceived(self.peer, self.side, message))
+
+    def _expect(self, header: Piece, plane: DataPlane) -> None:
+        """Posts the receive of a piece; tells the engine, if its device can wait for it."""
+        slot, sent_digest = self._ring.take(), SentDigest()
+        self._untold.append(sent_digest)
+        posted_at = time.monotonic()
+        pending = plane.post_receive(slot.tensor, header.num_bytes)
+        data = slot.tensor[: header.num_bytes]
+        if isinstance(pending, Incoming):
+            piece = PieceReceived(self.peer, header, data, slot, pending, sent_digest)
+            self._emit(piece)
+        else:
+            piece = PieceReceived(self.peer, header, data, slot)
+        self._arrivals.put(_Receiving(piece, sent_digest, pending, posted_at), self._timeout_s)
 
     def _on_end_of_stream(self, error: PhloemError) -> None:
         # What came before the end is good: a peer that drains hands its last request over and leaves. Its
@@ -114,10 +153,8 @@ class DecodeChannel(Channel):
             match arrival:
                 case _Receiving():
                     self._receive(arrival)
-                case Last():
-                    self._emit(LastReceived(self.peer, arrival))
-                case Cancel():
-                    self._emit(CancelReceived(self.peer, self.side, arrival))
+                case Last() | Cancel():
+                    self._tell(arrival)
                 case ErrorInfo():
                     raise PhloemError.from_info(arrival)
                 case None:
@@ -125,17 +162,28 @@ class DecodeChannel(Channel):
 
     def _receive(self, arrival: _Receiving) -> None:
         arrival.pending.wait(self._deadline_from(arrival.posted_at))
-        digest = self._digests.get(max(0.0, self._deadline_from(arrival.posted_at)))
+        self._meter.received(arrival.piece.header.num_bytes, arrival.posted_at, time.monotonic())
+        digest = arrival.sent_digest.wait(max(0.0, self._deadline_from(arrival.posted_at)))
         if digest is None:
             raise transfer_timeout("a piece came, but not its digest")
-        header = msgspec.structs.replace(arrival.header, digest=digest)
-        self._meter.received(header.num_bytes, arrival.posted_at, time.monotonic())
-        data = arrival.slot.tensor[: header.num_bytes]
-        self._emit(PieceReceived(self.peer, header, data, arrival.slot))
+        if arrival.piece.incoming is None:
+            header = msgspec.structs.replace(arrival.piece.header, digest=digest)
+            self._emit(PieceReceived(self.peer, header, arrival.piece.data, arrival.piece.slot))
+        else:
+            self._give_credit()
+
+    def _give_credit(self) -> None:
+        """For the oldest slot that the engine has released, or will: it does so in the pieces' order."""
+        released = self._released.get()
+        assert released is not None
+        slot, after = released
+        after.wait(self._timeout_s)
+        self._ring.emptied(slot)
+        self.send(_ONE_CREDIT)
 
     def _close_completions(self) -> None:
         self._arrivals.close()
-        self._digests.close()
+        self._released.close()
 
 
 def check_header(piece: Piece, staging_bytes: int) -> None:

@@ -16,6 +16,7 @@ from phloem.shared.protocol.transfer import Admitted, Cancel, Last, Piece, Ready
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from phloem.shared.transfer.pending import Incoming, SentDigest
     from phloem.shared.transfer.staging import StagingSlot
 
 Side: TypeAlias = Literal["prefill", "decode"]
@@ -80,13 +81,26 @@ class SlotAvailable:
 class PieceReceived:
     """Decode side: `data` is a uint8 view [header.num_bytes] of the staging slot, on the endpoint's device.
 
-    The engine owns it until `TransferEndpoint.release`. The digest is not checked yet.
+    The engine owns it until `TransferEndpoint.release`. The digest is not checked yet. With `incoming` the
+    bytes are still on their way, and so may be the digest: `sent_digest` will have it, not the header.
     """
 
     peer: PeerRef
     header: Piece
     data: Tensor
     slot: StagingSlot
+    incoming: Incoming | None = None
+    sent_digest: SentDigest | None = None
+
+    @property
+    def digest(self) -> int | None:
+        """The sender's; None: not told yet."""
+        return self.header.digest if self.sent_digest is None else self.sent_digest.value
+
+    @property
+    def has_come(self) -> bool:
+        """All that the sender has to say of it is there, or the device has given it up."""
+        return self.digest is not None and (self.incoming is None or self.incoming.done())
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroupNCCL
 from phloem.shared.transfer.device_event import HIGH_PRIORITY, DeviceEvent
 from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.interfaces import interface_of
-from phloem.shared.transfer.pending import Moved, Pending
+from phloem.shared.transfer.pending import Incoming, Moved, Pending
 from phloem.shared.transfer.planes import RANKS, PlaneSpec
 from phloem.shared.transfer.rendezvous import ControlStore
 
@@ -46,6 +46,10 @@ class NcclPlane:
                 self._stream: Any = torch.cuda.Stream(  # type: ignore[no-untyped-call]
                     self._device, priority=HIGH_PRIORITY
                 )
+                # Not the one above, in which the next receive would wait for the reader of this one.
+                self._readers: Any = torch.cuda.Stream(  # type: ignore[no-untyped-call]
+                    self._device, priority=HIGH_PRIORITY
+                )
         except RuntimeError as error:
             raise channel_lost(f"the NCCL group can't be made: {error}") from error
 
@@ -59,11 +63,12 @@ class NcclPlane:
         except RuntimeError as error:
             raise channel_lost(f"sending failed: {error}") from error
 
-    def post_receive(self, slot: Tensor, num_bytes: int) -> Pending:
+    def post_receive(self, slot: Tensor, num_bytes: int) -> Incoming:
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                 self._group.recv([slot[:num_bytes]], 1 - self._rank, 0).wait()
-                return self._used(slot)
+                slot.record_stream(self._stream)
+                return _Incoming(self._device, self._readers)
         except RuntimeError as error:
             raise channel_lost(f"receiving failed: {error}") from error
 
@@ -74,6 +79,14 @@ class NcclPlane:
 
     def abort(self) -> None:
         self._group.abort()
+
+
+class _Incoming(DeviceEvent):
+    """See `Incoming`."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        super().__init__(device)
+        self.stream = stream
 
 
 def _keep_torch_from_ending_the_process() -> None:

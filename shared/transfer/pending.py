@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import threading
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch.cuda import Stream
@@ -18,6 +19,18 @@ class Pending(Protocol):
         """Returns when it is done. Raises `transfer_timeout` or `channel_lost`."""
 
 
+@runtime_checkable
+class Incoming(Pending, Protocol):
+    """Bytes that a device receives into a staging slot."""
+
+    @property
+    def stream(self) -> Stream:
+        """Where their reader is queued: nothing else of the device, nor of another channel, waits in it."""
+
+    def hold_back(self, stream: Stream) -> None:
+        """What `stream` is given from now on begins when they have come, or never will, on the device."""
+
+
 class Moved(Pending, Protocol):
     """Pages on their way between the KV pool and a staging slot."""
 
@@ -26,6 +39,28 @@ class Moved(Pending, Protocol):
 
     def hold_back(self, stream: Stream) -> None:
         """What `stream` is given from now on begins when they have moved, on the device."""
+
+
+class SentDigest:
+    """The digest of a piece as its sender tells it, in a message of its own. One thread tells, any asks."""
+
+    def __init__(self) -> None:
+        self._value: int | None = None
+        self._told = threading.Event()
+
+    @property
+    def value(self) -> int | None:
+        """None until it was told."""
+        return self._value
+
+    def tell(self, value: int) -> None:
+        self._value = value
+        self._told.set()
+
+    def wait(self, timeout_s: float) -> int | None:
+        """None when it was not told within `timeout_s`."""
+        self._told.wait(timeout_s)
+        return self._value
 
 
 class Done:

@@ -27,7 +27,8 @@ class DataPlane(Protocol):
         """Sends `data` once `after` is done, and what was posted before."""
 
     def post_receive(self, slot: Tensor, num_bytes: int) -> Pending:
-        """Receives the first `num_bytes` of `slot`."""
+        """Receives the first `num_bytes` of `slot`; the answer is `Incoming` where the device can wait for
+        them."""
 
     def abort(self) -> None: ...
 

@@ -74,13 +74,22 @@ class PrefillChannel(Channel):
         if slot.channel_name == self.name:
             self._tell_if(self._ring.give_back(slot))
 
-    def send_piece(self, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
-        """Raises `channel_lost`, also when the slot is of an older channel."""
+    def announce(self, piece: Piece, slot: StagingSlot) -> None:
+        """Sends the header: a promise, which `send_piece` keeps. Raises as that does."""
         if slot.channel_name != self.name:
             raise not_open(self.peer)
         assert 0 < piece.num_bytes <= slot.tensor.numel(), "the piece doesn't fit into the slot"
         self._ring.sending(slot)
-        self._post(Outgoing(piece, slot, gathered=gathered))
+        self._post(Outgoing(piece))
+
+    def send_piece(self, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
+        """Sends the header, if it was not announced, and the bytes. Raises `channel_lost`, also when the slot
+        is of an older channel."""
+        if slot.channel_name != self.name:
+            raise not_open(self.peer)
+        if self._ring.is_acquired(slot):
+            self.announce(piece, slot)
+        self._post(Outgoing(None, slot, piece.num_bytes, gathered=gathered))
 
     @property
     def is_idle(self) -> bool:
@@ -115,10 +124,8 @@ class PrefillChannel(Channel):
     def _after_sending(self, item: Outgoing, plane: DataPlane) -> None:
         if item.slot is None or item.gathered is None:
             return
-        assert isinstance(item.message, Piece)
-        num_bytes = item.message.num_bytes
-        pending = plane.post_send(item.slot.tensor[:num_bytes], item.gathered)
-        self._sendings.put(_Sending(item.gathered, pending, item.slot, num_bytes, time.monotonic()))
+        pending = plane.post_send(item.slot.tensor[: item.num_bytes], item.gathered)
+        self._sendings.put(_Sending(item.gathered, pending, item.slot, item.num_bytes, time.monotonic()))
 
     def _complete(self) -> None:
         while True:

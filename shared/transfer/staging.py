@@ -58,6 +58,11 @@ class SendRing:
             self._credits += 1
             return self._relieved()
 
+    def is_acquired(self, slot: StagingSlot) -> bool:
+        """Not on its way yet."""
+        with self._lock:
+            return slot.index in self._acquired
+
     def sending(self, slot: StagingSlot) -> None:
         """An acquired slot goes on its way."""
         with self._lock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from phloem.shared.protocol.engine import (
     StepReport,
 )
 from phloem.shared.protocol.session import Grammar, PeerRef, Phase, SamplingParams, Submit
-from phloem.shared.transfer.pending import DONE, Moved, MovedNow
+from phloem.shared.transfer.pending import DONE, Incoming, Moved, MovedNow
 from tests.support.handover_wire import Wire
 from tests.support.streams import Stream
 
@@ -115,13 +115,23 @@ class FakeDevice:
         out.copy_(torch.from_numpy(data.view(np.uint8).reshape(-1)))
         return MovedNow(int(data.sum()))
 
-    def scatter(self, page_ids: Sequence[int], layer_start: int, layer_end: int, data: Tensor) -> Moved:
+    def scatter(
+        self,
+        page_ids: Sequence[int],
+        layer_start: int,
+        layer_end: int,
+        data: Tensor,
+        after: Incoming | None = None,
+    ) -> Moved:
         pages = data.numpy().copy().view(np.int64).reshape(len(page_ids), self._page_size)
         self._kv[list(page_ids)] = pages
         return MovedNow(int(pages.sum()))
 
     def fence(self) -> None:
         self.num_fences += 1
+
+    def withdraw(self, scatters: Iterable[Moved]) -> None:
+        del scatters
 
     def _compute(self, row: Row) -> int:
         request = row.request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -27,7 +27,7 @@ from phloem.shared.transfer.events import (
     SlotAvailable,
     TransferEvent,
 )
-from phloem.shared.transfer.pending import DONE, Moved, Pending
+from phloem.shared.transfer.pending import DONE, Incoming, Moved, Pending
 from phloem.shared.transfer.staging import StagingSlot
 
 P = PeerRef("prefill", 1)
@@ -65,6 +65,7 @@ class FakePageStore:
         self.layer_page_bytes = layer_page_bytes
         self.planes: dict[tuple[int, int], bytes] = {}
         self.num_fences = 0
+        self.num_withdrawn = 0
         self.holds_back = False  # a device that takes its time
         self._held: list[HeldBack] = []
 
@@ -75,7 +76,14 @@ class FakePageStore:
         out.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         return self._moved(zlib.crc32(data))
 
-    def scatter(self, page_ids: Sequence[int], layer_start: int, layer_end: int, data: Tensor) -> Moved:
+    def scatter(
+        self,
+        page_ids: Sequence[int],
+        layer_start: int,
+        layer_end: int,
+        data: Tensor,
+        after: Incoming | None = None,
+    ) -> Moved:
         raw = bytes(data.tolist())
         size = self.layer_page_bytes
         wanted = [(page, layer) for layer in range(layer_start, layer_end) for page in page_ids]
@@ -86,6 +94,9 @@ class FakePageStore:
 
     def fence(self) -> None:
         self.num_fences += 1
+
+    def withdraw(self, scatters: Iterable[Moved]) -> None:
+        self.num_withdrawn += len(list(scatters))
 
     def finish(self) -> None:
         """The device is done with all that it was given."""
@@ -133,6 +144,7 @@ class Wire:
         self._epoch = 0
         self._free: list[StagingSlot] = []
         self._acquired: StagingSlot | None = None
+        self._announced: Piece | None = None
         self._starved = False  # an acquire failed since the last `SlotAvailable`
         self._reset()
 
@@ -191,8 +203,14 @@ class Wire:
         self._acquired = self._free.pop()
         return self._acquired
 
+    def announce(self, piece: Piece, slot: StagingSlot) -> None:
+        assert slot is self._acquired and self._announced is None, "a piece is announced once"
+        self._announced = piece
+
     def send_piece(self, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
         assert slot is self._acquired, "a slot is acquired for exactly one piece"
+        assert piece == self._announced, "what was announced is sent"
+        self._announced = None
         assert piece.num_bytes <= slot.tensor.numel()
         self._acquired = None
         piece = msgspec.structs.replace(piece, digest=gathered.digest())
@@ -213,6 +231,7 @@ class Wire:
         self.unreleased.clear()
         self._starved = False
         self._acquired = None
+        self._announced = None
         self._free = [
             StagingSlot(index, str(self._epoch), torch.zeros(self.slot_bytes, dtype=torch.uint8))
             for index in range(self.num_slots)
@@ -235,6 +254,10 @@ class WireEnd:
     def acquire_slot(self, peer: PeerRef) -> StagingSlot | None:
         self._check(peer, "prefill")
         return self._wire.acquire()
+
+    def announce_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot) -> None:
+        self._check(peer, "prefill")
+        self._wire.announce(piece, slot)
 
     def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
         self._check(peer, "prefill")

@@ -217,13 +217,13 @@ def test_pages_that_are_still_written_are_fenced_when_their_request_ends(how: st
     job = ready_job(world)
     job.compute(8)
     world.run()
-    assert world.decode_store.num_fences == 0
+    assert world.decode_store.num_withdrawn == 0
     if how == "abort":
         job.drop_received()
     else:
         job.drop_sent()
     world.run()
-    assert world.decode_store.num_fences == 1
+    assert world.decode_store.num_withdrawn == 1
     assert_settled(world)
 
 
