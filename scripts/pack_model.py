@@ -20,7 +20,14 @@ from phloem.shared.engine.config import DtypeName, EngineOptions
 from phloem.shared.model_store.resolve import default_cache_dir, resolve_model
 from tests.support.built_engine import built_engine
 from tests.support.model_pack import pack, unpack
-from tests.support.parity import REFERENCE_FILE, find_differences, make_reference, read_reference
+from tests.support.parity import (
+    FLOAT32_TIE,
+    REFERENCE_FILE,
+    find_differences,
+    make_reference,
+    read_reference,
+    table,
+)
 from tests.support.reference import MAX_TOKENS
 
 ROOT = Path(__file__).parents[1]
@@ -58,8 +65,7 @@ def check(device: str, dtype: DtypeName) -> None:
         reference = read_reference(Path(scratch) / REFERENCE_FILE)
         with built_engine(EngineOptions(model_path=scratch, device=device, dtype=dtype)) as engine:
             differences = find_differences(engine, reference)
-    for difference in sorted(differences, key=lambda one: -one.gap):
-        print(difference)
+    print(table(differences, FLOAT32_TIE if dtype == "float32" else reference.bfloat16_error))
     num_tokens = len(reference.cases) * MAX_TOKENS
     print(
         f"{dtype} on {device}: {len(differences)} of {num_tokens} tokens differ; transformers' own bfloat16 "

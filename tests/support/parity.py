@@ -8,7 +8,7 @@ compared, whatever came before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ from tests.support.streams import Stream
 
 CANDIDATES = 5
 REFERENCE_FILE = "reference.json"
+FLOAT32_TIE = 1e-3  # sums in another order
 
 
 class GreedyEngine(Protocol):
@@ -73,12 +74,6 @@ class Difference(NamedTuple):
     found: int
     gap: float
 
-    def __str__(self) -> str:
-        return (
-            f"prompt {self.prompt}, token {self.at}: {self.found} instead of {self.expected}, "
-            f"gap in float32 {self.gap:.4f}"
-        )
-
 
 def read_reference(path: Path) -> ParityReference:
     return msgspec.json.decode(path.read_bytes(), type=ParityReference)
@@ -123,6 +118,19 @@ def find_differences(engine: GreedyEngine, reference: ParityReference) -> list[D
         differences += new
         todo = {difference.prompt: difference.at + 1 for difference in new if difference.at + 1 < MAX_TOKENS}
     return differences
+
+
+def table(differences: Sequence[Difference], tolerance: float) -> str:
+    """A line for each difference, the largest gap first."""
+    head = (
+        f"{'prompt':>8s}{'token':>7s}{'expected':>10s}{'found':>8s}{'gap in logits':>15s}{'tolerance':>11s}"
+    )
+    lines = [
+        f"{one.prompt:8d}{one.at:7d}{one.expected:10d}{one.found:8d}{one.gap:15.4f}{tolerance:11.4f}"
+        f"  {'tie' if one.gap <= tolerance else 'WRONG'}"
+        for one in sorted(differences, key=lambda one: -one.gap)
+    ]
+    return "\n".join([head, *lines]) if lines else "no token differs"
 
 
 def _first_difference(prompt: int, case: Case, start: int, found: list[int]) -> Difference | None:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
 
 MAX_TOKENS = 64
 _STORY = (
@@ -57,7 +56,9 @@ class Reference:
     """Loads the model, in float32 unless told otherwise; dropped when the expected tokens are known."""
 
     def __init__(self, model_dir: Path, dtype: torch.dtype = torch.float32) -> None:
-        # Any: transformers is not typed here.
+        # Imported here: a host that has the reference's tokens need not wait for it. Any: it is not typed.
+        from transformers import AutoModelForCausalLM
+
         self._model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
         self._model.generation_config.eos_token_id = None
 

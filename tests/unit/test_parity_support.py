@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from phloem.shared.protocol.session import SamplingParams
 from tests.support.model_pack import GROUP, MODEL_FILES, WEIGHTS_FILE, pack, unpack
-from tests.support.parity import Case, Difference, ParityReference, Step, find_differences
+from tests.support.parity import Case, Difference, ParityReference, Step, find_differences, table
 from tests.support.reference import MAX_TOKENS
 from tests.support.streams import Stream
 
@@ -114,7 +114,10 @@ def test_after_a_difference_the_rest_is_compared_too() -> None:
     assert engine.calls == [{"0": 0, "1": 0, "2": 0}, {"1": 11}, {"1": 21}]
 
 
-def test_a_difference_shows_where_and_how_close() -> None:
-    assert (
-        str(Difference(1, 10, 110, 7, 0.25)) == "prompt 1, token 10: 7 instead of 110, gap in float32 0.2500"
-    )
+def test_table_shows_where_how_close_and_what_is_allowed() -> None:
+    lines = table([Difference(1, 10, 110, 7, 0.25), Difference(2, 3, 5, 6, 0.75)], 0.5).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["2", "3", "5", "6", "0.7500", "0.5000", "WRONG"],
+        ["1", "10", "110", "7", "0.2500", "0.5000", "tie"],
+    ]
+    assert table([], 0.5) == "no token differs"
