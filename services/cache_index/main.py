@@ -26,6 +26,7 @@ from phloem.shared.discovery.registry import Registry
 from phloem.shared.discovery.secret import cluster_secret, reassert_secret
 from phloem.shared.discovery.snapshot import ClusterSnapshot
 from phloem.shared.errors import PhloemError
+from phloem.shared.host_port import host_port
 from phloem.shared.lifecycle.service import stop_event
 from phloem.shared.protocol.cluster import ServiceRecord
 from phloem.shared.rpc.server import RpcServer
@@ -55,7 +56,7 @@ async def run(config: CacheIndexConfig) -> None:
         stack.push_async_callback(server.stop, config.drain_timeout_s)
         scrape = await MetricsServer.start(prometheus, host, config.metrics_port)
         stack.push_async_callback(scrape.close)
-        address = f"{config.advertise_host or host}:{port}"
+        address = host_port(config.advertise_host or host, port)
         gc.collect()
         gc.freeze()  # what lives as long as the process is not looked at again while look-ups wait
         log.info("serving", extra={"address": address, "metrics_port": scrape.port})

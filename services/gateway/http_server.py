@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from phloem.services.gateway.api.errors import error_body
 from phloem.shared.errors import ConfigError, ErrorInfo
+from phloem.shared.host_port import host_port
 
 MAX_HEAD_BYTES = 64 * 1024
 _KEEP_ALIVE_S = 75
@@ -36,7 +37,8 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ConfigError(
-            f"can't listen on {host}:{port}: {error.strerror}. Choose another --port, or stop what uses it.",
+            f"can't listen on {host_port(host, port)}: {error.strerror}. Choose another --port, or stop what "
+            "uses it.",
             param="port",
         ) from error
     listener.setblocking(False)

@@ -19,11 +19,11 @@ from phloem.services.gateway.metrics import GatewayMetrics
 from phloem.services.gateway.served_model import ServedModel, served_name
 from phloem.services.gateway.text.loading import load_prompt_encoder
 from phloem.services.gateway.text.prompt_encoder import PromptEncoder
-from phloem.shared.config.bind_host import host_port
 from phloem.shared.discovery.lease import LeaseKeeper, ServiceLease
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.discovery.secret import cluster_secret
 from phloem.shared.errors import ConfigError
+from phloem.shared.host_port import host_port
 from phloem.shared.lifecycle.service import stop_event
 from phloem.shared.model_store.model_config import load_model_config
 from phloem.shared.model_store.resolve import default_cache_dir, resolve_model

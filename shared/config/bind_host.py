@@ -40,11 +40,6 @@ def resolve_host(host: str, addresses: Mapping[str, str] | None = None) -> str:
     return found[name]
 
 
-def host_port(host: str, port: int) -> str:
-    """HOST:PORT as URLs and gRPC take it, an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _the_private_one(addresses: Mapping[str, str]) -> str:
     private = {name: address for name, address in addresses.items() if _is_private(address)}
     if len(private) != 1:

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 
 from phloem.shared.errors import PhloemError
+from phloem.shared.host_port import host_port
 from phloem.shared.protocol.codec import MAX_MESSAGE_BYTES, Codec
 from phloem.shared.rpc.auth import TOKEN_METADATA_KEY, service_token, token_matches
 from phloem.shared.rpc.status import status_of, trailing_metadata
@@ -98,11 +99,12 @@ class RpcServer:
         Raises `PhloemError` (`port_in_use`) when the address can't be bound.
         """
         try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
+            bound = self._server.add_insecure_port(host_port(host, port))
         except RuntimeError as error:
             raise PhloemError(
                 "port_in_use",
-                f"can't listen on {host}:{port}: is another process using it? Choose another --port.",
+                f"can't listen on {host_port(host, port)}: is another process using it? Choose another "
+                "--port.",
             ) from error
         await self._server.start()
         return bound

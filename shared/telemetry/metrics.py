@@ -10,6 +10,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 import phloem
 from phloem.shared.errors import PhloemError
+from phloem.shared.host_port import host_port
 
 _MAX_HEAD_BYTES = 8192
 _REQUEST_TIMEOUT_S = 5.0
@@ -53,7 +54,8 @@ class MetricsServer:
         except OSError as error:
             raise PhloemError(
                 "port_in_use",
-                f"can't serve metrics on {host}:{port} ({error.strerror}): choose another --metrics-port.",
+                f"can't serve metrics on {host_port(host, port)} ({error.strerror}): choose another "
+                "--metrics-port.",
             ) from error
         self.port = self._server.sockets[0].getsockname()[1]
         return self

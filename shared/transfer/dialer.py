@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from phloem.shared.errors import ErrorInfo, PhloemError
+from phloem.shared.host_port import split_host_port
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Open, Opened, Refused, transfer_message
-from phloem.shared.transfer.addresses import parse_address
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.errors import channel_lost, protocol_violation
 from phloem.shared.transfer.events import ChannelLost, ChannelOpened, PeerCutOff, TransferEvent
@@ -53,7 +53,7 @@ class Dialer:
         """Raises `bad_address`."""
         self.peer = peer
         self.address = address
-        self._host, self._port = parse_address(address)
+        self._host, self._port = split_host_port(address)
         self._config = config
         self._pool = pool
         self._deliver_to_engine = deliver

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 
 from phloem.shared.errors import PhloemError
+from phloem.shared.host_port import split_host_port
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Admitted, Cancel, Last, Piece, Ready
-from phloem.shared.transfer.addresses import parse_address
 from phloem.shared.transfer.channel import not_open
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.decode_channel import DecodeChannel
@@ -58,7 +58,7 @@ class TransferEndpoint:
         until `peer_down` or another epoch of the worker comes up. An address that is none is answered by
         `ChannelLost` (`bad_address`)."""
         try:
-            parse_address(address)
+            split_host_port(address)
         except PhloemError as error:
             self._deliver(ChannelLost(peer, "prefill", error.info))
             return

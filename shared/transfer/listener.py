@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 
 from phloem.shared.errors import PhloemError, overloaded
+from phloem.shared.host_port import host_port
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Open, Opened, Refused, transfer_message
 from phloem.shared.transfer.addresses import listen_on
@@ -52,7 +53,7 @@ class Listener:
         self._deliver = deliver
         self._meter_of = meter_of
         self._socket = listen_on(config.host)
-        self.address = f"{config.host}:{self._socket.getsockname()[1]}"
+        self.address = host_port(config.host, self._socket.getsockname()[1])
         self._strangers = threading.BoundedSemaphore(MAX_UNAUTHENTICATED)
         self._lock = threading.Lock()  # guards all below
         self._closing = threading.Event()

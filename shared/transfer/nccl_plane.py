@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.distributed import ProcessGroupNCCL
 
 from phloem.shared.transfer.device_event import HIGH_PRIORITY, DeviceEvent
 from phloem.shared.transfer.errors import channel_lost
-from phloem.shared.transfer.interfaces import interface_of
+from phloem.shared.transfer.interfaces import nccl_binding
 from phloem.shared.transfer.pending import Incoming, Moved, Pending
 from phloem.shared.transfer.planes import RANKS, PlaneSpec
 from phloem.shared.transfer.rendezvous import ControlStore
@@ -68,7 +67,7 @@ class NcclPlane:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                 self._group.recv([slot[:num_bytes]], 1 - self._rank, 0).wait()
                 slot.record_stream(self._stream)
-                return _Incoming(self._device, self._readers)
+                return ArrivalEvent(self._device, self._readers)
         except RuntimeError as error:
             raise channel_lost(f"receiving failed: {error}") from error
 
@@ -81,8 +80,8 @@ class NcclPlane:
         self._group.abort()
 
 
-class _Incoming(DeviceEvent):
-    """See `Incoming`."""
+class ArrivalEvent(DeviceEvent):
+    """See `Incoming`; recorded behind the receive, in the calling thread's stream."""
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
         super().__init__(device)
@@ -100,4 +99,4 @@ def _keep_torch_from_ending_the_process() -> None:
 def _bind_nccl_to(host: str) -> None:
     """NCCL's bootstrap sockets take an interface, not an address. The operator's own choice stands."""
     if "NCCL_SOCKET_IFNAME" not in os.environ:
-        os.environ["NCCL_SOCKET_IFNAME"] = f"={interface_of(socket.gethostbyname(host))}"
+        os.environ.update(nccl_binding(host))

@@ -10,6 +10,7 @@ from phloem.shared.batch_queue import BatchQueue
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.discovery.secret import reassert_secret
 from phloem.shared.errors import PhloemError, unavailable
+from phloem.shared.host_port import host_port
 from phloem.shared.lifecycle.service import stop_event
 from phloem.shared.protocol.cluster import Role, WorkerLoad, WorkerRecord
 from phloem.shared.protocol.engine import EngineMessage, EngineReady, Stop
@@ -151,7 +152,7 @@ class ServingWorker:
             worker_id=self._me.worker_id,
             epoch=self._me.epoch,
             role=self._role,
-            rpc_address=f"{self._config.advertise_host or self._config.host}:{port}",
+            rpc_address=host_port(self._config.advertise_host or self._config.host, port),
             model_id=self._config.engine.model_path.rstrip("/").rpartition("/")[2],
             page_size=ready.page_size,
             context_length=ready.context_length,

@@ -12,9 +12,9 @@ from typing import TypeVar
 import torch
 
 from phloem.shared.errors import PhloemError
+from phloem.shared.host_port import split_host_port
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Open, Opened, Piece, Refused, TransferMessage, transfer_message
-from phloem.shared.transfer.addresses import parse_address
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.endpoint import TransferEndpoint
 from phloem.shared.transfer.events import ChannelOpened, Side, TransferEvent
@@ -171,7 +171,7 @@ class RoguePeer:
 
 def dial_open(address: str, request: Open, secret: bytes = SECRET) -> tuple[RoguePeer, Opened | Refused]:
     """Connects, proves itself, sends `request`; returns the answer too."""
-    rogue = RoguePeer(socket.create_connection(parse_address(address), 5.0))
+    rogue = RoguePeer(socket.create_connection(split_host_port(address), 5.0))
     try:
         prove_as_dialer(rogue.frames, transfer_key(secret), handshake_deadline(3.0))
     except PhloemError:

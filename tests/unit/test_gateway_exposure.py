@@ -8,8 +8,8 @@ import pytest
 
 from phloem.services.gateway.config import GatewayConfig
 from phloem.services.gateway.main import is_loopback, refuse_anonymous, run
-from phloem.shared.config.bind_host import host_port
 from phloem.shared.errors import ConfigError
+from phloem.shared.host_port import host_port
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from phloem.shared.errors import PhloemError
+from phloem.shared.host_port import split_host_port
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Opened, Refused
-from phloem.shared.transfer.addresses import parse_address
 from phloem.shared.transfer.admission import MAX_CHANNELS, MAX_REMEMBERED_WORKERS, SeenEpochs, refusal
 from phloem.shared.transfer.events import ChannelLost, ChannelOpened
 from phloem.shared.transfer.listener import MAX_UNAUTHENTICATED
@@ -38,7 +38,7 @@ def decode() -> Iterator[Recorded]:
 
 
 def stranger(decode: Recorded) -> socket.socket:
-    return socket.create_connection(parse_address(decode.endpoint.address), 5.0)
+    return socket.create_connection(split_host_port(decode.endpoint.address), 5.0)
 
 
 def is_closed_by_peer(sock: socket.socket) -> bool:

