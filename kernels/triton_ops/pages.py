@@ -10,7 +10,7 @@ from torch import Tensor
 from phloem.kernels.reference.pages import COLUMN_STEP, ROW_STEP, ROW_WORDS
 from phloem.kernels.types import PagedKV
 
-_MAX_BLOCK_WORDS = 2048
+_MAX_BLOCK_WORDS = 1024
 _DIGEST_CELLS = 64
 
 

@@ -9,6 +9,8 @@ from phloem.kernels import ops
 from phloem.shared.engine.cuda_page_store import CudaPageStore
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.transfer.device_event import DeviceEvent
+from phloem.shared.transfer.nccl_plane import ArrivalEvent
+from phloem.shared.transfer.pending import Moved
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,3 +110,55 @@ def test_stream_that_is_held_back_sees_what_was_gathered() -> None:
     sending.synchronize()
     assert torch.equal(sent.cpu(), expected)
     assert gathered.done() and gathered.digest() == digest
+
+
+def late_bytes(slot: torch.Tensor, data: torch.Tensor) -> ArrivalEvent:
+    """`data` comes into `slot` some 80 ms from now, as a receive brings it."""
+    receiving, readers = torch.cuda.Stream(CUDA), torch.cuda.Stream(CUDA)  # type: ignore[no-untyped-call]
+    a = torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(receiving):
+        for _ in range(50):
+            torch.mm(a, a)
+        slot.copy_(data)
+        return ArrivalEvent(CUDA, readers)
+
+
+def queued_scatter(page_ids: list[int]) -> tuple[CudaPageStore, KVCache, ArrivalEvent, Moved, int]:
+    """Of all layers of `source`'s pages, queued behind bytes that have not come."""
+    source, target = make_kv(0), make_kv(1)
+    store = CudaPageStore(on_cuda(target), CUDA)
+    num_bytes = len(page_ids) * NUM_LAYERS * store.layer_page_bytes
+    data = torch.zeros(num_bytes, dtype=torch.uint8)
+    digest = ops.gather_pages(source, torch.tensor(page_ids), 0, NUM_LAYERS, data)
+    slot = torch.zeros(num_bytes, dtype=torch.uint8, device=CUDA)
+    on_device = data.to(CUDA)
+    incoming = late_bytes(slot, on_device)
+    moved = store.scatter(page_ids, 0, NUM_LAYERS, slot, after=incoming)
+    return store, source, incoming, moved, digest
+
+
+def test_scatter_waits_for_its_bytes_on_the_device() -> None:
+    page_ids = [5, 60, 7, 21]
+    store, source, incoming, moved, digest = queued_scatter(page_ids)
+    assert not incoming.done() and not moved.done()
+    moved.wait(5.0)
+    assert moved.digest() == digest
+    for layer in range(NUM_LAYERS):
+        assert torch.equal(store._kv.k[layer][page_ids].cpu(), source.k[layer][page_ids])
+
+
+def test_withdrawn_scatter_writes_nothing_and_holds_no_step_back() -> None:
+    page_ids = [5, 60, 7, 21]
+    store, _, incoming, moved, _ = queued_scatter(page_ids)
+    before = make_kv(1)
+    store.withdraw([moved])
+    step = DeviceEvent(CUDA)
+    assert not incoming.done(), "the bytes came too early for this test to mean anything"
+    step.wait(5.0)
+    assert not incoming.done()
+    moved.wait(5.0)
+    torch.cuda.synchronize()
+    for layer in range(NUM_LAYERS):
+        assert torch.equal(store._kv.k[layer].cpu(), before.k[layer])
+        assert torch.equal(store._kv.v[layer].cpu(), before.v[layer])
