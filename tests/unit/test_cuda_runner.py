@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from torch import Tensor
@@ -22,16 +20,15 @@ from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.requests import Request
 from phloem.shared.engine.step_inputs import RunnerSizes
 from phloem.shared.engine.step_plan import DecodeBatch, DecodeStep, Row, StepPlan
-from phloem.shared.engine.step_runner import LaunchedStep, LayerWatch, StepRunner, SyncStepRunner
-from phloem.shared.protocol.engine import EngineSubmit
-from phloem.shared.protocol.session import SamplingParams, Submit
-from tests.support.engine_world import EngineWorld, FakeDevice
+from phloem.shared.engine.step_runner import LaunchedStep, LayerWatch, SyncStepRunner
+from phloem.shared.protocol.session import SamplingParams
 from tests.support.late_device import LateDevice
-from tests.support.streams import Stream
-from tests.support.tiny_model import VOCAB, random_prompt, tiny_decoder
+from tests.support.requests import make_request
+from tests.support.runner_world import MAX_PAGES, PAGE, SLOTS, RunnerDevice, answers_of
+from tests.support.table_model import TableModel
+from tests.support.tiny_model import VOCAB, tiny_decoder
 
 CPU = torch.device("cpu")
-PAGE, SLOTS, MAX_PAGES, CONTEXT = 4, 6, 50, 200
 
 
 class TableForward:
@@ -74,7 +71,7 @@ class ReferenceLane:
 class Rig:
     """A runner over a tiny decoder, and its device."""
 
-    def __init__(self, num_pages: int, buckets: tuple[int, ...] = (2, SLOTS)) -> None:
+    def __init__(self, num_pages: int, model: TableModel | None = None) -> None:
         decoder = tiny_decoder()
         self.calls = LateDevice()
         kv = KVCache.allocate(decoder.config, num_pages + 1, PAGE, torch.float32, CPU)
@@ -87,15 +84,15 @@ class Rig:
         )
         nothing = torch.zeros(0)
         self.runner = CudaStepRunner(
-            decoder,
+            model or decoder,
             kv,
             CPU,
             CudaAttention({0: (ReferenceLane(), ReferenceLane())}),
             RunnerSizes(SLOTS, MAX_PAGES, 64, PAGE, num_pages),
-            DecodeParts(TableForward(decoder), tables, nothing, nothing),
+            DecodeParts(model or TableForward(decoder), tables, nothing, nothing),
             self.calls,
         )
-        self.runner.capture(list(buckets), lambda done, total: None)
+        self.runner.capture([2, SLOTS], lambda done, total: None)
         self.calls.late = True
 
     def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> LaunchedStep:
@@ -109,83 +106,27 @@ class Rig:
         return step
 
 
-class Device(FakeDevice):
-    """The steps of a real runner; no KV ever leaves."""
-
-    def __init__(self, runner: StepRunner | Rig, num_pages: int) -> None:
-        super().__init__(num_pages, PAGE, SLOTS, runs_ahead=True)
-        self._runner = runner
-        self.num_captured = 0
-
-    def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> LaunchedStep:  # type: ignore[override]
-        self.num_launched += 1
-        self.num_collected += 1
-        self.num_captured += plan.decode is not None
-        return self._runner.launch(plan, watch)
-
-
-def sampling_of(index: int, max_tokens: int) -> SamplingParams:
-    kinds = [
-        {"temperature": 0.0},
-        {"temperature": 0.8, "seed": 7 * index},
-        {"temperature": 1.2, "seed": index, "top_k": 9, "top_p": 0.9},
-    ]
-    # Requests with filters are few and late: most steps are without.
-    kind = kinds[2] if index in (8, 13) else kinds[index % 2]
-    return SamplingParams(max_tokens=max_tokens, ignore_eos=True, **kind)  # type: ignore[arg-type]
-
-
-def streams_of(device: Device, num_pages: int) -> tuple[dict[str, list[int]], int]:
-    """Requests come and go; what each was answered, and how often one was retracted."""
-    rng = random.Random(3)
-    world = EngineWorld(device=device, num_pages=num_pages, page_size=PAGE, slots=SLOTS, budget=64)
-    for index in range(14):
-        prompt = random_prompt(rng.randint(1, 30), index)
-        world.streams[f"r{index}"] = Stream(0)
-        submit = Submit(
-            request_id=f"r{index}",
-            attempt=1,
-            epoch=1,
-            phase="both",
-            token_ids=prompt,
-            num_prompt_tokens=len(prompt),
-            sampling=sampling_of(index, rng.randint(1, 70)),
-        )
-        world.engine.deliver(EngineSubmit(0, submit))
-        for _ in range(rng.randint(0, 8)):
-            world.turn()
-    world.assert_idle()
-    answers = {request_id: stream.token_ids for request_id, stream in world.streams.items()}
-    return answers, world.audit().counters["retractions"]
-
-
 @pytest.mark.parametrize("num_pages", [200, 40])
 def test_tokens_are_those_of_the_synchronous_runner(num_pages: int) -> None:
     decoder = tiny_decoder()
     kv = KVCache.allocate(decoder.config, num_pages, PAGE, torch.float32, CPU)
     plain = SyncStepRunner(decoder, kv, CPU, num_slots=SLOTS, max_pages=MAX_PAGES)
-    expected, _ = streams_of(Device(plain, num_pages), num_pages)
-    device = Device(Rig(num_pages), num_pages)
-    found, num_retractions = streams_of(device, num_pages)
-    assert found == expected
+    expected = answers_of(RunnerDevice(plain, num_pages), num_pages)
+    device = RunnerDevice(Rig(num_pages), num_pages)
+    found = answers_of(device, num_pages)
+    assert found.tokens == expected.tokens
     assert device.num_captured > 60
-    assert (num_retractions > 0) == (num_pages == 40)
+    assert (found.num_retractions > 0) == (num_pages == 40)
 
 
-def make_request(slot: int, page_ids: list[int], sampling: SamplingParams, length: int = 3) -> Request:
-    prompt = random_prompt(length, slot)
-    submit = Submit(
-        request_id=f"slot {slot}",
-        attempt=1,
-        epoch=1,
-        phase="both",
-        token_ids=prompt,
-        num_prompt_tokens=length,
-        sampling=sampling,
-    )
-    request = Request(submit, gateway=0, order=0, eos_token_ids=(), context_length=CONTEXT, now_s=0.0)
-    request.slot, request.page_ids = slot, page_ids
-    return request
+def test_model_of_the_test_on_the_gpu_tells_right_from_wrong() -> None:
+    """`tests/gpu/test_cuda_runner.py` in little."""
+    model = TableModel(CPU, PAGE)
+    device = RunnerDevice(Rig(200, model=model), 200)
+    answers = answers_of(device, 200)
+    for request_id, submit in answers.submits.items():
+        expected = model.answer(submit.token_ids, submit.sampling)
+        assert answers.tokens[request_id] == expected and 0 not in expected
 
 
 def prefilled(rig: Rig, sampling: SamplingParams, count: int = 2) -> list[Request]:
