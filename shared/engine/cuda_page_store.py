@@ -149,5 +149,5 @@ class _Moved:
     def may_still_write(self) -> bool:
         """Takes the page ids back. The device reads them when the bytes have come: if they have not come by
         now, it will find none, and write nothing."""
-        self._on_host[_DIGEST_CELLS:].fill_(_NO_PAGE)
+        self._on_host.numpy()[_DIGEST_CELLS:] = _NO_PAGE
         return not self.done() and (self._after is None or self._after.done())

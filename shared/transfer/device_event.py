@@ -44,3 +44,11 @@ class DeviceEvent:
     def hold_back(self, stream: torch.cuda.Stream) -> None:
         """What `stream` is given from now on begins after this, on the device."""
         stream.wait_event(self._event)
+
+
+class ArrivalEvent(DeviceEvent):
+    """See `Incoming`; recorded behind the receive, in the calling thread's stream."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        super().__init__(device)
+        self.stream = stream

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroupNCCL
 
-from phloem.shared.transfer.device_event import HIGH_PRIORITY, DeviceEvent
+from phloem.shared.transfer.device_event import HIGH_PRIORITY, ArrivalEvent, DeviceEvent
 from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.interfaces import nccl_binding
 from phloem.shared.transfer.pending import Incoming, Moved, Pending
@@ -78,14 +78,6 @@ class NcclPlane:
 
     def abort(self) -> None:
         self._group.abort()
-
-
-class ArrivalEvent(DeviceEvent):
-    """See `Incoming`; recorded behind the receive, in the calling thread's stream."""
-
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
-        super().__init__(device)
-        self.stream = stream
 
 
 def _keep_torch_from_ending_the_process() -> None:

@@ -8,8 +8,7 @@ import torch
 from phloem.kernels import ops
 from phloem.shared.engine.cuda_page_store import CudaPageStore
 from phloem.shared.engine.models.kv_cache import KVCache
-from phloem.shared.transfer.device_event import DeviceEvent
-from phloem.shared.transfer.nccl_plane import ArrivalEvent
+from phloem.shared.transfer.device_event import ArrivalEvent, DeviceEvent
 from phloem.shared.transfer.pending import Moved
 
 pytestmark = [
