@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import tempfile
 import time
@@ -134,6 +135,8 @@ def _run(options: EngineOptions, work: _Work) -> OfflineReport:
         observe,
     )
     start_s = time.perf_counter() - began_s
+    gc.collect()
+    gc.freeze()  # as the engine's own process does
     driver.attach(engine)
     cost = model_cost(config, dtype.itemsize)
     measurements = []
