@@ -166,7 +166,7 @@ def show(measured: list[Measured]) -> None:
 
 def idle(model_path: str, share: float, step_s: float, rounds: int) -> list[float]:
     """Percent of a step without and with masks: the median of the rounds."""
-    model_dir = resolve_model(model_path, cache_dir=default_cache_dir())
+    model_dir = resolve_model(model_path, cache_dir=default_cache_dir(), need_weights=False)
     vocab_size = load_model_config(model_dir).vocab_size
     model = GrammarModel(model_dir, vocab_size, (EOS,), MAX_BATCH, on_cuda=False)
     found = []
