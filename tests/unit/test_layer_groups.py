@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phloem.shared.engine.layer_groups import PIECE_OVERHEAD_S, PrefillStep, layer_groups
+from phloem.shared.engine.layer_groups import (
+    PIECE_OVERHEAD_S,
+    PrefillStep,
+    layer_groups,
+    next_piece_bytes,
+)
 
 MIB = 2**20
 
@@ -60,3 +65,27 @@ def test_groups_cover_all_layers_in_order_and_none_but_the_last_two_is_small(
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_few_layers(num_layers: int) -> None:
     assert layer_groups(PrefillStep(num_layers, 1024 * MIB, 8192, 1e4, 1e9))[-1] == num_layers
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("total", "slot", "pieces"),
+    [
+        (10, 128, [10]),
+        (64, 128, [64]),
+        (100, 128, [64, 36]),
+        (256, 128, [64, 128, 64]),
+        (512, 128, [64, 128, 128, 128, 64]),
+        (600, 128, [64, 128, 128, 128, 88, 64]),
+        (100, 32, [32, 32, 32, 4]),
+    ],
+)
+def test_pieces_are_large_but_for_the_first_and_the_last(total: int, slot: int, pieces: list[int]) -> None:
+    left = total * MIB
+    made: list[int] = []
+    while left:
+        made.append(next_piece_bytes(left, slot * MIB, is_first=not made))
+        left -= made[-1]
+    assert [piece // MIB for piece in made] == pieces
