@@ -33,7 +33,7 @@ class Outbox:
 
     def tokens(self, made: Made, now_s: float) -> None:
         """Tokens that were just appended to their requests."""
-        outputs = self._outputs
+        outputs, finished = self._outputs, made.finished
         for request, token_id in zip(made.requests, made.token_ids, strict=True):
             index = len(request.token_ids) - 1
             output = TokensOut(
@@ -41,8 +41,8 @@ class Outbox:
             )
             if index == request.num_submitted_tokens:
                 output = _as_first(output, request, now_s)
-            if request in made.finished:
-                output = msgspec.structs.replace(output, finish_reason=made.finished[request])
+            if finished and request in finished:  # mostly there are none, and hashing 256 requests counts
+                output = msgspec.structs.replace(output, finish_reason=finished[request])
             outputs[request.gateway].append(output)
 
     def ended(self, request: Request, reason: EndReason, error: ErrorInfo | None = None) -> None:

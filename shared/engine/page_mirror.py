@@ -23,14 +23,15 @@ class PageMirror:
     def changes(self, rows: PagedRows) -> npt.NDArray[np.int32]:
         """Pairs (slot * max_pages + index of the page in its slot, page id), `[P, 2]`, that the device lacks
         of the rows' pages; it counts as having them from now on."""
-        num_pages = (rows.kv_lens + (self._page_size - 1)) // self._page_size
         if rows.same_rows:
-            # At most the page of this step's token is new.
-            columns = num_pages - 1
-            pages = rows.page_table[rows.slots, columns]
-            changed = np.flatnonzero(pages != self._sent[rows.slots, columns])
-            slots, columns = rows.slots[changed], columns[changed]
+            # At most the page of this step's token is new, and only when it is the page's first.
+            positions = rows.kv_lens - 1
+            begun = np.flatnonzero(positions % self._page_size == 0)
+            slots, columns = rows.slots[begun], positions[begun] // self._page_size
+            changed = rows.page_table[slots, columns] != self._sent[slots, columns]
+            slots, columns = slots[changed], columns[changed]
         else:
+            num_pages = (rows.kv_lens + (self._page_size - 1)) // self._page_size
             width = int(num_pages.max())
             differs = rows.page_table[rows.slots, :width] != self._sent[rows.slots, :width]
             differs &= np.arange(width) < num_pages[:, None]

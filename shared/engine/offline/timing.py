@@ -65,10 +65,11 @@ class TimedRunner:
         self._cuda = device.type == "cuda"
         self._waiting_since_s: float | None = None
         self.waited_s = 0.0
+        self.marking_s = 0.0  # spent on the events of this measurement
         self.launches: list[Launch] = []
 
     def reset(self) -> None:
-        self.waited_s = 0.0
+        self.waited_s = self.marking_s = 0.0
         self.launches = []
 
     def launch(self, plan: StepPlan, watch: LayerWatch | None = None) -> TimedStep:
@@ -111,6 +112,8 @@ class TimedRunner:
     def mark(self) -> torch.cuda.Event | None:
         if not self._cuda:
             return None
+        start = time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's stubs
         event.record()
+        self.marking_s += time.perf_counter() - start
         return event
