@@ -25,23 +25,18 @@ def main(argv: list[str] | None = None) -> int:
     config = socket.read_config()
     setup_logging(f"engine {config.worker_id}", config.logs)
     try:
-        _serve(config, socket)
-    except PhloemError as error:
-        _report_failure(socket, error.info)
-        return 1
+        return _serve(config, socket)
     except OSError as error:
         log.warning("the front is gone: %s", error)
         return 1
     except Exception as error:
-        log.exception("the engine failed")
-        _report_failure(socket, ErrorInfo("engine_failed", f"{type(error).__name__}: {error}"))
-        return 1
+        return _fail(socket, error)
     finally:
         socket.close()
-    return 0
 
 
-def _serve(config: EngineConfig, socket: EngineSocket) -> None:
+def _serve(config: EngineConfig, socket: EngineSocket) -> int:
+    """Until the engine stops; returns the process's exit code."""
     ask_for_punctual_threads()
     # torch's own NCCL watchdog must not end the process; it reads these when the first group is made.
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
@@ -57,16 +52,28 @@ def _serve(config: EngineConfig, socket: EngineSocket) -> None:
         socket.start_reading(engine.deliver)
         socket.send(ready)
         engine.run()
+        return 0
+    except OSError:
+        raise
+    except Exception as error:
+        return _fail(socket, error)  # told first: a device that hangs may hold up the endpoint's end
     finally:
         endpoint.close()
 
 
-def _report_failure(socket: EngineSocket, error: ErrorInfo) -> None:
-    log.error("%s", error.message)
+def _fail(socket: EngineSocket, error: Exception) -> int:
+    """Logs the error and tells the front; returns the exit code."""
+    if isinstance(error, PhloemError):
+        info = error.info
+        log.error("%s", error)
+    else:
+        info = ErrorInfo("engine_failed", f"{type(error).__name__}: {error}")
+        log.error("the engine failed", exc_info=error)
     try:
-        socket.send(EngineFailed(error))
+        socket.send(EngineFailed(info))
     except OSError:
         log.warning("the front is gone and can't be told")
+    return 1
 
 
 if __name__ == "__main__":

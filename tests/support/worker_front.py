@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -104,12 +104,15 @@ async def running_front(
     *,
     worker_id: str = "w1",
     step_s: float = 0.002,
+    engine_command: Sequence[str] = (),
     change: Callable[[WorkerConfig], WorkerConfig] = lambda config: config,
 ) -> AsyncIterator[Front]:
-    """A front that has registered; it is cancelled at the end when it still runs."""
+    """A front that has registered, over a fake engine unless `engine_command` says else; it is cancelled at
+    the end when it still runs."""
     metrics_port = free_port()
     config = change(replaced(metrics_port=metrics_port)(worker_config(redis_url, model_dir, worker_id)))
-    task = asyncio.create_task(run_worker(config, role, engine_command=fake_engine_command(step_s)))
+    command = engine_command or fake_engine_command(step_s)
+    task = asyncio.create_task(run_worker(config, role, engine_command=command))
     registry = Registry(redis_url)
     try:
         front = Front(task, await find_worker(registry, worker_id, task), metrics_port)

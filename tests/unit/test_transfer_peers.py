@@ -1,0 +1,162 @@
+"""More peers than there is staging memory for; peers that come and go; peers that nobody can reach."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import msgspec
+import pytest
+
+from phloem.shared.protocol.session import PeerRef
+from phloem.shared.transfer import redial
+from phloem.shared.transfer.events import ChannelLost, ChannelOpened, PeerCutOff, PieceReceived
+from phloem.shared.transfer.pending import MovedNow
+from phloem.shared.transfer.staging import StagingSlot
+from tests.support.transfer import HOST, SLOT_BYTES, Recorded, piece, transfer_config, wait_until
+
+NUM_JOINS = 25
+
+
+class Peers:
+    """Endpoints by name; every one is closed at the end."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+
+    def start(self, name: str, *, max_peers: int = 8, slots: int = 1) -> Recorded:
+        config = transfer_config(PeerRef(name, 1), accepts=name.startswith("d"))
+        config = msgspec.structs.replace(config, max_peers=max_peers, staging_slots=slots)
+        recorded = Recorded(config)
+        self._stack.callback(recorded.endpoint.close, 0.0)
+        return recorded
+
+
+@pytest.fixture
+def peers() -> Iterator[Peers]:
+    with ExitStack() as stack:
+        yield Peers(stack)
+
+
+def ref(name: str) -> PeerRef:
+    return PeerRef(name, 1)
+
+
+def dial(prefill: Recorded, decode: Recorded, name: str) -> None:
+    prefill.endpoint.peer_up(ref(name), decode.endpoint.address)
+
+
+def open_channel(prefill: Recorded, decode: Recorded, name: str) -> None:
+    dial(prefill, decode, name)
+    prefill.next_of(ChannelOpened)
+    decode.next_of(ChannelOpened)
+
+
+def send(prefill: Recorded, name: str, fill: int) -> StagingSlot | None:
+    """One piece; None when the channel has no slot or no credit."""
+    slot = prefill.endpoint.acquire_slot(ref(name))
+    if slot is not None:
+        slot.tensor.fill_(fill)
+        prefill.endpoint.send_piece(ref(name), piece("r", fill), slot, MovedNow(fill))
+    return slot
+
+
+def test_decode_side_without_memory_refuses_and_takes_the_peer_when_another_leaves(
+    peers: Peers, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)  # not lower: a kept record of a channel's end keeps the channel
+    decode = peers.start("d", max_peers=2)
+    first, second, third = (peers.start(name) for name in ("p1", "p2", "p3"))
+    open_channel(first, decode, "d")
+    open_channel(second, decode, "d")
+    dial(third, decode, "d")
+    refused = third.next(PeerCutOff)
+    assert (refused.peer, refused.error.code, refused.error.retryable) == (ref("d"), "staging_full", True)
+    assert "d has staging memory for 2 peers" in refused.error.message
+    assert "--transfer-peers" in refused.error.message
+    assert third.endpoint.status().cut_off == ("d",)
+    said = [record.getMessage() for record in caplog.records if "--transfer-peers" in record.getMessage()]
+    assert any(text.startswith("PeerRef") and "is refused a transfer channel" in text for text in said)
+    assert any("requests go elsewhere, next try in 1 s" in text for text in said)
+    first.endpoint.peer_down(ref("d"))
+    third.next_of(ChannelOpened, 10.0)
+    assert third.endpoint.status().cut_off == ()
+    assert send(third, "d", 1) and decode.next_of(PieceReceived).peer == ref("p3")
+
+
+def test_prefill_side_without_memory_tells_both_sides_and_dials_when_a_peer_leaves(
+    peers: Peers, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    prefill = peers.start("p", max_peers=1)
+    one, two = peers.start("d1"), peers.start("d2")
+    open_channel(prefill, one, "d1")
+    dial(prefill, two, "d2")
+    assert prefill.next(PeerCutOff, 10.0).error.code == "staging_full"
+    assert prefill.endpoint.status().cut_off == ("d2",)
+    wait_until(lambda: "a transfer connection is refused: p has staging memory for 1 peers" in caplog.text)
+    prefill.endpoint.peer_down(ref("d1"))
+    prefill.next_of(ChannelOpened)
+    two.next_of(ChannelOpened)
+    assert prefill.endpoint.status().num_channels == two.endpoint.status().num_channels == 1
+
+
+def test_channels_whose_slots_are_all_lent_hold_up_nobody_else(peers: Peers) -> None:
+    """One decode worker's engine reads nothing; the others' pieces come through for as long as they like."""
+    prefill = peers.start("p", max_peers=3, slots=2)
+    decodes = {name: peers.start(name, slots=2) for name in ("d1", "d2", "d3")}
+    for name, decode in decodes.items():
+        open_channel(prefill, decode, name)
+    while send(prefill, "d1", 1) is not None:
+        pass
+    stuck = [decodes["d1"].next_of(PieceReceived), decodes["d1"].next_of(PieceReceived)]
+    for fill in range(20):
+        for name in ("d2", "d3"):
+            wait_until(lambda n=name, f=fill: send(prefill, n, f))  # type: ignore[misc]
+            received = decodes[name].next_of(PieceReceived)
+            assert int(received.data[0]) == fill
+            decodes[name].endpoint.release(received)
+    assert prefill.endpoint.acquire_slot(ref("d1")) is None
+    for received in stuck:
+        decodes["d1"].endpoint.release(received)
+    wait_until(lambda: send(prefill, "d1", 2))
+
+
+def test_memory_of_every_peer_comes_back_when_it_leaves(peers: Peers) -> None:
+    """Decode workers that join, take a piece, and leave; one stays, and is served all the while."""
+    prefill = peers.start("p", max_peers=2, slots=2)
+    stays = peers.start("d-stays", slots=2)
+    open_channel(prefill, stays, "d-stays")
+    held = prefill.endpoint.status().staging_lent_bytes
+    assert held == 2 * SLOT_BYTES
+    for n in range(NUM_JOINS):
+        name = f"d{n}"
+        joins = peers.start(name, slots=2)
+        open_channel(prefill, joins, name)
+        assert prefill.endpoint.status().staging_lent_bytes == held + SLOT_BYTES
+        assert send(prefill, name, 3) is not None
+        assert int(joins.next_of(PieceReceived).data[0]) == 3
+        assert send(prefill, "d-stays", 4) is not None
+        stays.endpoint.release(stays.next_of(PieceReceived))
+        joins.endpoint.close(0.0)
+        assert prefill.next_of(ChannelLost).peer == ref(name)
+        prefill.endpoint.peer_down(ref(name))
+        wait_until(lambda: prefill.endpoint.status().staging_lent_bytes == held)
+        assert joins.endpoint.status().staging_lent_bytes == 0
+    assert stays.endpoint.status().num_channels == prefill.endpoint.status().num_channels == 1
+
+
+def test_peer_that_does_not_answer_is_cut_off_until_it_does(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redial, "CUT_OFF_AFTER_S", 0.2)
+    with socket.create_server((HOST, 0)) as placeholder:
+        port = placeholder.getsockname()[1]
+    prefill = peers.start("p")
+    prefill.endpoint.peer_up(ref("d"), f"{HOST}:{port}")
+    assert prefill.next(PeerCutOff).error.code == "channel_lost"
+    assert prefill.endpoint.status().cut_off == ("d",)
+    prefill.endpoint.peer_down(ref("d"))
+    assert prefill.endpoint.status().cut_off == ()
