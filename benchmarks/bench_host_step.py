@@ -42,6 +42,7 @@ from phloem.shared.engine.offline.null_device import NullRunner
 from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.radix_tree import RadixTree
 from phloem.shared.engine.step_inputs import RunnerSizes
+from phloem.shared.errors import PhloemError
 from phloem.shared.model_store.model_config import load_model_config
 from phloem.shared.model_store.resolve import default_cache_dir, resolve_model
 from phloem.shared.protocol.engine import EngineUp, engine_up
@@ -210,7 +211,11 @@ def main() -> int:
 
 def on_gpu(options: argparse.Namespace) -> int:
     batch, context = max(int(batch) for batch in options.batch.split(",")), options.context or 1024
-    found = measure_on_gpu(options.model_path or str(SHAPE), batch, context, options.rounds)
+    try:
+        found = measure_on_gpu(options.model_path or str(SHAPE), batch, context, options.rounds)
+    except PhloemError as error:
+        print(error, file=sys.stderr)
+        return 2
     show_breakdown(found, batch, context)
     return judge("the mean", found.mean_us, check=options.check)
 
