@@ -242,6 +242,7 @@ class Engine:
         self._steps.check_hang(now_s)
         self._status.transfer_bytes_per_s = self._parts.transfer_bytes_per_s()
         self._status.transfer = self._parts.transfer_status()
+        self._ends.fail_cut_off(self._status.transfer.cut_off)
         self._ends.handovers(self._receiver.expired())
         in_the_way = self._sender.in_the_way() if self._scheduler.short_of_pages else None
         if in_the_way is not None:

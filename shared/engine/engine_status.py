@@ -47,7 +47,7 @@ class EngineStatus:
             tree_pages=self._account.tree.num_pages,
             exposed_transfer_s=self._sender.exposure.average_s,
             num_handing_over=scheduler.num_requests - scheduler.num_running - scheduler.num_waiting,
-            cut_off=self.transfer.cut_off,
+            cut_off=tuple(sorted(self.transfer.cut_off)),
             num_channels=self.transfer.num_channels,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from phloem.shared.engine.handover import Ended
 from phloem.shared.engine.handover_receive import HandoverReceiver
@@ -59,6 +59,16 @@ class RequestEnds:
         for request in self._scheduler.live_requests():
             if request.phase != "both" and request.peer == peer:
                 self.drop(request, "failed", error)
+
+    def fail_cut_off(self, cut_off: Mapping[str, ErrorInfo]) -> None:
+        """Requests for a worker, by id, that no channel opens with: they would wait in vain, and the gateway
+        finds another pair for them."""
+        for request in self._scheduler.live_requests() if cut_off else ():
+            if request.phase == "prefill" and request.peer is not None:
+                why = cut_off.get(request.peer.worker_id)
+                if why is not None:
+                    message = f"no KV channel with {request.peer.worker_id}: {why.message}"
+                    self.drop(request, "failed", ErrorInfo("channel_refused", message, True, 503))
 
     def fail_overdue(self, now_s: float) -> None:
         """Requests whose own deadline has passed."""

@@ -15,7 +15,6 @@ from phloem.shared.transfer.events import (
     ChannelLost,
     ChannelOpened,
     LastReceived,
-    PeerCutOff,
     PieceReceived,
     ReadyReceived,
     SlotAvailable,
@@ -40,8 +39,6 @@ class TransferIntake:
                     self._receiver.on_opened(peer)
             case ChannelLost(peer, side, error):
                 self._lost(peer, side, error)
-            case PeerCutOff(peer, error):
-                self._cut_off(peer, error)
             case ReadyReceived(peer, message):
                 self._sender.on_ready(peer, message)
             case SlotAvailable():
@@ -63,10 +60,3 @@ class TransferIntake:
         log.warning("KV channel with %s (as %s) is lost: %s", peer.worker_id, side, error.message)
         end = self._receiver if side == "decode" else self._sender
         self._ends.handovers(end.on_lost(peer, error))
-        if side == "prefill" and not error.retryable:
-            self._cut_off(peer, error)
-
-    def _cut_off(self, peer: PeerRef, error: ErrorInfo) -> None:
-        """What waits for a channel would wait in vain: the gateway finds another pair for it."""
-        why = ErrorInfo("channel_refused", f"no KV channel with {peer.worker_id}: {error.message}", True, 503)
-        self._ends.fail_peers_requests(peer, why)

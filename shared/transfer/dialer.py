@@ -16,7 +16,7 @@ from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Open, Opened, Refused, transfer_message
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.errors import channel_lost, protocol_violation
-from phloem.shared.transfer.events import ChannelLost, ChannelOpened, PeerCutOff, TransferEvent
+from phloem.shared.transfer.events import ChannelLost, ChannelOpened, TransferEvent
 from phloem.shared.transfer.frames import FrameSocket
 from phloem.shared.transfer.handshake import handshake_deadline, prove_as_dialer, transfer_key
 from phloem.shared.transfer.planes import PlaneSpec
@@ -113,10 +113,10 @@ class Dialer:
                 return
             pause_s = self._redial.failed(attempt.error, began_s, time.monotonic())
             if not self._stopped.is_set():
-                self._tell_cut_off(pause_s)
+                self._log_cut_off(pause_s)
                 self._retry.wait(pause_s)
 
-    def _tell_cut_off(self, pause_s: float) -> None:
+    def _log_cut_off(self, pause_s: float) -> None:
         error = self._redial.cut_off
         if error is not None:
             log.warning(
@@ -125,7 +125,6 @@ class Dialer:
                 pause_s,
                 error.message,
             )
-            self._deliver_to_engine(PeerCutOff(self.peer, error))
 
     def _deliver(self, event: TransferEvent) -> None:
         if isinstance(event, ChannelOpened):

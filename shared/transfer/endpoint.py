@@ -154,7 +154,7 @@ class TransferEndpoint:
         accepted = self._listener.num_open if self._listener is not None else 0
         return TransferStatus(
             sum(channel.is_open for channel in channels) + accepted,
-            tuple(sorted(dialer.peer.worker_id for dialer in dialers if dialer.cut_off is not None)),
+            {d.peer.worker_id: error for d in dialers if (error := d.cut_off) is not None},
             self._pool.lent_bytes,
         )
 

@@ -45,15 +45,6 @@ class ChannelLost:
 
 
 @dataclass(frozen=True, slots=True)
-class PeerCutOff:
-    """Prefill side: no channel opens with this peer for now; it is dialed again, ever more rarely. Comes with
-    each attempt that fails: what waits for the channel by then should go elsewhere."""
-
-    peer: PeerRef
-    error: ErrorInfo
-
-
-@dataclass(frozen=True, slots=True)
 class ReadyReceived:
     """Prefill side."""
 
@@ -123,7 +114,6 @@ class CancelReceived:
 TransferEvent: TypeAlias = (
     ChannelOpened
     | ChannelLost
-    | PeerCutOff
     | ReadyReceived
     | AdmittedReceived
     | SlotAvailable

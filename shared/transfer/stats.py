@@ -6,6 +6,8 @@ import threading
 
 import msgspec
 
+from phloem.shared.errors import ErrorInfo
+
 
 class PeerStats(msgspec.Struct, frozen=True):
     """Cumulative over the peer's channels. Seconds count the time in which at least one piece was under way,
@@ -21,12 +23,12 @@ class PeerStats(msgspec.Struct, frozen=True):
 
 
 class TransferStatus(msgspec.Struct, frozen=True):
-    """An endpoint as it is now. `num_channels` are open; `cut_off` are the ids of the workers that can't be
-    handed over to for the time being: dialed in vain, or refused. `staging_lent_bytes` are held by channels,
-    or still in use of those that have ended."""
+    """An endpoint as it is now. `num_channels` are open; `cut_off` are the workers, by id, that can't be
+    handed over to for the time being, dialed in vain or refused, and why. `staging_lent_bytes` are held by
+    channels, or still in use of those that have ended."""
 
     num_channels: int = 0
-    cut_off: tuple[str, ...] = ()
+    cut_off: dict[str, ErrorInfo] = {}
     staging_lent_bytes: int = 0
 
 

@@ -29,6 +29,7 @@ from phloem.shared.protocol.engine import (
 )
 from phloem.shared.protocol.session import Grammar, PeerRef, Phase, SamplingParams, Submit
 from phloem.shared.transfer.pending import DONE, Incoming, Moved, MovedNow
+from phloem.shared.transfer.stats import TransferStatus
 from tests.support.handover_wire import Wire
 from tests.support.streams import Stream
 
@@ -170,6 +171,7 @@ class EngineWorld:
         grammars: GrammarParts | None = None,
     ) -> None:
         self.now_s = 1000.0
+        self.transfer = TransferStatus()
         self.device = device or FakeDevice(num_pages, page_size, slots, runs_ahead=runs_ahead)
         self.said: list[EngineUp] = []
         self.streams: dict[str, Stream] = {}
@@ -189,6 +191,7 @@ class EngineWorld:
                 handover_timeout_s=HANDOVER_TIMEOUT_S,
                 overlap=overlap,
                 grammars=grammars,
+                transfer_status=lambda: self.transfer,
                 clock=lambda: self.now_s,
             )
         )

@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phloem.shared.errors import ErrorInfo
 from phloem.shared.protocol.engine import AbortGateway, EngineAbort
 from phloem.shared.protocol.session import TokensOut
 from phloem.shared.transfer.events import PieceReceived
+from phloem.shared.transfer.stats import TransferStatus
 from tests.support.engine_pair import PAGE, Pair, Sides, assert_tokens
 from tests.support.engine_world import HANDOVER_TIMEOUT_S, next_tokens
-from tests.support.handover_wire import Wire
+from tests.support.handover_wire import D, Wire
 
 
 @pytest.mark.parametrize("runs_ahead", [True, False])
@@ -251,3 +253,20 @@ def test_steps_beside_hand_overs_begin_after_the_reads_of_pages_they_may_be_give
     assert sides.handed_over
     assert pair.prefill.device.num_fences >= pair.prefill.device.num_launched
     assert pair.decode.device.num_fences == 0, "a decode step waits for no other request's pages"
+
+
+def test_requests_for_a_peer_that_is_cut_off_fail_at_once_and_others_go_on() -> None:
+    pair = Pair(Wire(is_open=False))
+    in_vain = pair.submit_prefill("in vain", [1] * 9)
+    both = pair.prefill.submit("both", [2] * 9, 3, phase="both")
+    pair.prefill.transfer = TransferStatus(
+        cut_off={D.worker_id: ErrorInfo("staging_full", "no memory", True)}
+    )
+    pair.prefill.now_s += 1.0
+    pair.assert_idle()
+    assert in_vain.error is not None
+    assert (in_vain.error.code, in_vain.error.retryable) == ("channel_refused", True)
+    assert in_vain.error.message == f"no KV channel with {D.worker_id}: no memory"
+    assert (both.ended, both.token_ids) == ("finished", next_tokens([2] * 9, 3))
+    assert pair.prefill.reports[-1].load is not None
+    assert any(report.load and report.load.cut_off == (D.worker_id,) for report in pair.prefill.reports)
