@@ -28,11 +28,17 @@ from phloem.cli.up.model import prepare_model
 from phloem.cli.up.plan import ChildSpec, Kind, Surroundings, placed_options, plan_services, served_model_name
 from phloem.cli.up.ports import bound_socket, free_port, require_free_port
 from phloem.cli.up.restart_policy import next_restart
+from phloem.cli.up.secret import keep_secret
 from phloem.cli.up.summary import curl_line
 from phloem.cli.up.supervisor import Supervisor
 from phloem.cli.up.valkey import plan_valkey, wait_for_redis
+from phloem.shared.discovery import keys
+from phloem.shared.discovery.registry import Registry
+from phloem.shared.discovery.secret import cluster_secret
 from phloem.shared.engine.config import EngineOptions
 from phloem.shared.errors import ConfigError, PhloemError
+from tests.support.valkey import ValkeyServer
+from tests.support.waiting import until_async
 
 DEADLINE_S = 15.0
 
@@ -325,6 +331,24 @@ async def test_valkey_listens_on_loopback_with_a_password_and_dies_with_its_pare
             await stranger.ping()
         await stranger.aclose()
     assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+async def test_secret_is_there_for_services_that_join_also_after_redis_lost_its_data(
+    registry: Registry, valkey: ValkeyServer
+) -> None:
+    keeping = asyncio.create_task(keep_secret(valkey.url, b"agreed"))
+    try:
+        for _ in range(2):
+            await until_async(lambda: _is_kept(registry))
+            assert await cluster_secret(registry) == b"agreed"
+            await registry.link.command("FLUSHALL")
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+
+
+async def _is_kept(registry: Registry) -> bool:
+    return bool(await registry.link.command("EXISTS", keys.CLUSTER_SECRET))
 
 
 def test_killed_supervisor_leaves_no_child(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """`phloem up`: prepare, start, wait, show, answer, then supervise until told to stop.
 
-1. The ports are free? 2. The model is fetched and converted once. 3. Valkey, unless --redis-url. 4. The
-index, workers and gateways start together. 5. A table, the URL, a curl line and a real answer. 6. Children
-that die are started again. 7. A signal stops gateways, workers, the index, Valkey; a second one kills.
+1. The ports are free? 2. Valkey, unless --redis-url; the cluster's secret is agreed on there, so that more
+services can join later. 3. The model is fetched and converted once. 4. The index, workers and gateways start
+together. 5. A table, the URL, a curl line and a real answer. 6. Children that die are started again. 7. A
+signal stops gateways, workers, the index, Valkey; a second one kills.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ from phloem.cli.up.plan import (
 )
 from phloem.cli.up.ports import free_port, require_free_port
 from phloem.cli.up.readiness import gateway_url, wait_until_ready
+from phloem.cli.up.secret import keep_secret
 from phloem.cli.up.summary import curl_line, print_answer, service_table
 from phloem.cli.up.supervisor import Supervisor
 from phloem.cli.up.valkey import plan_valkey, wait_for_redis
 from phloem.shared.config.bind_host import resolve_host
 from phloem.shared.discovery.registry import Registry
+from phloem.shared.discovery.secret import cluster_secret
 from phloem.shared.discovery.snapshot import ClusterSnapshot
 from phloem.shared.errors import ConfigError, PhloemError
 from phloem.shared.lifecycle.service import run_service, stop_event
@@ -69,6 +72,8 @@ class UpRun:
         self._config_path = config_path
         self._console = console
         self._host = resolve_host(config.host)
+        self._redis_url = config.redis_url
+        self._secret = b""
 
     async def run(self) -> None:
         """Ends on a signal, or after the answer with `--once`. Raises `PhloemError` if it can't start."""
@@ -81,7 +86,7 @@ class UpRun:
             serving = self._until_served(supervisor)
             if await _first_of(serving, supervisor.failure(), stop.wait()) and not self._config.once:
                 self._line("Ctrl-C stops the cluster.")
-                await stop.wait()
+                await self._until_stopped(stop)
             self._line("Stopping ...")
         if not self._config.run_dir and not any(c.num_restarts for c in supervisor.children.values()):
             shutil.rmtree(run_dir, ignore_errors=True)
@@ -91,20 +96,27 @@ class UpRun:
         """From nothing to a cluster that has answered."""
         async with asyncio.timeout(self._config.start_timeout_s), AsyncExitStack() as stack:
             with display_for(self._console) as display:
-                redis_url = await self._redis(supervisor, display)
+                await self._redis(supervisor, display)
+                registry = Registry(self._redis_url)
+                stack.push_async_callback(registry.close)
+                self._secret = await cluster_secret(registry, self._config.cluster_secret)
                 model_dir = await self._model(display)
-                specs = self._plan(redis_url, model_dir)
+                specs = self._plan(model_dir)
                 for spec in specs:
                     await supervisor.start(spec)
                     display.stage(spec.name, Stage("starting", 0, 0))
-                registry = Registry(redis_url)
-                stack.push_async_callback(registry.close)
                 snapshot = await wait_until_ready(supervisor, specs, registry, self._host, display)
         supervisor.settle()
         await self._show(supervisor, specs, snapshot)
 
-    async def _redis(self, supervisor: Supervisor, display: Display) -> str:
-        """The URL of a Redis that answers: the user's, or a Valkey of our own."""
+    async def _until_stopped(self, stop: asyncio.Event) -> None:
+        if self._config.cluster_secret:
+            await stop.wait()
+        else:
+            await _first_of(keep_secret(self._redis_url, self._secret), stop.wait())
+
+    async def _redis(self, supervisor: Supervisor, display: Display) -> None:
+        """Waits for a Redis that answers: the user's, or a Valkey of our own."""
         if self._config.redis_url:
             registry = Registry(self._config.redis_url)
             try:
@@ -114,13 +126,13 @@ class UpRun:
             finally:
                 await registry.close()
             display.ready("redis")
-            return self._config.redis_url
+            return
         display.stage("valkey", Stage("starting", 0, 0))
         valkey = plan_valkey(supervisor.run_dir, self._host, free_port(self._host))
         await supervisor.start(valkey.spec)
         await wait_for_redis(valkey.url)
         display.ready("valkey")
-        return valkey.url
+        self._redis_url = valkey.url
 
     async def _model(self, display: Display) -> Path:
         options = self._config.engine
@@ -133,10 +145,10 @@ class UpRun:
         display.ready("model", path.name)
         return path
 
-    def _plan(self, redis_url: str, model_dir: Path) -> list[ChildSpec]:
+    def _plan(self, model_dir: Path) -> list[ChildSpec]:
         around = Surroundings(
-            redis_url=redis_url,
-            cluster_secret=self._config.cluster_secret or secrets.token_hex(32),
+            redis_url=self._redis_url,
+            cluster_secret=self._secret.decode(),
             model_dir=model_dir,
             config_path=self._config_path,
             environ=os.environ,

@@ -26,7 +26,7 @@ class UpConfig(Struct, frozen=True, kw_only=True):
         str, Meta(description="a Redis or Valkey to use; empty: start a Valkey of our own")
     ] = ""
     cluster_secret: Annotated[
-        str, Meta(description="secret that the services share; empty: a new random one")
+        str, Meta(description="secret that all services share; empty: the one kept in Redis")
     ] = ""
     run_dir: Annotated[
         str, Meta(description="folder for logs; empty: a new one under the temporary folder")
