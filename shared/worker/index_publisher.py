@@ -122,7 +122,8 @@ class IndexPublisher:
             try:
                 await self._publish_to(channel)
             except PhloemError as error:
-                log.info("publishing to the index is interrupted: %s", error, extra={"index": address})
+                level = logging.DEBUG if self._num_failures else logging.INFO  # said once, not every second
+                log.log(level, "publishing to the index is interrupted: %s", error, extra={"index": address})
                 self._num_failures += 1
                 if error.code not in _REPLICA_LOST:
                     self._forget_slot()
