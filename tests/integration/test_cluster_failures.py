@@ -139,6 +139,49 @@ def test_workers_join_and_drain_while_requests_run(smollm2_dir: Path, tmp_path: 
             assert sum(asker.result(timeout=60) for asker in askers) > 3
 
 
+def test_decode_worker_dies_and_another_joins_while_requests_run(smollm2_dir: Path, tmp_path: Path) -> None:
+    """Two prefill and three decode workers, with staging memory for three peers: the one that joins gets what
+    the dead one had. Nobody else restarts, and no client sees anything but its tokens."""
+    flags = ("--dtype", "float32", "--transfer-peers", "3", "--staging-bytes", str(1 << 20))
+    policy = ("--routing-policy", "round_robin")  # all pairs, whatever they cost
+    with running_cluster(
+        smollm2_dir, tmp_path, prefill=2, decode=3, worker_flags=flags, gateway_flags=policy
+    ) as cluster:
+        staying = {"prefill-0", "prefill-1", "decode-0", "decode-2"}
+        prompts = [f"{PROMPT} in the year {year}, when the river" for year in range(1500, 1506)]
+        expected = {prompt: generate(cluster, 24, prompt) for prompt in prompts}
+        pids = {name: (cluster.processes[name].pid, cluster.engine_pid(name)) for name in staying}
+        stop = threading.Event()
+
+        def keep_asking(prompt: str) -> int:
+            count = 0
+            while not stop.is_set():
+                assert generate(cluster, 24, prompt) == expected[prompt]
+                count += 1
+            return count
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            askers = [pool.submit(keep_asking, prompt) for prompt in prompts]
+            try:
+                cluster.wait_until(lambda: cluster.audit("decode-1").num_requests > 0, "decode-1 is busy")
+                cluster.kill_worker("decode-1")
+                cluster.spawn_worker("decode", "decode-3")
+                cluster.wait_for_workers(staying | {"decode-3"})
+                cluster.wait_until(
+                    lambda: (
+                        cluster.counters("decode-3")["channels"] == 2
+                        and cluster.counters("decode-3")["pages_received"] > 0
+                    ),
+                    "decode-3 is handed requests over",
+                )
+            finally:
+                stop.set()
+            assert min(asker.result(timeout=60) for asker in askers) > 0
+        assert pids == {n: (cluster.processes[n].pid, cluster.engine_pid(n)) for n in staying}
+        for name in staying:
+            assert cluster.counters(name)["channels"] == (3 if name.startswith("prefill") else 2)
+
+
 def test_redis_that_dies_and_comes_back_empty_fails_no_request(smollm2_dir: Path, tmp_path: Path) -> None:
     with running_cluster(smollm2_dir, tmp_path) as cluster:
         expected = generate(cluster, 16)

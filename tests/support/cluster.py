@@ -37,10 +37,18 @@ class Cluster:
     """Use as a context manager. Workers are named `prefill-0`, `decode-1`, ...; a restarted one keeps its
     name and gets a new epoch."""
 
-    def __init__(self, model_dir: Path, log_dir: Path, *, worker_flags: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        log_dir: Path,
+        *,
+        worker_flags: tuple[str, ...] = (),
+        gateway_flags: tuple[str, ...] = (),
+    ) -> None:
         self._model_dir = model_dir
         self._log_dir = log_dir
         self._worker_flags = worker_flags
+        self._more_gateway_flags = gateway_flags
         self._clients: list[OpenAI] = []
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.valkey = ValkeyServer(password="test password")
@@ -120,7 +128,8 @@ class Cluster:
         return (self._log_dir / f"{name}.log").read_text(errors="replace")
 
     def _gateway_flags(self) -> tuple[str, ...]:
-        return ("--model-path", str(self._model_dir), "--served-model-name", MODEL_NAME)
+        named = ("--model-path", str(self._model_dir), "--served-model-name", MODEL_NAME)
+        return (*named, *self._more_gateway_flags)
 
     # -- waiting ---------------------------------------------------------------------------------------
 
@@ -236,9 +245,10 @@ def running_cluster(
     decode: int = 1,
     unified: int = 0,
     worker_flags: tuple[str, ...] = (),
+    gateway_flags: tuple[str, ...] = (),
 ) -> Iterator[Cluster]:
     """A started cluster; its pages are audited when the block ends well."""
-    with Cluster(model_dir, log_dir, worker_flags=worker_flags) as cluster:
+    with Cluster(model_dir, log_dir, worker_flags=worker_flags, gateway_flags=gateway_flags) as cluster:
         cluster.start(prefill=prefill, decode=decode, unified=unified)
         yield cluster
         cluster.assert_audits_clean()
