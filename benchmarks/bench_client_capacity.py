@@ -17,12 +17,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
 import os
 import sys
-import urllib.request
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -40,6 +37,7 @@ from phloem.shared.bench.prompt_source import make_source
 from phloem.shared.bench.protocol import Setup, StartBlock, TargetSpec, Tick
 from phloem.shared.bench.result import RunResult
 from phloem.shared.bench.statistics import summarize
+from tests.support.bench import SilentWatcher, server_log, true_latencies
 from tests.support.delay_server import running_delay_server
 
 NUM_REQUESTS = 2_000
@@ -109,7 +107,7 @@ async def one_accuracy(url: str, delay: dict[str, object]) -> RunResult:
         load=LoadOptions(concurrency=8, num_prompts=200),
         prompt_kind="tokens",
     )
-    return await Controller(options, _Silent(), sys.argv).run()
+    return await Controller(options, SilentWatcher(), sys.argv).run()
 
 
 def accuracy(title: str, delay: dict[str, object], rounds: int) -> bool:
@@ -129,11 +127,9 @@ def accuracy(title: str, delay: dict[str, object], rounds: int) -> bool:
 
 
 def _errors(result: RunResult, url: str) -> list[tuple[str, float, float, float]]:
-    with urllib.request.urlopen(f"{url}/log") as response:
-        log: dict[str, Any] = json.load(response)
-    target = result.targets[0]
+    target, log = result.targets[0], server_log(url)
     rows = []
-    for metric, values in _true([log[record.id] for record in target.records]).items():
+    for metric, values in true_latencies([log[record.id] for record in target.records]).items():
         summary = summarize(values)
         assert summary is not None
         for stat in STATS:
@@ -141,25 +137,6 @@ def _errors(result: RunResult, url: str) -> list[tuple[str, float, float, float]
             assert isinstance(got, float)
             rows.append((f"{stat} {metric}", got, true, abs(got - true) / max(0.02 * true, 1.0)))
     return rows
-
-
-def _true(entries: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    values: dict[str, list[float]] = {"ttft": [], "itl": [], "tpot": [], "e2e_latency": []}
-    for entry in entries:
-        start, writes = entry["received_s"], entry["writes_s"]
-        values["ttft"].append((writes[0] - start) * 1e3)
-        values["itl"] += [(later - earlier) * 1e3 for earlier, later in itertools.pairwise(writes)]
-        values["tpot"].append((writes[-1] - writes[0]) / (len(writes) - 1) * 1e3)
-        values["e2e_latency"].append((writes[-1] - start) * 1e3)
-    return values
-
-
-class _Silent:
-    def phase(self, text: str, num_requests: int) -> None:
-        pass
-
-    def tick(self, tick: Tick) -> None:
-        pass
 
 
 def _ignore(_: Tick) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import urllib.request
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -59,3 +61,16 @@ def server_log(url: str) -> dict[str, dict[str, Any]]:
     with urllib.request.urlopen(f"{url}/log") as response:
         log: dict[str, dict[str, Any]] = json.load(response)
     return log
+
+
+# Any: entries of the server's log.
+def true_latencies(entries: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """The figures' values in ms by the server's own clock."""
+    values: dict[str, list[float]] = {"ttft": [], "itl": [], "tpot": [], "e2e_latency": []}
+    for entry in entries:
+        start, writes = entry["received_s"], entry["writes_s"]
+        values["ttft"].append((writes[0] - start) * 1e3)
+        values["itl"] += [(later - earlier) * 1e3 for earlier, later in itertools.pairwise(writes)]
+        values["tpot"].append((writes[-1] - writes[0]) / (len(writes) - 1) * 1e3)
+        values["e2e_latency"].append((writes[-1] - start) * 1e3)
+    return values

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from phloem.shared.discovery.registry import Registry
+from tests.support.gateway import REPLY, FakeGenerator, encode, make_model_dir, reply_script
 from tests.support.valkey import ValkeyServer, running_valkey
 
 
@@ -23,3 +25,15 @@ async def registry(valkey: ValkeyServer) -> AsyncIterator[Registry]:
     registry = Registry(valkey.url, timeout_s=0.5, lease_ttl_s=0.6, poll_interval_s=0.1)
     yield registry
     await registry.close()
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with its chat template, as gateways load it."""
+    return make_model_dir(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def generator(model_dir: Path) -> FakeGenerator:
+    """In place of a cluster: answers `REPLY` to everything."""
+    return FakeGenerator(reply_script(encode(model_dir, REPLY)))

@@ -23,11 +23,18 @@ from phloem.shared.bench.datasets.options import DatasetOptions
 from phloem.shared.bench.lengths import LengthRange
 from phloem.shared.bench.options import LoadOptions, SearchOptions
 from phloem.shared.bench.protocol import ApiName, Tick
-from phloem.shared.bench.result import RunResult, TargetResult, read_result, write_result
+from phloem.shared.bench.result import RunResult, read_result, write_result
 from phloem.shared.bench.slo import parse_slo
 from phloem.shared.bench.statistics import summarize
 from phloem.shared.errors import ConfigError, PhloemError
-from tests.support.bench import SilentWatcher, bench_options, delay_target, run_bench, server_log
+from tests.support.bench import (
+    SilentWatcher,
+    bench_options,
+    delay_target,
+    run_bench,
+    server_log,
+    true_latencies,
+)
 from tests.support.delay_server import running_delay_server
 
 HEAVY_TAIL = {"ttft_ms": 30, "itl_ms": 4, "tail": 1.3}
@@ -37,19 +44,6 @@ HEAVY_TAIL = {"ttft_ms": 30, "itl_ms": 4, "tail": 1.3}
 def url() -> Iterator[str]:
     with running_delay_server() as base:
         yield base
-
-
-def true_latencies(target: TargetResult, log: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
-    """The figures' values in ms by the server's own clock."""
-    entries = [log[record.id] for record in target.records]
-    values: dict[str, list[float]] = {"ttft": [], "itl": [], "tpot": [], "e2e_latency": []}
-    for entry in entries:
-        start, writes = entry["received_s"], entry["writes_s"]
-        values["ttft"].append((writes[0] - start) * 1e3)
-        values["itl"] += [(later - earlier) * 1e3 for earlier, later in itertools.pairwise(writes)]
-        values["tpot"].append((writes[-1] - writes[0]) / (len(writes) - 1) * 1e3)
-        values["e2e_latency"].append((writes[-1] - start) * 1e3)
-    return values
 
 
 def tolerance_ms(value: float, result: RunResult) -> float:
@@ -94,7 +88,7 @@ def wrong_figures(result: RunResult, log: dict[str, dict[str, Any]]) -> list[str
     """The figures that are further from the server's than the bar, and from what the client admits."""
     target = result.targets[0]
     wrong = []
-    for metric, values in true_latencies(target, log).items():
+    for metric, values in true_latencies([log[record.id] for record in target.records]).items():
         expected = summarize(values)
         assert expected is not None
         for stat in ("mean", "median", "p90", "p95", "p99"):

@@ -26,22 +26,11 @@ from tests.support.gateway import (
     events_of,
     in_process,
     make_gateway,
-    make_model_dir,
     over_http,
     reply_script,
 )
 
 PROMPT = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def generator(model_dir: Path) -> FakeGenerator:
-    return FakeGenerator(reply_script(encode(model_dir, REPLY)))
 
 
 @pytest.fixture

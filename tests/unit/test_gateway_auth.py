@@ -15,13 +15,10 @@ from phloem.services.gateway.gateway import Gateway
 from phloem.services.gateway.tenant import Tenant, tenant_of_key
 from tests.support.gateway import (
     END,
-    REPLY,
     SECRET,
     FakeGenerator,
-    encode,
     in_process,
     make_gateway,
-    make_model_dir,
     reply_script,
 )
 
@@ -41,16 +38,6 @@ ROUTES = [
 ]
 ADMIN_ROUTES = [("POST", "/flush_cache")]
 USER = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def generator(model_dir: Path) -> FakeGenerator:
-    return FakeGenerator(reply_script(encode(model_dir, REPLY)))
 
 
 @pytest.fixture(scope="module")

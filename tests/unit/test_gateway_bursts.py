@@ -28,7 +28,7 @@ from phloem.services.gateway.text.loading import load_prompt_encoder
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.protocol.session import Ended, SamplingParams, Submit, TokensOut
 from tests.support.fake_worker import FakeWorker, fake_worker
-from tests.support.gateway import encode, events_of, make_model_dir
+from tests.support.gateway import encode, events_of
 from tests.support.waiting import until
 
 SECRET = b"secret"
@@ -40,11 +40,6 @@ class Served(NamedTuple):
     port: int
     client: ClusterClient
     worker: FakeWorker
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -24,18 +24,12 @@ from tests.support.gateway import (
     encode,
     in_process,
     make_gateway,
-    make_model_dir,
     over_http,
     reply_script,
 )
 from tests.support.waiting import until
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

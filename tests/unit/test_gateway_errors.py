@@ -19,10 +19,8 @@ from tests.support.gateway import (
     CONTEXT_LENGTH,
     END,
     MODEL,
-    REPLY,
     SECRET,
     FakeGenerator,
-    encode,
     in_process,
     make_gateway,
     make_model_dir,
@@ -35,11 +33,6 @@ USER = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def gateway(model_dir: Path) -> Gateway:
     config = GatewayConfig(max_body_bytes=16_384, max_messages=8, max_batch_prompts=4, max_n=4)
     return make_gateway(model_dir, FakeGenerator(reply_script([END])), config)
@@ -48,11 +41,6 @@ def gateway(model_dir: Path) -> Gateway:
 @pytest.fixture(scope="module")
 def app(gateway: Gateway) -> ASGIApp:
     return create_app(gateway, SECRET, on_loopback=True)
-
-
-@pytest.fixture
-def generator(model_dir: Path) -> FakeGenerator:
-    return FakeGenerator(reply_script(encode(model_dir, REPLY)))
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from tests.support.gateway import (
     events_of,
     in_process,
     make_gateway,
-    make_model_dir,
     reply_script,
 )
 
@@ -25,11 +24,6 @@ BODIES: dict[str, dict[str, object]] = {
     "/v1/completions": {"prompt": "x"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
 }
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("text", ["word", "", '"quoted"\\', "wörld 👋🏽", "\x00\x1f\x7f\u2028", "}],", TEXT])

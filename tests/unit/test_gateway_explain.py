@@ -23,7 +23,6 @@ from tests.support.gateway import (
     encode,
     in_process,
     make_gateway,
-    make_model_dir,
     reply_script,
 )
 from tests.support.routing import request, worker
@@ -53,11 +52,6 @@ def decision() -> Decision:
     made = route("cost", request(num_explained=8), [*workers, worker("d", "decode")])
     assert made is not None
     return made
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

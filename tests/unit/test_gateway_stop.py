@@ -11,12 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from phloem.services.gateway.text.detokenizer import Detokenizer
 from phloem.services.gateway.text.stop import StopMatcher
-from tests.support.gateway import END, encode, make_model_dir
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
+from tests.support.gateway import END, encode
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,6 @@ TEXTS = st.text(
 )
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
-
-
 def user(content: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": content}]
 
