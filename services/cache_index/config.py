@@ -6,10 +6,10 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from phloem.shared.telemetry.logs import LogOptions
+from phloem.shared.config.member_options import MemberOptions
 
 
-class CacheIndexConfig(LogOptions, frozen=True, kw_only=True):
+class CacheIndexConfig(MemberOptions, frozen=True, kw_only=True):
     """Everything a replica needs; replicas of one cluster may differ in it."""
 
     host: Annotated[str, Meta(min_length=1, description="address that every socket binds to")] = "127.0.0.1"
@@ -20,18 +20,9 @@ class CacheIndexConfig(LogOptions, frozen=True, kw_only=True):
     advertise_host: Annotated[
         str, Meta(description="address that peers reach this replica at; empty: the --host")
     ] = ""
-    redis_url: Annotated[str, Meta(min_length=1, description="Redis or Valkey that the cluster shares")] = (
-        "redis://127.0.0.1:6379/0"
-    )
-    redis_wait_s: Annotated[
-        float, Meta(ge=0.0, le=3600.0, description="how long to wait for Redis at start")
-    ] = 30.0
     redis_connections: Annotated[
         int, Meta(ge=1, le=1024, description="most connections to Redis; more calls than that wait")
     ] = 32
-    cluster_secret: Annotated[
-        str, Meta(description="secret that all services share; empty: the one kept in Redis")
-    ] = ""
     service_id: Annotated[
         str,
         Meta(

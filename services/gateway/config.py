@@ -7,10 +7,10 @@ from typing import Annotated
 from msgspec import Meta
 
 from phloem.services.gateway.cluster.options import ClusterOptions
-from phloem.shared.telemetry.logs import LogOptions
+from phloem.shared.config.member_options import MemberOptions
 
 
-class GatewayConfig(LogOptions, frozen=True, kw_only=True):
+class GatewayConfig(MemberOptions, frozen=True, kw_only=True):
     """Everything a gateway needs. Names follow SGLang's where the meaning is the same.
 
     `model_path` is what the user gave; the gateway reads only its tokenizer, chat template and `config.json`.
@@ -33,15 +33,6 @@ class GatewayConfig(LogOptions, frozen=True, kw_only=True):
     ] = ("enable_thinking", "thinking")
     advertise_host: Annotated[
         str, Meta(description="address that others reach this gateway at; empty: the --host")
-    ] = ""
-    redis_url: Annotated[str, Meta(min_length=1, description="Redis or Valkey that the cluster shares")] = (
-        "redis://127.0.0.1:6379/0"
-    )
-    redis_wait_s: Annotated[
-        float, Meta(ge=0.0, le=3600.0, description="how long to wait for Redis at start")
-    ] = 30.0
-    cluster_secret: Annotated[
-        str, Meta(description="secret that all services share; empty: the one kept in Redis")
     ] = ""
     gateway_id: Annotated[
         str,

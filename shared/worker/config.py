@@ -6,11 +6,11 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from phloem.shared.config.member_options import MemberOptions
 from phloem.shared.engine.config import EngineOptions
-from phloem.shared.telemetry.logs import LogOptions
 
 
-class WorkerConfig(LogOptions, frozen=True, kw_only=True):
+class WorkerConfig(MemberOptions, frozen=True, kw_only=True):
     """One worker: its front's flags and, in `engine`, its engine's; all are flags of one level."""
 
     host: Annotated[str, Meta(description="address that every socket of the worker binds to")] = "127.0.0.1"
@@ -20,16 +20,6 @@ class WorkerConfig(LogOptions, frozen=True, kw_only=True):
     ] = 0
     advertise_host: Annotated[
         str, Meta(description="address that peers reach this worker at; empty: the --host")
-    ] = ""
-    redis_url: Annotated[str, Meta(description="Redis or Valkey that the cluster shares")] = (
-        "redis://127.0.0.1:6379/0"
-    )
-    redis_wait_s: Annotated[
-        float, Meta(ge=0.0, le=3600.0, description="how long to wait for Redis at start")
-    ] = 30.0
-    cluster_secret: Annotated[
-        str,
-        Meta(description="secret that all services share; empty: the one kept in Redis"),
     ] = ""
     worker_id: Annotated[
         str,
