@@ -182,6 +182,40 @@ def test_decode_worker_dies_and_another_joins_while_requests_run(smollm2_dir: Pa
             assert cluster.counters(name)["channels"] == (3 if name.startswith("prefill") else 2)
 
 
+def test_pair_without_staging_memory_is_not_chosen_until_there_is_some(
+    smollm2_dir: Path, tmp_path: Path
+) -> None:
+    """One prefill worker with memory for one peer, two decode workers: requests take the pair that there is,
+    and the other one when the first decode worker has died."""
+    flags = ("--dtype", "float32", "--transfer-peers", "1", "--staging-bytes", str(1 << 20))
+    policy = ("--routing-policy", "round_robin")
+    with running_cluster(
+        smollm2_dir, tmp_path, decode=2, worker_flags=flags, gateway_flags=policy
+    ) as cluster:
+
+        def num_cut_off() -> float:
+            return cluster.metric("prefill-0", "phloem_engine_cut_off_peers")
+
+        def received(name: str) -> int:
+            return cluster.counters(name)["pages_received"]
+
+        cluster.wait_until(lambda: num_cut_off() == 1, "one decode worker is cut off")
+        assert "prefill-0 has staging memory for 1 peers" in cluster.log("prefill-0")
+        joined, other = sorted(("decode-0", "decode-1"), key=lambda name: -cluster.counters(name)["channels"])
+        assert "prefill-0 has staging memory for 1 peers" in cluster.log(other)
+        before = received(joined)
+        for number in range(6):
+            assert generate(cluster, 4, f"{PROMPT} with the number {number}, and then")
+        assert received(joined) > before and received(other) == 0
+        cluster.kill_worker(joined)
+        cluster.wait_until(lambda: num_cut_off() == 0, "the other one is joined")
+        cluster.wait_until(lambda: cluster.counters(other)["channels"] == 1, "its channel is open")
+        cluster.wait_for_workers({"prefill-0", other})
+        for number in range(6):
+            assert generate(cluster, 4, f"{PROMPT} with the number {number}, and so")
+        assert received(other) > 0
+
+
 def test_redis_that_dies_and_comes_back_empty_fails_no_request(smollm2_dir: Path, tmp_path: Path) -> None:
     with running_cluster(smollm2_dir, tmp_path) as cluster:
         expected = generate(cluster, 16)
