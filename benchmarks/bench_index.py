@@ -37,6 +37,7 @@ from benchmarks.index.world import (
     running_world,
     used_bytes,
 )
+from phloem.shared.bench.bars import Bar, all_met, bar_lines
 from phloem.shared.block_hash import BLOCK_TOKENS
 
 RATE = 200.0
@@ -179,26 +180,19 @@ async def bench(options: Options) -> Figures:
     return figures
 
 
-def bars(figures: Figures) -> list[tuple[str, float, str, bool]]:
-    """(what, value, bar, met)."""
+def bars_of(figures: Figures) -> list[Bar]:
     main, deadlines = figures.main, figures.deadlines
     assert main is not None and deadlines is not None
     confirmed_rate = deadlines.published.confirmed / deadlines.published.seconds
-    flat = {
-        "p50, most / fewest workers' cost": _spread(figures.by_workers),
-        "p50, most / fewest blocks' cost": _spread(figures.by_blocks),
-    }
-    at_most: list[tuple[str, float, float]] = [
-        ("Match p50 / PING p50", main.p50_ratio, MAX_P50_RATIO),
-        ("Match p99 / PING p50", main.p99_ratio, MAX_P99_RATIO),
-        ("bytes per block, 64 workers", figures.bytes_per_block, MAX_BYTES_PER_BLOCK),
-        ("look-ups past 5 ms while publishing", deadlines.missed, 0),
-        *((name, value, MAX_FLAT_RATIO) for name, value in flat.items()),
+    return [
+        Bar("Match p50 / PING p50", main.p50_ratio, "x", MAX_P50_RATIO),
+        Bar("Match p99 / PING p50", main.p99_ratio, "x", MAX_P99_RATIO),
+        Bar("bytes per block, 64 workers", figures.bytes_per_block, "B", MAX_BYTES_PER_BLOCK),
+        Bar("look-ups past 5 ms while publishing", deadlines.missed, "", 0),
+        Bar("p50, most / fewest workers' cost", _spread(figures.by_workers), "x", MAX_FLAT_RATIO),
+        Bar("p50, most / fewest blocks' cost", _spread(figures.by_blocks), "x", MAX_FLAT_RATIO),
+        Bar("blocks/s published by 8 workers", confirmed_rate, "", 0.99 * PUBLISH_RATE, ">="),
     ]
-    rows = [(name, value, f"<= {bar:g}", value <= bar) for name, value, bar in at_most]
-    least = 0.99 * PUBLISH_RATE
-    rows.append(("blocks/s published by 8 workers", confirmed_rate, f">= {least:g}", confirmed_rate >= least))
-    return rows
 
 
 def _spread(points: dict[int, Timing]) -> float:
@@ -223,12 +217,11 @@ def write(figures: Figures, directory: Path) -> None:
 def run(options: Options, bench_all: Callable[[Options], Figures]) -> int:
     figures = bench_all(options)
     print()
-    rows = bars(figures)
-    for name, value, bar, met in rows:
-        print(f"{name:<38} {value:10,.1f}   bar {bar:<10} {'met' if met else 'MISSED'}")
+    bars = bars_of(figures)
+    print("\n".join(bar_lines(bars)))
     if options.output is not None:
         write(figures, options.output)
-    return int(options.check and not all(met for *_, met in rows))
+    return int(options.check and not all_met(bars))
 
 
 def main() -> None:
