@@ -37,6 +37,8 @@ class Opened(msgspec.Struct, frozen=True, tag="opened"):
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """Instead of `Opened`; from the prefill side instead of `Open`, when it has no memory for the channel."""
+
     code: str
     message: str
 

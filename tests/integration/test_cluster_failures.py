@@ -247,11 +247,17 @@ def test_no_process_survives_sigkill_of_up(smollm2_dir: Path, tmp_path: Path) ->
     assert alive == []
 
 
-def test_sigterm_of_up_stops_everything_and_exits_cleanly(smollm2_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("host", "workers"),
+    [("127.0.0.1", ("--unified", "1", "--prefill", "0", "--decode", "0")), ("::1", ())],
+)
+def test_sigterm_of_up_stops_everything_and_exits_cleanly(
+    smollm2_dir: Path, tmp_path: Path, host: str, workers: tuple[str, ...]
+) -> None:
+    """By then the cluster has answered a question, on that address."""
     port = free_port()
     command = [sys.executable, "-m", "phloem.cli.main", "up", "--port", str(port), "--model-path"]
-    command += [str(smollm2_dir), "--run-dir", str(tmp_path), "--unified", "1"]
-    command += ["--prefill", "0", "--decode", "0"]
+    command += [str(smollm2_dir), "--run-dir", str(tmp_path), "--host", host, *workers]
     up = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert up.stdout is not None
     for line in up.stdout:
