@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from phloem.services.gateway.cluster.client import ClusterClient
 from phloem.shared.discovery.registry import Registry
+from phloem.shared.protocol.cluster import Role
+from tests.support.cluster_client import NewWorker, running_client
+from tests.support.fake_worker import FakeWorker, fake_worker
 from tests.support.gateway import REPLY, FakeGenerator, encode, make_model_dir, reply_script
 from tests.support.valkey import ValkeyServer, running_valkey
+from tests.support.waiting import until
+from tests.support.worker_front import SECRET
 
 
 @pytest.fixture
@@ -37,3 +44,23 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def generator(model_dir: Path) -> FakeGenerator:
     """In place of a cluster: answers `REPLY` to everything."""
     return FakeGenerator(reply_script(encode(model_dir, REPLY)))
+
+
+@pytest.fixture
+async def client(registry: Registry) -> AsyncIterator[ClusterClient]:
+    """A gateway's client of the cluster; idle again when the test is over."""
+    async with running_client(registry) as client:
+        yield client
+
+
+@pytest.fixture
+def new_worker(registry: Registry, client: ClusterClient) -> NewWorker:
+    """Starts a worker and waits until the client has its session."""
+
+    @asynccontextmanager
+    async def start(worker_id: str, role: Role) -> AsyncIterator[FakeWorker]:
+        async with fake_worker(registry, worker_id, role, SECRET.encode()) as worker:
+            await until(lambda: worker.ref in client.workers())
+            yield worker
+
+    return start
