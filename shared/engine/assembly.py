@@ -25,7 +25,7 @@ from phloem.shared.engine.page_store import page_store
 from phloem.shared.engine.radix_tree import RadixTree
 from phloem.shared.engine.rehearsal import memory_gauge
 from phloem.shared.engine.runners import LoadedModel, find_device, for_device
-from phloem.shared.engine.sizing import kv_layout, staging_reserve
+from phloem.shared.engine.sizing import kv_layout, staging_reserve, transfer_peers
 from phloem.shared.engine.step_runner import StepRunner
 from phloem.shared.errors import ConfigError
 from phloem.shared.protocol.engine import EngineReady, EngineUp
@@ -46,7 +46,9 @@ def build_engine(
     Raises `PhloemError` with a remedy: an unusable device, model or size.
     """
     device = find_device(config.options.device)
-    options = for_device(config.options, device)
+    options = msgspec.structs.replace(
+        for_device(config.options, device), transfer_peers=transfer_peers(config.options, config.role)
+    )
     config = msgspec.structs.replace(config, options=options)
     torch.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))
     model, runner = load_model(options, device, send)

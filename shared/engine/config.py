@@ -92,12 +92,13 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     transfer_peers: Annotated[
         int,
         Meta(
-            ge=1,
+            ge=0,
             le=256,
             description="workers that this one exchanges KV with at a time; staging memory for them is set "
-            "aside at start: --staging-bytes for each, and --staging-slots times that for the first",
+            "aside at start: --staging-bytes for each, and --staging-slots times that for the first; "
+            "0: 8, and 2 for a unified worker",
         ),
-    ] = 8
+    ] = 0
     transfer_max_ctas: Annotated[
         int,
         Meta(ge=1, le=32, description="multiprocessors that KV transfer over NCCL may use; 16: 250 GB/s"),

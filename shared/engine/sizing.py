@@ -12,10 +12,12 @@ from phloem.shared.engine.memory import gb, out_of_memory
 from phloem.shared.engine.rehearsal import HostGauge
 from phloem.shared.errors import ConfigError
 from phloem.shared.model_store.model_config import ModelConfig
-from phloem.shared.transfer.config import num_staging_blocks
+from phloem.shared.protocol.cluster import Role
+from phloem.shared.transfer.config import MAX_PEERS, num_staging_blocks
 
 CPU_SHARE = 0.125  # of free memory: several workers and the demo's other services share a host
 CPU_MAX_TOKENS = 131_072
+UNIFIED_PEERS = 2
 _SAMPLE_BYTES = 65_536
 
 
@@ -40,8 +42,14 @@ def host_pool_pages(options: EngineOptions, bytes_per_page: int, context_length:
     return pages
 
 
+def transfer_peers(options: EngineOptions, role: Role) -> int:
+    """`--transfer-peers`, or what suits the role: most unified workers hand nothing over."""
+    return options.transfer_peers or (UNIFIED_PEERS if role == "unified" else MAX_PEERS)
+
+
 def staging_reserve(options: EngineOptions) -> int:
-    """Bytes that the transfer endpoint allocates for all its channels, beside the KV pool."""
+    """Bytes that the transfer endpoint allocates for all its channels, beside the KV pool; the options'
+    `transfer_peers` are set by now."""
     return num_staging_blocks(options.transfer_peers, options.staging_slots) * options.staging_bytes
 
 

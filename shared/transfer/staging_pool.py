@@ -25,7 +25,7 @@ from phloem.shared.transfer.errors import staging_full
 from phloem.shared.transfer.staging import StagingSlot
 
 _LOOK_S = 0.005  # slots that nobody holds any more do not say so
-_ALIGNMENT = 256  # bytes, of slots that share a block
+_ALIGNMENT = 256  # bytes, of blocks and slots: kernels read several at a time
 
 
 def blocks_to_lend(num_free: int, num_leases: int, max_peers: int, staging_slots: int) -> int:
@@ -43,7 +43,7 @@ class StagingPool:
         """Raises what torch raises when the device has no room."""
         self._config = config
         # On a CPU memory that no channel used yet is an address and no more.
-        shape = (config.num_blocks, config.staging_bytes)
+        shape = (config.num_blocks, _aligned(config.staging_bytes))
         self._blocks = torch.empty(shape, dtype=torch.uint8, device=config.device)
         self._changed = threading.Condition()  # guards all below
         self._free = list(range(config.num_blocks))  # a stack: memory that was used is used again
@@ -74,7 +74,7 @@ class StagingPool:
             return lease
 
     def block(self, index: int) -> Tensor:
-        return self._blocks[index]
+        return self._blocks[index, : self._config.staging_bytes]
 
     def give_back(self, blocks: list[int]) -> None:
         """For leases: blocks of which no slot was cut."""
@@ -143,7 +143,7 @@ class StagingLease:
 
         At least one: the size is no larger than our `slot_bytes`. What they leave of the lease goes back.
         """
-        stride = -(-slot_bytes // _ALIGNMENT) * _ALIGNMENT
+        stride = _aligned(slot_bytes)
         per_block = max(1, self._config.staging_bytes // stride)
         count = min(most, self._config.staging_slots, per_block * len(self.blocks))
         num_blocks = -(-count // per_block)
@@ -161,3 +161,7 @@ class StagingLease:
         """The channel has ended: no thread of its own, and no peer, touches the memory any more."""
         self.is_closed = True
         self._pool.notify()
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

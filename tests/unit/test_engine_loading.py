@@ -178,7 +178,12 @@ class RehearsedLoading(ModelLoading):
 
 def test_cuda_pool_is_what_the_rehearsal_leaves(options: EngineOptions) -> None:
     flags = msgspec.structs.replace(
-        options, device="cuda:0", max_total_tokens=0, mem_fraction_static=0.99, max_running_requests=100
+        options,
+        device="cuda:0",
+        max_total_tokens=0,
+        mem_fraction_static=0.99,
+        max_running_requests=100,
+        transfer_peers=5,
     )
     messages: list[EngineUp] = []
     gauge = FakeGauge()

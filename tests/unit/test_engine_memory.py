@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from phloem.shared.engine.config import EngineOptions
 from phloem.shared.engine.memory import (
     MARGIN_BYTES,
     DeviceMemory,
@@ -16,9 +17,11 @@ from phloem.shared.engine.memory import (
     gb,
     plan_pool,
     pool_not_allocated,
+    staging_not_allocated,
     step_bytes,
     step_too_large,
 )
+from phloem.shared.engine.sizing import staging_reserve, transfer_peers
 from phloem.shared.errors import PhloemError
 from phloem.shared.model_store.model_config import load_model_config
 
@@ -193,3 +196,14 @@ def test_the_estimate_grows_with_everything_it_counts() -> None:
     assert small < step_bytes(LLAMA, 2, 100, 20)
     wider = msgspec.structs.replace(LLAMA, vocab_size=2 * LLAMA.vocab_size)
     assert small < step_bytes(wider, 2, 100, 10)
+
+
+def test_staging_is_set_aside_for_the_peers_that_a_role_has() -> None:
+    options = EngineOptions(staging_bytes=1 << 20, staging_slots=4)
+    assert [transfer_peers(options, role) for role in ("prefill", "decode", "unified")] == [8, 8, 2]
+    few = msgspec.structs.replace(options, transfer_peers=3)
+    assert [transfer_peers(few, role) for role in ("prefill", "unified")] == [3, 3]
+    assert staging_reserve(few) == (3 - 1 + 4) << 20
+    message = str(staging_not_allocated(staging_reserve(few) << 10, H100))
+    assert message.startswith("6.4 GB of staging memory for KV transfer could not be allocated: 68.0 GB of")
+    assert "lower --transfer-peers or --staging-bytes" in message

@@ -85,6 +85,14 @@ def test_memory_is_allocated_once_and_slots_are_pieces_of_it() -> None:
     assert pool.lent_bytes == 6 * BLOCK
 
 
+def test_blocks_and_slots_begin_where_kernels_may_read_several_bytes_at_a_time() -> None:
+    pool = StagingPool(msgspec.structs.replace(config(peers=3, slots=2), staging_bytes=5001))
+    slots = cut(pool.lend("a")) + cut(pool.lend("b"))
+    assert [slot.tensor.numel() for slot in slots] == [5001, 5001, 2304, 2304]
+    base = min(slot.tensor.data_ptr() for slot in slots)
+    assert all((slot.tensor.data_ptr() - base) % 256 == 0 for slot in slots)
+
+
 def test_one_more_than_there_is_memory_for_is_refused_with_the_flag() -> None:
     pool = StagingPool(config(peers=2, slots=1))
     held = [pool.lend("a"), pool.lend("b")]
