@@ -8,8 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -38,7 +36,7 @@ from phloem.shared.discovery.secret import cluster_secret
 from phloem.shared.engine.config import EngineOptions
 from phloem.shared.errors import ConfigError, PhloemError
 from tests.support.valkey import ValkeyServer
-from tests.support.waiting import until_async
+from tests.support.waiting import until, until_async, wait_until_gone
 
 DEADLINE_S = 15.0
 
@@ -227,12 +225,6 @@ def python_child(name: str, program: str, kind: Kind = "prefill") -> ChildSpec:
     return ChildSpec(kind, name, (sys.executable, "-u", "-c", program), dict(os.environ))
 
 
-async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110  (files and processes set no event)
-            await asyncio.sleep(0.01)
-
-
 SLEEP = "import time; time.sleep(600)"
 
 
@@ -258,7 +250,7 @@ async def test_child_whose_flags_were_refused_is_not_started_again(tmp_path: Pat
     async with Supervisor(tmp_path, lines.append, 5.0) as supervisor:
         supervisor.settle()
         child = await supervisor.start(python_child("a", program))
-        await eventually(lambda: len(lines) == 2)
+        await until(lambda: len(lines) == 2, DEADLINE_S)
         assert child.process is not None and await child.process.wait() == 2
         assert child.num_restarts == 0
     assert lines == [f"a: --page-size 3 (its log: {child.log.path})", "a is not started again"]
@@ -269,11 +261,11 @@ async def test_death_later_is_reported_and_repaired(tmp_path: Path) -> None:
     async with Supervisor(tmp_path, lines.append, 5.0) as supervisor:
         child = await supervisor.start(python_child("a", f"print('hello'); {SLEEP}"))
         supervisor.settle()
-        await eventually(lambda: child.log.tail(1) == ["hello"])
+        await until(lambda: child.log.tail(1) == ["hello"], DEADLINE_S)
         first = child.pid
         assert first is not None
         os.kill(first, signal.SIGKILL)
-        await eventually(lambda: child.num_restarts == 1)
+        await until(lambda: child.num_restarts == 1, DEADLINE_S)
         assert child.pid not in (None, first)
     assert "a was killed by SIGKILL" in lines[0]
     assert "hello" in lines[0]
@@ -296,7 +288,7 @@ time.sleep(600)
         for kind in kinds:
             argv = (sys.executable, "-u", "-c", program, str(record), kind)
             child = await supervisor.start(ChildSpec(kind, kind, argv, dict(os.environ)))
-            await eventually(lambda child=child: child.log.tail(1) == ["up"])  # type: ignore[misc]
+            await until(lambda child=child: child.log.tail(1) == ["up"], DEADLINE_S)  # type: ignore[misc]
     assert record.read_text().split() == ["gateway", "decode", "cache-index", "valkey"]
 
 
@@ -304,7 +296,7 @@ async def test_cancelled_stop_kills_at_once(tmp_path: Path) -> None:
     stubborn = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up'); {SLEEP}"
     supervisor = Supervisor(tmp_path, print, 600.0)
     child = await supervisor.start(python_child("a", stubborn))
-    await eventually(lambda: child.log.tail(1) == ["up"])
+    await until(lambda: child.log.tail(1) == ["up"], DEADLINE_S)
     stopping = asyncio.create_task(supervisor.stop())
     await asyncio.sleep(0)
     stopping.cancel()
@@ -373,7 +365,4 @@ asyncio.run(main())
     pid = int(parent.stdout.readline())
     parent.kill()
     parent.communicate(timeout=DEADLINE_S)
-    deadline = time.monotonic() + 5.0
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "the child outlived its supervisor"
-        time.sleep(0.02)
+    wait_until_gone(pid)

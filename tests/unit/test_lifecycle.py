@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from phloem.shared.lifecycle.child_process import spawn_child
+from tests.support.waiting import wait_until_gone
 
 DEADLINE_S = 15.0
 
@@ -143,7 +142,7 @@ time.sleep(600)
     assert child.stdout is not None
     grandchild = int(await child.stdout.readline())
     assert await child.stop(0.1) == -signal.SIGKILL
-    assert_gone(grandchild)
+    wait_until_gone(grandchild)
 
 
 async def test_missing_program_exits_with_127() -> None:
@@ -183,7 +182,7 @@ def test_child_and_grandchild_die_with_a_killed_parent(tmp_path: Path) -> None:
     parent.kill()
     parent.communicate(timeout=DEADLINE_S)
     for pid in pids:
-        assert_gone(pid)
+        wait_until_gone(pid)
 
 
 def test_child_of_a_parent_that_died_before_it_ran_exits() -> None:
@@ -196,16 +195,3 @@ def test_child_of_a_parent_that_died_before_it_ran_exits() -> None:
         timeout=DEADLINE_S,
     )
     assert (done.returncode, done.stdout) == (1, "")
-
-
-def assert_gone(pid: int) -> None:
-    """Waits, within the deadline, until no process (but perhaps a zombie) has this id."""
-    deadline = time.monotonic() + 5.0
-    while time.monotonic() < deadline:
-        try:
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return
-        except psutil.NoSuchProcess:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"process {pid} is still there")
