@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from phloem.shared.engine.grammar.parts import GrammarModel, grammar_parts
 from phloem.shared.engine.kv_pool import KVPool
 from phloem.shared.engine.limits import Limits
 from phloem.shared.engine.loading import load_model, out_of_memory_as
-from phloem.shared.engine.memory import staging_not_allocated
+from phloem.shared.engine.memory import gb, staging_not_allocated
 from phloem.shared.engine.models.kv_cache import bytes_per_page
 from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.page_store import page_store
@@ -32,6 +33,8 @@ from phloem.shared.protocol.engine import EngineReady, EngineUp
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.endpoint import TransferEndpoint
+
+log = logging.getLogger(__name__)
 
 Send = Callable[[EngineUp], None]
 
@@ -94,8 +97,9 @@ def _wire(
         )
     # The endpoint and the engine need each other; nothing is delivered before the engine runs.
     engines: list[Engine] = []
-    memory = memory_gauge(model.device).read()
-    with out_of_memory_as(lambda: staging_not_allocated(staging_reserve(options), memory)):
+    memory, reserve = memory_gauge(model.device).read(), staging_reserve(options)
+    log.info("%s of staging memory for KV transfer with %d peers", gb(reserve), options.transfer_peers)
+    with out_of_memory_as(lambda: staging_not_allocated(reserve, memory)):
         endpoint = TransferEndpoint(
             _transfer_config(config, model.device, layout, store.layer_page_bytes),
             damaging(config.faults, lambda event: engines[0].deliver(event)),
