@@ -13,6 +13,7 @@ from phloem.cli.up.plan import WORKER_KINDS
 from phloem.cli.up.readiness import index_record, worker_record
 from phloem.cli.up.supervisor import Child
 from phloem.shared.discovery.snapshot import ClusterSnapshot
+from phloem.shared.host_port import split_host_port
 
 
 def service_table(children: list[Child], snapshot: ClusterSnapshot) -> Table:
@@ -36,7 +37,8 @@ def _place(child: Child, snapshot: ClusterSnapshot) -> tuple[str, str]:
 
 
 def _port(address: str) -> str:
-    return address.rpartition(":")[2] or "-"
+    """Of HOST:PORT."""
+    return str(split_host_port(address)[1])
 
 
 def curl_line(url: str, model: str, *, needs_key: bool) -> str:
