@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,7 +54,6 @@ class Cluster:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.valkey = ValkeyServer(password="test password")
         self.port = free_port()
-        self.metrics_ports: dict[str, int] = {}
 
     def __enter__(self) -> Cluster:
         self.valkey.start()
@@ -90,8 +90,7 @@ class Cluster:
 
     def spawn_worker(self, role: str, name: str, *flags: str) -> None:
         """Starts a worker; it registers by itself."""
-        port = self.metrics_ports[name] = free_port()
-        named = ("--model-path", str(self._model_dir), "--worker-id", name, "--metrics-port", str(port))
+        named = ("--model-path", str(self._model_dir), "--worker-id", name)
         self.spawn(name, role, *named, *self._worker_flags, *flags)
 
     def spawn(self, name: str, service: str, *flags: str) -> None:
@@ -225,7 +224,9 @@ class Cluster:
 
     def metric(self, worker: str, name: str) -> float:
         """The sum of a metric over its labels, from the worker's metrics page."""
-        url = f"http://127.0.0.1:{self.metrics_ports[worker]}/metrics"
+        ports = re.findall(r"metrics_port=(\d+)", self.log(worker))
+        assert ports, f"{worker} is not ready"
+        url = f"http://127.0.0.1:{ports[-1]}/metrics"
         with urllib.request.urlopen(url, timeout=10) as response:
             lines = response.read().decode().splitlines()
         samples = [line for line in lines if line.split("{")[0].split(" ")[0] == name]
