@@ -3,28 +3,32 @@
 Pages move beside the steps, on streams with a high priority: a gather need not wait for the matmuls of the
 step that runs, nor a decode step for a scatter. Gathers have a stream of their own; a scatter is queued in
 its channel's, behind the bytes that it scatters. The digest goes to pinned memory, and nobody waits for it.
+
+A call costs the host two launches and an event. Each call into CUDA lets another thread have the interpreter,
+and a hand-over's pieces wait for four of them: so there are no tensor operations here, and what a move needs
+(a `_Lane`) is used again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from phloem.kernels import ops
+from phloem.kernels.triton_ops.pages import PageMover
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.page_store import layer_page_bytes
-from phloem.shared.transfer.device_event import HIGH_PRIORITY, DeviceEvent
+from phloem.shared.transfer.device_event import HIGH_PRIORITY, RecordedEvent
 from phloem.shared.transfer.pending import Incoming, Moved
 
-_USUAL_PAGE_COUNTS = (1, 16, 32, 64, 128, 256, 512, 1024)
-_MOVES_UNDER_WAY = 8
-_DIGEST_CELLS = 64  # over which the kernel's programs spread their sums
+_MOVES_UNDER_WAY = 16  # as a rule; more cost an allocation each
+_USUAL_PAGES = 2048  # of one move: 128 MiB of single layers
+_IDS_AT = 8  # words: page ids begin where a cache line does, behind the digest
 _NO_PAGE = -1
-
-_Move: TypeAlias = Callable[[KVCache, Tensor, Tensor, int, int, Tensor, Tensor], None]
 
 
 class CudaPageStore:
@@ -33,19 +37,19 @@ class CudaPageStore:
     def __init__(self, kv: KVCache, device: torch.device) -> None:
         self._kv = kv
         self._device = device
-        self._addresses = ops.plane_addresses(kv)
-        assert all(plane.data_ptr() % 16 == 0 for plane in (*kv.k, *kv.v)), (
-            "the kernel reads 16 bytes at a time"
-        )
         # Any: torch does not type its streams.
         self._stream: Any = torch.cuda.Stream(device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
         self._latest_gather: _Moved | None = None
         self.num_layers = len(kv.k)
         self.layer_page_bytes = layer_page_bytes(kv)
-        self._warm_up()
+        with torch.cuda.device(device):
+            self._mover = PageMover(kv, ops.plane_addresses(kv))
+            self._free: deque[_Lane] = deque(self._new_lane(_USUAL_PAGES) for _ in range(_MOVES_UNDER_WAY))
+            torch.cuda.synchronize()
 
     def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> Moved:
-        self._latest_gather = self._move(ops.gather_pages_async, page_ids, layer_start, layer_end, out)
+        layers = (layer_start, layer_end)
+        self._latest_gather = self._move(True, page_ids, layers, out, self._stream, None)
         return self._latest_gather
 
     def scatter(
@@ -56,7 +60,8 @@ class CudaPageStore:
         data: Tensor,
         after: Incoming | None = None,
     ) -> Moved:
-        return self._move(ops.scatter_pages_async, page_ids, layer_start, layer_end, data, after)
+        stream = self._stream if after is None else after.stream
+        return self._move(False, page_ids, (layer_start, layer_end), data, stream, after)
 
     def fence(self) -> None:
         if self._latest_gather is not None and not self._latest_gather.done():
@@ -68,86 +73,88 @@ class CudaPageStore:
             if moved.may_still_write():
                 moved.hold_back(torch.cuda.current_stream(self._device))
 
-    def _warm_up(self) -> None:
-        """Compiles the kernels for the page counts that Triton tells apart, and has torch keep pinned memory
-        for what is to come: both would hold up the first hand-overs. What is written to the pages was read
-        from them."""
-        pinned = [
-            torch.empty(_DIGEST_CELLS + num_pages, dtype=torch.int64, pin_memory=True)
-            for num_pages in _USUAL_PAGE_COUNTS
-            for _ in range(_MOVES_UNDER_WAY)
-        ]
-        del pinned
-        for num_pages in (1, 2, 16):
-            if num_pages <= len(self._kv.k[0]):
-                staging = torch.empty(
-                    num_pages * self.layer_page_bytes, dtype=torch.uint8, device=self._device
-                )
-                self.gather(range(num_pages), 0, 1, staging)
-                self.scatter(range(num_pages), 0, 1, staging)
-                torch.cuda.synchronize(self._device)
-
-    @torch.inference_mode()
     def _move(
         self,
-        move: _Move,
+        gathers: bool,
         page_ids: Sequence[int],
-        layer_start: int,
-        layer_end: int,
+        layers: tuple[int, int],
         staging: Tensor,
-        after: Incoming | None = None,
+        stream: Any,  # torch does not type its streams
+        after: Incoming | None,
     ) -> _Moved:
-        stream = self._stream if after is None else after.stream
-        on_host = _digest_and_ids(page_ids)
-        with torch.cuda.stream(stream):
+        num_pages = len(page_ids)
+        with torch.cuda.device(self._device):
+            lane = self._take_lane(num_pages, stream)
+            lane.ids[:num_pages] = page_ids
+            lane.staging = staging
             if after is not None:
                 after.hold_back(stream)
-            index = on_host.to(self._device, non_blocking=True)
-            digest = index[:_DIGEST_CELLS]
-            move(self._kv, self._addresses, index[_DIGEST_CELLS:], layer_start, layer_end, staging, digest)
-            moved = DeviceEvent(self._device)
-            on_host[:_DIGEST_CELLS].copy_(digest, non_blocking=True)
-            # A channel that breaks drops its slots at once: nobody gets their memory before this is done.
-            staging.record_stream(stream)
-            return _Moved(moved, DeviceEvent(self._device), on_host, after)
+            address, cells = lane.address, lane.cells.data_ptr()
+            self._mover.move(
+                gathers,
+                address + 8 * _IDS_AT,
+                num_pages,
+                layers,
+                staging.data_ptr(),
+                cells,
+                address,
+                stream.cuda_stream,
+            )
+            lane.event.record(stream)
+            lane.is_over = False
+        return _Moved(lane, after, self._free)
+
+    def _take_lane(self, num_pages: int, stream: Any) -> _Lane:
+        """The one that was given back first, if the device is done with it."""
+        for _ in range(len(self._free)):
+            lane = self._free.popleft()
+            if len(lane.ids) >= num_pages and (lane.is_over or lane.event.query()):
+                return lane
+            self._free.append(lane)
+        with torch.cuda.stream(stream):  # where its cells are cleared, before the move
+            return self._new_lane(max(_USUAL_PAGES, num_pages))
+
+    def _new_lane(self, num_pages: int) -> _Lane:
+        return _Lane(self._mover.new_cells(), num_pages)
 
 
-def _digest_and_ids(page_ids: Sequence[int]) -> Tensor:
-    """Pinned: what goes to the device, and whose first part comes back. The digest's cells stand before the
-    ids, so that both always have the same alignment, which Triton compiles for."""
-    on_host = torch.empty(_DIGEST_CELLS + len(page_ids), dtype=torch.int64, pin_memory=True)
-    values = on_host.numpy()
-    values[:_DIGEST_CELLS] = 0
-    values[_DIGEST_CELLS:] = page_ids
-    return on_host
+class _Lane:
+    """What one move at a time needs: pinned memory `on_host` for [digest, .., page ids], which the device
+    reads and writes where it is, cells for the digest, and the event behind it."""
+
+    def __init__(self, cells: Tensor, num_pages: int) -> None:
+        self.cells = cells
+        self.on_host = torch.zeros(_IDS_AT + num_pages, dtype=torch.int64, pin_memory=True)
+        self.address = self.on_host.data_ptr()
+        self.told = self.on_host.numpy()[:1]
+        self.ids = self.on_host.numpy()[_IDS_AT:]
+        # Any: torch does not type its events.
+        self.event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.is_over = True  # seen to be; otherwise the event knows
+        self.staging: Tensor | None = None  # kept until the device is done with it
 
 
-class _Moved:
-    """Holds the pinned digest and ids, `on_host`, until the device is done with them. `moved`: the pages are
-    in their places; `told`: the digest is there too."""
+class _Moved(RecordedEvent):
+    """A move, which has its lane for as long as somebody holds it; then `free` gets it back."""
 
-    def __init__(
-        self, moved: DeviceEvent, told: DeviceEvent, on_host: Tensor, after: Incoming | None
-    ) -> None:
-        self._moved = moved
-        self._told = told
-        self._on_host = on_host
+    def __init__(self, lane: _Lane, after: Incoming | None, free: deque[_Lane]) -> None:
+        super().__init__(lane.event)
+        self._lane = lane
         self._after = after
+        self._free = free
+
+    def __del__(self) -> None:
+        self._free.append(self._lane)  # from any thread
 
     def done(self) -> bool:
-        return self._told.done()
-
-    def wait(self, timeout_s: float) -> None:
-        self._told.wait(timeout_s)
+        self._lane.is_over = self._lane.is_over or super().done()
+        return self._lane.is_over
 
     def digest(self) -> int:
-        return int(self._on_host[:_DIGEST_CELLS].sum())
-
-    def hold_back(self, stream: torch.cuda.Stream) -> None:
-        self._moved.hold_back(stream)
+        return int(self._lane.told[0])
 
     def may_still_write(self) -> bool:
         """Takes the page ids back. The device reads them when the bytes have come: if they have not come by
         now, it will find none, and write nothing."""
-        self._on_host.numpy()[_DIGEST_CELLS:] = _NO_PAGE
+        self._lane.ids[:] = _NO_PAGE
         return not self.done() and (self._after is None or self._after.done())

@@ -10,7 +10,9 @@ from typing import NamedTuple
 PIECE_OVERHEAD_S = 0.000_05
 _OVERHEAD_SHARE = 0.1
 _UNKNOWN_BYTES_PER_S = 64e9  # until the first transfers were measured
-_EDGE_PIECE_BYTES = 64 * 2**20  # nothing crosses while the first piece is gathered and the last is scattered
+# Nothing crosses while the first piece is gathered and the last is scattered; over 64 MiB NCCL uses all its
+# CTAs (`transfer/config.py`).
+_EDGE_PIECE_BYTES = 72 * 2**20
 
 
 class PrefillStep(NamedTuple):

@@ -10,6 +10,8 @@ from phloem.shared.protocol.session import PeerRef
 # 1% and the receiver's memory-bound steps 4%. All of them give 340 and cost the receiver 20%; 8 give half as
 # much and cost the same as 16 (shared/gpu/README.md).
 MAX_CTAS = 16
+# Messages over 256 chunks cross with all of these CTAs, smaller ones with half of them (`nccl_plane`).
+NVLINK_CHUNK_BYTES = 256 * 1024
 # A piece costs each side about 0.3 ms of Python, spread over its threads (an estimate), and NCCL sends
 # 64 MiB in 0.19 ms, 128 MiB in 0.37. A slot and its credit are back 0.5 to 0.9 ms after its bytes have
 # crossed, so that three to four slots of 128 MiB keep the link busy.

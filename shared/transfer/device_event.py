@@ -15,17 +15,14 @@ _POLL_S = 0.000_05  # a look costs a few microseconds of the interpreter
 _SLOW_POLL_S = 0.000_5
 
 
-class DeviceEvent:
-    """All that the calling thread's stream of `device` was given until now; see `Pending`.
+class RecordedEvent:
+    """A CUDA event that was recorded; see `Pending`.
 
     Polls: `cudaEventSynchronize` knows no deadline.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        with torch.cuda.device(device):
-            # Any: torch does not type its events.
-            self._event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+    def __init__(self, event: Any) -> None:  # torch does not type its events
+        self._event = event
 
     def done(self) -> bool:
         try:
@@ -46,9 +43,19 @@ class DeviceEvent:
         stream.wait_event(self._event)
 
 
-class ArrivalEvent(DeviceEvent):
-    """See `Incoming`; recorded behind the receive, in the calling thread's stream."""
+class DeviceEvent(RecordedEvent):
+    """All that the calling thread's stream of `device` was given until now."""
 
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
-        super().__init__(device)
+    def __init__(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch does not type its events
+            event.record()
+        super().__init__(event)
+
+
+class ArrivalEvent(RecordedEvent):
+    """See `Incoming`; recorded behind the receive."""
+
+    def __init__(self, event: Any, stream: torch.cuda.Stream) -> None:
+        super().__init__(event)
         self.stream = stream

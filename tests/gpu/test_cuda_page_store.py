@@ -55,6 +55,35 @@ def test_pages_move_with_the_references_bytes_and_digest(num_pages: int, layers:
         assert torch.equal(here._kv.v[layer][page_ids.flip(0)].cpu(), source.v[layer][page_ids])
 
 
+def test_what_a_move_needs_is_used_again_when_nobody_holds_it() -> None:
+    """More moves at a time than there are lanes, of more pages than lanes are made for: none gets another's
+    digest or page ids."""
+    kv = make_kv(0)
+    store = CudaPageStore(on_cuda(kv), CUDA)
+    expected = torch.zeros(NUM_LAYERS * store.layer_page_bytes, dtype=torch.uint8)
+    digests = [ops.gather_pages(kv, torch.tensor([page]), 0, NUM_LAYERS, expected) for page in range(40)]
+    slots = [torch.zeros(expected.numel(), dtype=torch.uint8, device=CUDA) for _ in range(40)]
+    num_lanes = len(store._free)
+    for _ in range(3):
+        moves = [store.gather([page], 0, NUM_LAYERS, slots[page]) for page in range(40)]
+        for moved, digest in zip(moves, digests, strict=True):
+            moved.wait(5.0)
+            assert moved.digest() == digest
+        assert not store._free
+        del moves, moved
+        store._latest_gather = None
+        assert num_lanes < len(store._free) == 40
+    assert torch.equal(slots[39].cpu(), expected)
+
+    many = [page % NUM_PAGES for page in range(3000)]
+    big = torch.zeros(len(many) * store.layer_page_bytes, dtype=torch.uint8, device=CUDA)
+    gathered = store.gather(many, 0, 1, big)
+    gathered.wait(5.0)
+    layer = torch.zeros(big.numel(), dtype=torch.uint8)
+    assert gathered.digest() == ops.gather_pages(kv, torch.tensor(many), 0, 1, layer)
+    assert torch.equal(big.cpu(), layer)
+
+
 def test_step_after_a_fence_begins_when_what_moves_has_moved() -> None:
     kv = on_cuda(make_kv(0))
     store = CudaPageStore(kv, CUDA)
@@ -120,7 +149,9 @@ def late_bytes(slot: torch.Tensor, data: torch.Tensor) -> ArrivalEvent:
         for _ in range(50):
             torch.mm(a, a)
         slot.copy_(data)
-        return ArrivalEvent(CUDA, readers)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch does not type its events
+        event.record()
+        return ArrivalEvent(event, readers)
 
 
 def queued_scatter(page_ids: list[int]) -> tuple[CudaPageStore, KVCache, ArrivalEvent, Moved, int]:
