@@ -174,9 +174,7 @@ def test_inputs_are_those_of_the_rows(
 
 def test_padding_rows_write_where_nobody_reads() -> None:
     lane = NullLane(SIZES)
-    (inputs, header, _, _), _ = StepInputs(
-        CudaAttention({0: (lane, lane)}), CPU, SIZES, copy
-    ).padding(3)
+    (inputs, header, _, _), _ = StepInputs(CudaAttention({0: (lane, lane)}), CPU, SIZES, copy).padding(3)
     assert header[0] == 0
     assert inputs.slot.tolist() == [SLOTS] * 3
     assert inputs.write_index.tolist() == [SCRATCH * PAGE] * 3
