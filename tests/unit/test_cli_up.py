@@ -169,6 +169,15 @@ def test_child_log_gives_complete_new_lines_once(tmp_path: Path) -> None:
     assert log.tail(2) == ["two", "three"]
 
 
+def test_end_of_a_log_has_the_last_line_of_progress_only(tmp_path: Path) -> None:
+    log = ChildLog(tmp_path / "x.log")
+    progress = [f"progress stage=weights done={done} total=100" for done in range(40)]
+    log.path.write_text("\n".join(["begins", *progress, "out of memory", "gone"]))
+    assert log.tail(4) == ["begins", progress[-1], "out of memory", "gone"]
+    log.path.write_text("\n".join(["begins", *progress]))
+    assert log.tail(4) == ["begins", progress[-1]]
+
+
 def test_port_in_use_names_the_flag() -> None:
     with bound_socket("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]

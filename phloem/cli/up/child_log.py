@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +48,8 @@ class ChildLog:
         return [line.decode(errors="replace") for line in lines]
 
     def tail(self, num_lines: int) -> list[str]:
-        """The last lines, at most `num_lines` of them and 16 KiB."""
+        """The last lines, at most `num_lines` of them and 16 KiB. Progress is one line, how far it came:
+        those of each percent would leave no room for the rest."""
         try:
             with self.path.open("rb") as file:
                 size = file.seek(0, 2)
@@ -55,4 +57,10 @@ class ChildLog:
                 data = file.read()
         except FileNotFoundError:
             return []
-        return data.decode(errors="replace").splitlines()[-num_lines:]
+        lines = data.decode(errors="replace").splitlines()
+        told = [
+            line
+            for line, later in itertools.pairwise([*lines, ""])
+            if stage_in(line) is None or stage_in(later) is None
+        ]
+        return told[-num_lines:]
