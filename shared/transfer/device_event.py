@@ -11,7 +11,8 @@ from phloem.shared.transfer.errors import channel_lost, transfer_timeout
 
 HIGH_PRIORITY = -1  # of CUDA streams: short work that should not queue behind matmuls
 _SOON_S = 0.01  # pieces take a fraction of a millisecond, or some when matmuls fill the device
-_POLL_S = 0.000_05  # a look costs a few microseconds of the interpreter
+_POLL_S = 0.000_05  # a look costs ten microseconds of the interpreter, for which others wait
+_LATE_S = 0.000_2
 _SLOW_POLL_S = 0.000_5
 
 
@@ -36,7 +37,7 @@ class RecordedEvent:
             waited_s = time.monotonic() - started
             if waited_s >= timeout_s:
                 raise transfer_timeout(f"no data moved for {timeout_s:.1f} s")
-            time.sleep(_POLL_S if waited_s < _SOON_S else _SLOW_POLL_S)
+            time.sleep(_pause_s(waited_s))
 
     def hold_back(self, stream: torch.cuda.Stream) -> None:
         """What `stream` is given from now on begins after this, on the device."""
@@ -59,3 +60,10 @@ class ArrivalEvent(RecordedEvent):
     def __init__(self, event: Any, stream: torch.cuda.Stream) -> None:
         super().__init__(event)
         self.stream = stream
+
+
+def _pause_s(waited_s: float) -> float:
+    """Until the next look: a fifth of what it has taken so far, within bounds."""
+    if waited_s >= _SOON_S:
+        return _SLOW_POLL_S
+    return min(max(_POLL_S, waited_s / 5), _LATE_S)

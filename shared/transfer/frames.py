@@ -14,6 +14,7 @@ from phloem.shared.transfer.errors import channel_lost, protocol_violation, tran
 
 _LENGTH = struct.Struct(">I")
 KEEPALIVE = b""
+_READ_BYTES = 65_536
 
 
 class FrameSocket:
@@ -21,6 +22,7 @@ class FrameSocket:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._ahead = bytearray()  # read, but not asked for yet: a frame rarely comes alone, nor in parts
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def set_timeout(self, timeout_s: float) -> None:
@@ -42,10 +44,10 @@ class FrameSocket:
         Raises `channel_lost` when the peer closed, `transfer_timeout` when it is silent for too long,
         `transfer_protocol` when the frame is longer than `max_bytes`.
         """
-        (length,) = _LENGTH.unpack(self._read_exactly(_LENGTH.size, deadline))
+        (length,) = _LENGTH.unpack(self._take(_LENGTH.size, deadline))
         if length > max_bytes:
             raise protocol_violation(f"frame of {length} bytes is over {max_bytes}")
-        return bytes(self._read_exactly(length, deadline))
+        return self._take(length, deadline)
 
     def shutdown(self) -> None:
         """Wakes both threads; safe to call at any time and more than once."""
@@ -56,22 +58,22 @@ class FrameSocket:
         """Only when no thread uses the socket."""
         self._socket.close()
 
-    def _read_exactly(self, num_bytes: int, deadline: float | None) -> bytearray:
-        data = bytearray(num_bytes)
-        view = memoryview(data)
-        while view:
-            view = view[self._read_some(view, deadline) :]
-        return data
+    def _take(self, num_bytes: int, deadline: float | None) -> bytes:
+        while len(self._ahead) < num_bytes:
+            self._ahead += self._read_some(deadline)
+        taken = bytes(self._ahead[:num_bytes])
+        del self._ahead[:num_bytes]
+        return taken
 
-    def _read_some(self, view: memoryview, deadline: float | None) -> int:
+    def _read_some(self, deadline: float | None) -> bytes:
         try:
             if deadline is not None:
                 self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
-            count = self._socket.recv_into(view)
+            data = self._socket.recv(_READ_BYTES)
         except TimeoutError as error:
             raise transfer_timeout("the peer is silent") from error
         except OSError as error:
             raise channel_lost(f"control connection broke: {error}") from error
-        if not count:
+        if not data:
             raise channel_lost("the peer closed the control connection")
-        return count
+        return data

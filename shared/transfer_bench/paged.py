@@ -38,9 +38,7 @@ from phloem.shared.transfer_bench.rank_protocol import KvShape, PagesRun
 
 PREFILL, DECODE = PeerRef("bench-prefill", 1), PeerRef("bench-decode", 1)
 _TOKEN = 7
-_LOOK_S = (
-    0.000_02  # between two looks at the device: an engine looks every 50 us, this loop does nothing else
-)
+_LOOK_S = 0.000_05  # between two looks at the device, as an engine does
 _IDLE_S = 0.01  # when only an event can change anything
 
 
