@@ -45,7 +45,7 @@ class CudaPageStore:
         with torch.cuda.device(device):
             self._mover = PageMover(kv, ops.plane_addresses(kv))
             self._free: deque[_Lane] = deque(self._new_lane(_USUAL_PAGES) for _ in range(_MOVES_UNDER_WAY))
-            torch.cuda.synchronize()
+            self._warm_up()
 
     def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> Moved:
         layers = (layer_start, layer_end)
@@ -72,6 +72,16 @@ class CudaPageStore:
             assert isinstance(moved, _Moved)
             if moved.may_still_write():
                 moved.hold_back(torch.cuda.current_stream(self._device))
+
+    def _warm_up(self) -> None:
+        """The device loads a kernel when it is launched first, which would hold up the first hand-over. What
+        is written to the page was read from it."""
+        staging = torch.empty(self.layer_page_bytes, dtype=torch.uint8, device=self._device)
+        torch.cuda.synchronize()
+        self.gather([0], 0, 1, staging)
+        self.scatter([0], 0, 1, staging)
+        torch.cuda.synchronize()
+        self._latest_gather = None
 
     def _move(
         self,
