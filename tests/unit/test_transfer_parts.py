@@ -25,11 +25,14 @@ from phloem.shared.transfer.stats import PeerMeter
 from tests.support.transfer import make_slots, wait_until
 
 
+def connected() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return socket.create_connection(server.getsockname(), 5.0), server.accept()[0]
+
+
 @pytest.fixture
 def frame_pair() -> Iterator[tuple[FrameSocket, FrameSocket]]:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        left = socket.create_connection(server.getsockname(), 5.0)
-        right, _ = server.accept()
+    left, right = connected()
     frames = FrameSocket(left), FrameSocket(right)
     for side in frames:
         side.set_timeout(5.0)
@@ -48,6 +51,17 @@ def test_frames_keep_their_borders(frame_pair: tuple[FrameSocket, FrameSocket]) 
     for payload in payloads:
         left.write(payload)
     assert [right.read(1 << 20) for _ in payloads] == payloads
+
+
+def test_frames_that_come_together_and_in_parts_are_read_one_by_one() -> None:
+    sender, receiver = connected()
+    frames = FrameSocket(receiver)
+    sender.sendall(b"\0\0\0\1a\0\0\0\0\0\0\0\3b")
+    assert [frames.read(8), frames.read(8)] == [b"a", b""]
+    sender.sendall(b"cd")
+    assert frames.read(8) == b"bcd"
+    sender.close()
+    frames.close()
 
 
 def test_frame_longer_than_the_cap_is_not_read(frame_pair: tuple[FrameSocket, FrameSocket]) -> None:
