@@ -93,6 +93,7 @@ class CudaPageStore:
         after: Incoming | None,
     ) -> _Moved:
         num_pages = len(page_ids)
+        assert staging.data_ptr() % 16 == 0, "the kernel reads 16 bytes at a time"
         with torch.cuda.device(self._device):
             lane = self._take_lane(num_pages, stream)
             lane.ids[:num_pages] = page_ids

@@ -7,16 +7,16 @@ import msgspec
 from phloem.shared.protocol.session import PeerRef
 
 # Measured on 2 x H200 with messages of 64 MiB, for which NCCL takes half of these: 8 CTAs in use give 256
-# GB/s, sixty times what prefill makes, and cost the sender's matmuls 1% and the receiver's memory-bound steps 4%; 16
-# in use give 340 and cost the receiver 20% while they last; 4 give half as much and cost the same as 8
+# GB/s, sixty times what prefill makes, and cost the sender's matmuls 1% and the receiver's memory-bound steps
+# 4%; 16 in use give 340 and cost the receiver 20% while they last; 4 give half as much and cost the same as 8
 # (shared/gpu/README.md).
 MAX_CTAS = 16
 # Messages over 256 chunks cross with all of these CTAs, smaller ones with half of them (`nccl_plane`): the
 # pieces of a large hand-over, which takes a third less time so, and not those of a small one.
 NVLINK_CHUNK_BYTES = 256 * 1024
 # A piece costs the interpreter of each side some 0.3 ms, spread over its threads (an estimate), and 128 MiB
-# cross in 0.38 ms. A slot and its credit are back 0.5 to 0.9 ms after its bytes have crossed, so that three to
-# four slots of 128 MiB keep the link busy.
+# cross in 0.38 ms. A slot and its credit are back 0.5 to 0.9 ms after its bytes have crossed, so that three
+# to four slots of 128 MiB keep the link busy.
 STAGING_BYTES = 128 * 1024 * 1024
 STAGING_SLOTS = 4
 MAX_PEERS = 8  # of a host of eight GPUs all others, on one side or the other
