@@ -1,4 +1,4 @@
-"""A channel's bytes over NCCL, on a stream of the plane's own."""
+"""A channel's bytes over NCCL, beside all streams of the engine."""
 
 from __future__ import annotations
 
@@ -44,41 +44,42 @@ class NcclPlane:
                 # Any: the stubs lack send and recv, and do not type streams.
                 self._group: Any = ProcessGroupNCCL(store, self._rank, 2, options)
                 self._group.eager_connect_single_device(self._device)
-                self._stream: Any = torch.cuda.Stream(  # type: ignore[no-untyped-call]
-                    self._device, priority=HIGH_PRIORITY
-                )
-                # Not the one above, in which the next receive would wait for the reader of this one.
-                self._readers: Any = torch.cuda.Stream(  # type: ignore[no-untyped-call]
-                    self._device, priority=HIGH_PRIORITY
-                )
+                # What an operation waits for, what waits for it, and who reads what it brought: in one stream
+                # the next operation would wait for all of that of this one.
+                self._before, self._behind, self._readers = (self._new_stream() for _ in range(3))
         except RuntimeError as error:
             raise channel_lost(f"the NCCL group can't be made: {error}") from error
 
     def post_send(self, data: Tensor, after: Moved | None = None) -> Pending:
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._before):
                 if after is not None:
-                    after.hold_back(self._stream)
-                self._group.send([data], 1 - self._rank, 0).wait()  # the stream waits, not this thread
-                return RecordedEvent(self._used(data))
+                    after.hold_back(self._before)
+                work = self._group.send([data], 1 - self._rank, 0)
+            return RecordedEvent(self._end_of(work, data))
         except RuntimeError as error:
             raise channel_lost(f"sending failed: {error}") from error
 
     def post_receive(self, slot: Tensor, num_bytes: int) -> Incoming:
         try:
-            with torch.cuda.stream(self._stream):
-                self._group.recv([slot[:num_bytes]], 1 - self._rank, 0).wait()
-                return ArrivalEvent(self._used(slot), self._readers)
+            with torch.cuda.stream(self._before):
+                work = self._group.recv([slot[:num_bytes]], 1 - self._rank, 0)
+            return ArrivalEvent(self._end_of(work, slot), self._readers)
         except RuntimeError as error:
             raise channel_lost(f"receiving failed: {error}") from error
 
-    def _used(self, data: Tensor) -> Any:
+    def _end_of(self, work: Any, data: Tensor) -> Any:
         """The event behind what was posted. A channel that breaks drops its slots at once: nobody gets their
         memory before it has come."""
-        data.record_stream(self._stream)
+        with torch.cuda.stream(self._behind):
+            work.wait()  # the stream waits, not this thread
+        data.record_stream(self._behind)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch does not type its events
-        event.record(self._stream)
+        event.record(self._behind)
         return event
+
+    def _new_stream(self) -> Any:
+        return torch.cuda.Stream(self._device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
 
     def abort(self) -> None:
         self._group.abort()
