@@ -21,9 +21,17 @@ from phloem.kernels.reference import norm as _norm
 from phloem.kernels.reference import pages as _pages
 from phloem.kernels.reference import rope as _rope
 from phloem.kernels.reference import sampling as _sampling
-from phloem.kernels.types import AttentionPlan, DecodeShape, DevicePlan, LinearWeight, PagedKV
+from phloem.kernels.types import (
+    AttentionPlan,
+    DecodeShape,
+    DevicePlan,
+    LinearWeight,
+    PagedKV,
+    StepWeights,
+)
 
 if TYPE_CHECKING:
+    from phloem.kernels.hopper_ops.decode_step import DecodeStep, Plan
     from phloem.kernels.triton_ops.decode_kernels import DecodeKernels
 
 
@@ -308,3 +316,22 @@ def decode_kernels(
     from phloem.kernels.triton_ops.decode_kernels import DecodeKernels
 
     return DecodeKernels(shape, device, max_rows)
+
+
+def plan_decode_step(shape: DecodeShape, dtype: torch.dtype, device: torch.device) -> Plan | None:
+    """How a whole decode step of few rows would be one launch; None where it can't be (`decode_step`)."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    from phloem.kernels.hopper_ops.decode_step import plan_step
+    from phloem.kernels.hopper_ops.program import has_bindings
+
+    if torch.cuda.get_device_capability(device) != (9, 0) or not has_bindings():
+        return None
+    return plan_step(shape, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def decode_step(shape: DecodeShape, weights: StepWeights, kv: PagedKV, plan: Plan) -> DecodeStep:
+    """The kernel of whole decode steps, compiled; `plan` is `plan_decode_step`'s."""
+    from phloem.kernels.hopper_ops.decode_step import DecodeStep
+
+    return DecodeStep(shape, weights, kv, plan)

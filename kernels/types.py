@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -107,3 +108,34 @@ class DecodeRows(NamedTuple):
     work: Tensor
     cos: Tensor
     sin: Tensor
+
+
+class StepLayer(Protocol):
+    """A layer's weights, as `DecoderParameters` has them."""
+
+    @property
+    def input_norm(self) -> Tensor: ...
+    @property
+    def qkv(self) -> LinearWeight: ...
+    @property
+    def q_norm(self) -> Tensor | None: ...
+    @property
+    def k_norm(self) -> Tensor | None: ...
+    @property
+    def o(self) -> LinearWeight: ...
+    @property
+    def post_norm(self) -> Tensor: ...
+    @property
+    def gate_up(self) -> LinearWeight: ...
+    @property
+    def down(self) -> LinearWeight: ...
+
+
+class StepWeights(NamedTuple):
+    """eps: of the norms."""
+
+    embedding: Tensor
+    layers: Sequence[StepLayer]
+    final_norm: Tensor
+    lm_head: LinearWeight
+    eps: float

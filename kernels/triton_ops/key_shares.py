@@ -11,7 +11,7 @@ row of -1 is no item.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,20 +19,29 @@ import numpy.typing as npt
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 
 FIELDS = 8
-_BLOCKS = 512  # that keep a large device busy, of all KV heads
 _ROUND = 64  # keys
-_LEAST = 128  # shorter parts cost more to join than they save
+
+
+class Sharing(NamedTuple):
+    """blocks: that should have an item, of all KV heads; least: keys of an item."""
+
+    blocks: int
+    least: int
+
+
+MANY = Sharing(512, 128)  # keep a large device busy; shorter parts cost more to join than they save
+ONE_EACH = Sharing(128, 64)  # where a block to each multiprocessor is all there is
 
 
 def num_items(num_rows: int, num_kv_heads: int) -> int:
     """How many there are at most for so many rows: what a captured launch has blocks for."""
-    return num_rows + _wanted(num_rows, num_kv_heads)
+    return num_rows + _wanted(num_rows, num_kv_heads, MANY)
 
 
-def share_size(kv_lens: Int64Array, num_kv_heads: int) -> int:
+def share_size(kv_lens: Int64Array, num_kv_heads: int, sharing: Sharing = MANY) -> int:
     """Keys of a share, for rows with so many keys each, the new token's included."""
-    even = -(-int(kv_lens.sum()) // _wanted(len(kv_lens), num_kv_heads))
-    return max(_LEAST, -(-even // _ROUND) * _ROUND)
+    even = -(-int(kv_lens.sum()) // _wanted(len(kv_lens), num_kv_heads, sharing))
+    return max(sharing.least, -(-even // _ROUND) * _ROUND)
 
 
 def make_items(slots: Int64Array, kv_lens: Int64Array, share: int, out: npt.NDArray[np.int32]) -> None:
@@ -50,5 +59,5 @@ def make_items(slots: Int64Array, kv_lens: Int64Array, share: int, out: npt.NDAr
     out[count:, 0] = -1
 
 
-def _wanted(num_rows: int, num_kv_heads: int) -> int:
-    return max(num_rows, _BLOCKS // num_kv_heads)
+def _wanted(num_rows: int, num_kv_heads: int, sharing: Sharing) -> int:
+    return max(num_rows, sharing.blocks // num_kv_heads)

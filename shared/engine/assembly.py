@@ -42,7 +42,9 @@ def build_engine(
     """
     device = find_device(config.options.device)
     options = msgspec.structs.replace(
-        for_device(config.options, device), transfer_peers=transfer_peers(config.options, config.role)
+        for_device(config.options, device),
+        transfer_peers=transfer_peers(config.options, config.role),
+        disable_one_launch_decode=config.options.disable_one_launch_decode or config.role != "unified",
     )
     config = msgspec.structs.replace(config, options=options)
     torch.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))

@@ -77,6 +77,14 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
         bool,
         Meta(description="capture decode steps of the library's kernels instead of Phloem's own"),
     ] = False
+    disable_one_launch_decode: Annotated[
+        bool,
+        Meta(
+            description="several launches also for decode steps of up to 8 requests. One launch is faster "
+            "but needs all multiprocessors at once: only unified workers, on Hopper, have it, since KV "
+            "transfers hold some"
+        ),
+    ] = False
     cuda_graph_max_bs: Annotated[
         int, Meta(ge=0, le=4096, description="largest batch with a CUDA graph; 0: --max-running-requests")
     ] = 0

@@ -20,17 +20,20 @@ def decode_parts(options: EngineOptions, model: LoadedModel, max_pages: int) -> 
     config = model.decoder.config
     if options.disable_cuda_graph or options.disable_decode_kernels or any(config.layer_windows):
         return None
-    kernels = ops.decode_kernels(
-        decode_shape(config), model.dtype, model.device, options.max_running_requests + 1
-    )
+    shape = decode_shape(config)
+    kernels = ops.decode_kernels(shape, model.dtype, model.device, options.max_running_requests + 1)
     if kernels is None:
         return None
+    plan = None
+    if not options.disable_one_launch_decode:
+        plan = ops.plan_decode_step(shape, model.dtype, model.device)
     tables = DecodeTables(
         model.device,
         num_slots=options.max_running_requests + 1,
         max_pages=max_pages,
         page_size=options.page_size,
         num_kv_heads=config.num_kv_heads,
+        one_launch_rows=plan.max_rows if plan is not None else 0,
     )
     cos, sin = model.decoder.rope.halves(model.context_length + 1, model.dtype)
-    return DecodeParts(DecodePass(model.decoder, kernels), tables, cos, sin)
+    return DecodeParts(DecodePass(model.decoder, kernels, plan), tables, cos, sin)

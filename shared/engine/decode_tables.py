@@ -8,7 +8,7 @@ import torch
 
 from phloem.kernels import ops
 from phloem.kernels.flashinfer_ops.page_lists import PagedRows
-from phloem.kernels.triton_ops.key_shares import make_items, num_items, share_size
+from phloem.kernels.triton_ops.key_shares import MANY, ONE_EACH, make_items, num_items, share_size
 from phloem.shared.engine.page_mirror import PageMirror
 
 Int32Array = npt.NDArray[np.int32]
@@ -19,10 +19,19 @@ class DecodeTables:
     what a step has to bring: it travels with the step's rows (`decode_upload.py`)."""
 
     def __init__(
-        self, device: torch.device, *, num_slots: int, max_pages: int, page_size: int, num_kv_heads: int
+        self,
+        device: torch.device,
+        *,
+        num_slots: int,
+        max_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        one_launch_rows: int = 0,
     ) -> None:
+        """Steps of up to `one_launch_rows` are one launch, and have fewer, larger shares of keys."""
         self._mirror = PageMirror(num_slots=num_slots, max_pages=max_pages, page_size=page_size)
         self._num_kv_heads = num_kv_heads
+        self._one_launch_rows = one_launch_rows
         self.page_table = torch.zeros((num_slots, max_pages), dtype=torch.int32, device=device)
 
     def num_items(self, num_rows: int) -> int:
@@ -32,7 +41,8 @@ class DecodeTables:
     def write(self, rows: PagedRows, work: Int32Array, pairs: Int32Array) -> int:
         """Fills `work` (`[num_items, FIELDS]`) and the beginning of `pairs` (`[capacity, 2]`), both on the
         host; returns the number of pairs. More than there is room for go at once, by themselves."""
-        make_items(rows.slots, rows.kv_lens, share_size(rows.kv_lens, self._num_kv_heads), work)
+        sharing = ONE_EACH if len(rows.kv_lens) <= self._one_launch_rows else MANY
+        make_items(rows.slots, rows.kv_lens, share_size(rows.kv_lens, self._num_kv_heads, sharing), work)
         changes = self._mirror.changes(rows)
         if len(changes) > len(pairs):
             self._place_now(changes)

@@ -1,0 +1,1 @@
+"""CUDA C++ for Hopper, compiled at start by NVRTC."""

@@ -1,0 +1,103 @@
+"""CUDA C++ kernels: compiled by NVRTC in this process, loaded and launched by the driver.
+
+Both through `cuda.bindings`, which PyTorch's CUDA builds bring with NVRTC itself: nobody installs a compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+
+class CudaError(RuntimeError):
+    """What NVRTC or the driver said."""
+
+
+class Launch(NamedTuple):
+    """threads of a block; dynamic shared memory, bytes; cooperative: begins when all blocks fit at once."""
+
+    num_blocks: int
+    num_threads: int
+    shared_bytes: int
+    cooperative: bool
+
+
+class Kernel:
+    """One function of a compiled source, loaded on one device. Launches go to torch's current stream."""
+
+    def __init__(self, image: bytes, name: str, device: torch.device, shared_bytes: int) -> None:
+        self._driver = bindings("driver")
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().synchronize()  # torch has made its context current
+            # Never unloaded: it must outlive every graph that holds its function.
+            self._module = checked(self._driver.cuModuleLoadData(image))
+            self._function = checked(self._driver.cuModuleGetFunction(self._module, name.encode()))
+            limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            checked(self._driver.cuFuncSetAttribute(self._function, limit, shared_bytes))
+
+    def __call__(self, launch: Launch, arguments: tuple[tuple[Any, ...], tuple[Any, ...]]) -> None:
+        """arguments: values and their ctypes; tensors are given by `data_ptr()`, structures have None."""
+        driver = self._driver
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.num_blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.num_threads, 1, 1
+        config.sharedMemBytes = launch.shared_bytes
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        if launch.cooperative:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+            attribute.value.cooperative = 1
+            config.attrs = [attribute]
+            config.numAttrs = 1
+        checked(driver.cuLaunchKernelEx(config, self._function, arguments, 0))
+
+    def read_global(self, name: str) -> bytes:
+        """A variable of the source, once all that was launched is done."""
+        torch.cuda.synchronize()
+        place, size = checked(self._driver.cuModuleGetGlobal(self._module, name.encode()))
+        data = bytearray(size)
+        checked(self._driver.cuMemcpyDtoH(ctypes.addressof(ctypes.c_char.from_buffer(data)), place, size))
+        return bytes(data)
+
+
+def compile_cuda(source: str, defines: Mapping[str, int], architecture: str) -> bytes:
+    """The machine code. `architecture` as NVRTC spells it (`sm_90a`). Raises CudaError with its log."""
+    nvrtc = bindings("nvrtc")
+    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"phloem.cu", 0, [], []))
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+    options += [f"-D{name}={value}".encode() for name, value in defines.items()]
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+        checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise CudaError(f"NVRTC: {log.decode(errors='replace').strip()}")
+    image: bytes = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+    checked(nvrtc.nvrtcGetCUBIN(program, image))
+    checked(nvrtc.nvrtcDestroyProgram(program))
+    return image
+
+
+def has_bindings() -> bool:
+    """Whether `cuda.bindings` is installed and finds its libraries."""
+    try:
+        checked(bindings("nvrtc").nvrtcVersion())
+    except (ImportError, RuntimeError):
+        return False
+    return True
+
+
+def bindings(name: str) -> Any:
+    """A module of `cuda.bindings`."""
+    return importlib.import_module(f"cuda.bindings.{name}")
+
+
+def checked(result: tuple[Any, ...]) -> Any:
+    """What a call returned besides its status."""
+    status, *values = result
+    if int(status) != 0:
+        raise CudaError(f"{type(status).__name__}: {getattr(status, 'name', status)}")
+    return values[0] if len(values) == 1 else tuple(values)
