@@ -22,7 +22,7 @@ from phloem.shared.engine.limits import Limits
 from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.requests import Request, Status
 from phloem.shared.engine.running_set import RunningSet, Slots
-from phloem.shared.engine.steady_decodes import SteadyDecodes
+from phloem.shared.engine.steady_decodes import SteadyRun
 from phloem.shared.engine.step_plan import Row, StepPlan, chunk_row
 from phloem.shared.engine.waiting_queue import WaitingQueue
 from phloem.shared.errors import PhloemError, overloaded
@@ -63,8 +63,7 @@ class Scheduler:
         self._slots = Slots(limits.max_slots)
         self._admission = Admission(limits, account, self._waiting, self._running, self._slots)
         self._requests: dict[OwnerKey, Request] = {}  # all that are not ended, and ended ones in flight
-        self._steady: SteadyDecodes | None = None  # of the step before, while the set is the same
-        self._steady_version = 0
+        self._steady = SteadyRun(self._running, account)
         self._num_launched_tokens = 0  # of prompts, in steps that are not collected
         self.num_retractions = 0
         self.short_of_pages = False  # the last plan left a request waiting for pages
@@ -73,15 +72,17 @@ class Scheduler:
 
     def get(self, key: OwnerKey) -> Request | None:
         """The live request of this key; None when it is unknown or ended."""
+        self._steady.settle()
         request = self._requests.get(key)
         return None if request is None or request.status is Status.ENDED else request
 
     def requests(self) -> list[Request]:
         """Everything that may hold pages, ended requests of launched steps included."""
+        self._steady.settle()
         return list(self._requests.values())
 
     def live_requests(self) -> list[Request]:
-        return [request for request in self._requests.values() if request.status is not Status.ENDED]
+        return [request for request in self.requests() if request.status is not Status.ENDED]
 
     @property
     def num_waiting(self) -> int:
@@ -119,6 +120,7 @@ class Scheduler:
         """Ends a request in whatever state it is; its pages come back once no launched step uses them."""
         if request.status is Status.ENDED:
             return
+        self._steady.settle()
         if request.status is Status.WAITING:
             self._waiting.remove(request)
         self._running.remove(request)
@@ -145,7 +147,8 @@ class Scheduler:
         Decode rows first (one token each), then prompt chunks of running requests, then new requests,
         until the token budget is used. Every row's pages are allocated.
         """
-        plan = self._next_steady() or self._plan_running()
+        steady = self._steady.next()
+        plan = steady or self._plan_running()
         admitted = self._admission.admit(self._prompt_budget(plan) if len(self._waiting) else 0)
         for refusal in admitted.refused:
             self.end(refusal.request)
@@ -154,8 +157,11 @@ class Scheduler:
             plan = StepPlan(plan.rows + admitted.rows)
         self._running.computing(plan.num_tokens)
         self._num_launched_tokens += sum(row.num_tokens for row in plan.chunks)
-        plan.count()
-        self._note_steady(plan)
+        if plan is steady:
+            self._steady.launched()
+        else:
+            plan.count()
+            self._steady.begin(plan)
         started = [row.request for row in admitted.rows]
         return Scheduled(plan, started, admitted.reserved, admitted.refused)
 
@@ -166,6 +172,10 @@ class Scheduler:
 
     def collect(self, plan: StepPlan, token_ids: list[int]) -> Made:
         """Takes a finished step's tokens, one for each row that samples, in order of the rows."""
+        if self._steady.collected(plan, token_ids):
+            self._running.made(len(token_ids))
+            return Made(plan.sampled, token_ids, {}, [])
+        self._steady.settle()
         if plan.decode is None:
             for row in plan.rows:
                 if not row.samples:
@@ -196,25 +206,9 @@ class Scheduler:
 
     # -- planning --------------------------------------------------------------------------------------
 
-    def _next_steady(self) -> StepPlan | None:
-        if self._steady is None or self._steady_version != self._running.version:
-            return None
-        step = self._steady.next()
-        return None if step is None else StepPlan.of_decodes(step)
-
-    def _note_steady(self, plan: StepPlan) -> None:
-        """Keeps, or begins, what the next plan may go on from: a step in which all that run decode."""
-        step = plan.decode
-        if step is None or plan.num_rows != len(self._running):
-            self._steady = None
-        elif self._steady is None or self._steady_version != self._running.version:
-            of_both = all(request.phase == "both" for request in step.batch.requests)
-            self._steady = SteadyDecodes(step, self._account) if of_both else None
-            self._steady_version = self._running.version
-
     def _plan_running(self) -> StepPlan:
         rows: dict[Request, Row] = {}
-        self._steady = None
+        self._steady.drop()
         requests = self._running.requests()
         self._plan_decodes(requests, rows)
         budget = self._chunk_budget(len(rows))
