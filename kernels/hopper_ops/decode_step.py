@@ -18,6 +18,7 @@ from phloem.kernels.triton_ops.key_shares import num_items
 from phloem.kernels.types import DecodeRows, DecodeShape, LinearWeight, PagedKV, StepWeights
 
 MAX_ROWS = 8  # the matrix units' narrow side; more are faster in launches of their own
+_HEADERS = ("ptx.cuh", "step.cuh", "products.cuh", "attention.cuh")
 _SHARED_BYTES = 227 << 10  # of a block, at most
 _ALIGNMENT = 1024  # of the ring
 _OTHERS = 1536  # bytes of shared memory beside the ring and what attention and products share, at most
@@ -211,8 +212,11 @@ def _defines(
 
 
 def _compile(defines: Mapping[str, int], device: torch.device, plan: Plan) -> Kernel:
-    source = files("phloem.kernels.hopper_ops").joinpath("decode_step.cu").read_text()
-    return Kernel(compile_cuda(source, defines, "sm_90a"), "decode_step", device, plan.shared_bytes)
+    folder = files("phloem.kernels.hopper_ops")
+    headers = {name: folder.joinpath(name).read_text() for name in _HEADERS}
+    source = folder.joinpath("decode_step.cu").read_text()
+    image = compile_cuda(source, headers, defines, "sm_90a")
+    return Kernel(image, "decode_step", device, plan.shared_bytes)
 
 
 class _Step(ctypes.Structure):

@@ -64,10 +64,16 @@ class Kernel:
         return bytes(data)
 
 
-def compile_cuda(source: str, defines: Mapping[str, int], architecture: str) -> bytes:
-    """The machine code. `architecture` as NVRTC spells it (`sm_90a`). Raises CudaError with its log."""
+def compile_cuda(
+    source: str, headers: Mapping[str, str], defines: Mapping[str, int], architecture: str
+) -> bytes:
+    """The machine code. headers: what `#include` finds, by name; `architecture` as NVRTC spells it: `sm_90a`.
+
+    Raises CudaError with the compiler's log.
+    """
     nvrtc = bindings("nvrtc")
-    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"phloem.cu", 0, [], []))
+    names, texts = [name.encode() for name in headers], [text.encode() for text in headers.values()]
+    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"phloem.cu", len(names), texts, names))
     options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
     options += [f"-D{name}={value}".encode() for name, value in defines.items()]
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
