@@ -43,13 +43,15 @@ class Made(NamedTuple):
     """What a collected step made: `token_ids[i]` is the newest token of `requests[i]`.
 
     finished: requests of which that is the last token, and why; they have ended. prefilled: requests of
-    phase "prefill" that have their token now and wait to be handed over.
+    phase "prefill" that have their token now and wait to be handed over. same: nothing happened to any of
+    `requests` but its token, and as long as that is so, each step's is the very same list.
     """
 
     requests: list[Request]
     token_ids: list[int]
     finished: dict[Request, FinishReason]
     prefilled: list[Request]
+    same: bool = False
 
 
 class Scheduler:
@@ -174,7 +176,7 @@ class Scheduler:
         """Takes a finished step's tokens, one for each row that samples, in order of the rows."""
         if self._steady.collected(plan, token_ids):
             self._running.made(len(token_ids))
-            return Made(plan.sampled, token_ids, {}, [])
+            return Made(plan.sampled, token_ids, {}, [], same=True)
         self._steady.settle()
         if plan.decode is None:
             for row in plan.rows:
