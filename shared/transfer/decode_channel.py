@@ -21,6 +21,7 @@ from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Cancel, Credit, Last, Piece, PieceDigest, TransferMessage
 from phloem.shared.transfer.channel import Channel, Outgoing
+from phloem.shared.transfer.device_event import settle
 from phloem.shared.transfer.errors import protocol_violation, transfer_timeout
 from phloem.shared.transfer.events import CancelReceived, LastReceived, PieceReceived, TransferEvent
 from phloem.shared.transfer.frames import FrameSocket
@@ -81,6 +82,8 @@ class DecodeChannel(Channel):
 
     def _warm_up(self, plane: DataPlane) -> None:
         byte = torch.zeros(1, dtype=torch.uint8, device=self._plane_spec.device)
+        # It is cleared behind the steps, for which the plane does not wait: maybe when the byte has come.
+        settle(self._plane_spec.device, self._timeout_s)
         pending = plane.post_receive(byte, 1)
         self._runs_ahead = isinstance(pending, Incoming)
         pending.wait(self._timeout_s)

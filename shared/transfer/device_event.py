@@ -54,6 +54,13 @@ class DeviceEvent(RecordedEvent):
         super().__init__(event)
 
 
+def settle(device: str, timeout_s: float) -> None:
+    """Returns when all is over that the calling thread's stream of `device` was given, which is the steps' as
+    a rule; on a CPU at once. Raises `transfer_timeout` or `channel_lost`."""
+    if device != "cpu":
+        DeviceEvent(torch.device(device)).wait(timeout_s)
+
+
 class ArrivalEvent(RecordedEvent):
     """See `Incoming`; recorded behind the receive."""
 

@@ -24,6 +24,7 @@ from phloem.shared.transfer.prefill_channel import PrefillChannel
 from phloem.shared.transfer.redial import REFUSED_FOR_NOW, Redial
 from phloem.shared.transfer.staging_pool import StagingLease, StagingPool
 from phloem.shared.transfer.stats import PeerMeter
+from phloem.shared.transfer.streams import StreamStock
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Dialer:
         address: str,
         config: TransferConfig,
         pool: StagingPool,
+        streams: StreamStock,
         deliver: Callable[[TransferEvent], None],
         meter: PeerMeter,
     ) -> None:
@@ -56,6 +58,7 @@ class Dialer:
         self._host, self._port = split_host_port(address)
         self._config = config
         self._pool = pool
+        self._streams = streams
         self._deliver_to_engine = deliver
         self._meter = meter
         self._redial = Redial()
@@ -210,6 +213,7 @@ class Dialer:
             device=config.device,
             timeout_s=config.timeout_s,
             max_ctas=config.max_ctas,
+            streams=self._streams,
         )
         channel = PrefillChannel(
             self.peer,

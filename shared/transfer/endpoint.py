@@ -27,6 +27,7 @@ from phloem.shared.transfer.prefill_channel import PrefillChannel
 from phloem.shared.transfer.staging import StagingSlot
 from phloem.shared.transfer.staging_pool import StagingPool
 from phloem.shared.transfer.stats import PeerMeter, PeerStats, TransferStatus
+from phloem.shared.transfer.streams import StreamStock
 
 
 class TransferEndpoint:
@@ -48,7 +49,10 @@ class TransferEndpoint:
         self._retired: list[Dialer] = []  # stopped, their threads may still be ending
         self._meters: dict[PeerRef, PeerMeter] = {}
         self._pool = pool = StagingPool(config)
-        self._listener = Listener(config, pool, self._deliver, self._meter) if config.accepts else None
+        self._streams = streams = StreamStock()
+        self._listener = (
+            Listener(config, pool, streams, self._deliver, self._meter) if config.accepts else None
+        )
         self.address = self._listener.address if self._listener is not None else ""
 
     # --- peers ---
@@ -75,7 +79,7 @@ class TransferEndpoint:
             if self._closing.is_set():
                 return
             self._dialers[peer.worker_id] = Dialer(
-                peer, address, self._config, self._pool, self._deliver, meter
+                peer, address, self._config, self._pool, self._streams, self._deliver, meter
             )
 
     def peer_down(self, peer: PeerRef) -> None:

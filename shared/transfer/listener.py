@@ -30,6 +30,7 @@ from phloem.shared.transfer.planes import PlaneSpec
 from phloem.shared.transfer.staging import StagingSlot
 from phloem.shared.transfer.staging_pool import StagingPool
 from phloem.shared.transfer.stats import PeerMeter
+from phloem.shared.transfer.streams import StreamStock
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +44,14 @@ class Listener:
         self,
         config: TransferConfig,
         pool: StagingPool,
+        streams: StreamStock,
         deliver: Callable[[TransferEvent], None],
         meter_of: Callable[[PeerRef], PeerMeter],
     ) -> None:
         """Raises `address_unavailable`."""
         self._config = config
         self._pool = pool
+        self._streams = streams
         self._key = transfer_key(config.cluster_secret)
         self._deliver = deliver
         self._meter_of = meter_of
@@ -229,6 +232,7 @@ class Listener:
             device=config.device,
             timeout_s=config.timeout_s,
             max_ctas=config.max_ctas,
+            streams=self._streams,
         )
         return DecodeChannel(
             request.prefill,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroupNCCL
 
 from phloem.shared.transfer.config import NVLINK_CHUNK_BYTES
-from phloem.shared.transfer.device_event import HIGH_PRIORITY, ArrivalEvent, DeviceEvent, RecordedEvent
+from phloem.shared.transfer.device_event import ArrivalEvent, RecordedEvent
 from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.interfaces import nccl_binding
 from phloem.shared.transfer.pending import Incoming, Moved, Pending
@@ -31,9 +31,6 @@ class NcclPlane:
         _prepare_nccl()
         _bind_nccl_to(spec.host)
         self._device = torch.device(spec.device)
-        # torch may have given the channel's slots memory that a step uses which was launched before and still
-        # runs: what is left of it must be over before anything else is written there.
-        DeviceEvent(self._device).wait(spec.timeout_s)
         self._rank = RANKS[spec.side]
         options = ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=spec.timeout_s)
@@ -46,7 +43,8 @@ class NcclPlane:
                 self._group.eager_connect_single_device(self._device)
                 # What an operation waits for, what waits for it, and who reads what it brought: in one stream
                 # the next operation would wait for all of that of this one.
-                self._before, self._behind, self._readers = (self._new_stream() for _ in range(3))
+                take = spec.streams.take
+                self._before, self._behind, self._readers = (take(self._device) for _ in range(3))
         except RuntimeError as error:
             raise channel_lost(f"the NCCL group can't be made: {error}") from error
 
@@ -77,9 +75,6 @@ class NcclPlane:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch does not type its events
         event.record(self._behind)
         return event
-
-    def _new_stream(self) -> Any:
-        return torch.cuda.Stream(self._device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
 
     def abort(self) -> None:
         self._group.abort()

@@ -6,7 +6,7 @@ same order; a posted operation is waited for by another thread.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from phloem.shared.transfer.config import MAX_CTAS
 from phloem.shared.transfer.events import Side
 from phloem.shared.transfer.pending import Moved, Pending
 from phloem.shared.transfer.rendezvous import ControlStore
+from phloem.shared.transfer.streams import StreamStock
 
 RANKS: dict[Side, int] = {"decode": 0, "prefill": 1}
 
@@ -36,13 +37,14 @@ class DataPlane(Protocol):
 @dataclass(frozen=True, slots=True)
 class PlaneSpec:
     """One rank's part of a plane; `host` is the own address that its sockets bind to, `max_ctas` bounds the
-    streaming multiprocessors that NCCL may use at a time."""
+    streaming multiprocessors that NCCL may use at a time. Planes of one device share `streams`."""
 
     host: str
     side: Side
     device: str
     timeout_s: float
     max_ctas: int = MAX_CTAS
+    streams: StreamStock = field(default_factory=StreamStock, compare=False, repr=False)
 
 
 def open_plane(spec: PlaneSpec, store: ControlStore) -> DataPlane:

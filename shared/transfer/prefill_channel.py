@@ -20,6 +20,7 @@ from phloem.shared.protocol.transfer import (
     TransferMessage,
 )
 from phloem.shared.transfer.channel import Channel, Outgoing, not_open
+from phloem.shared.transfer.device_event import settle
 from phloem.shared.transfer.errors import protocol_violation
 from phloem.shared.transfer.events import (
     AdmittedReceived,
@@ -98,6 +99,8 @@ class PrefillChannel(Channel):
 
     def _warm_up(self, plane: DataPlane) -> None:
         byte = torch.ones(1, dtype=torch.uint8, device=self._plane_spec.device)
+        # It is written behind the steps, for which the plane does not wait.
+        settle(self._plane_spec.device, self._timeout_s)
         plane.post_send(byte).wait(self._timeout_s)
 
     def _on_message(self, message: TransferMessage, plane: DataPlane) -> None:
