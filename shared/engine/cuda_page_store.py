@@ -40,6 +40,7 @@ class CudaPageStore:
         # Any: torch does not type its streams.
         self._stream: Any = torch.cuda.Stream(device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
         self._latest_gather: _Moved | None = None
+        self._withdrawn: list[_Moved] = []  # which write to pages that may be others' by now
         self.num_layers = len(kv.k)
         self.layer_page_bytes = layer_page_bytes(kv)
         with torch.cuda.device(device):
@@ -61,6 +62,7 @@ class CudaPageStore:
         after: Incoming | None = None,
     ) -> Moved:
         stream = self._stream if after is None else after.stream
+        self._let_others_finish(stream)
         return self._move(False, page_ids, (layer_start, layer_end), data, stream, after)
 
     def fence(self) -> None:
@@ -72,6 +74,16 @@ class CudaPageStore:
             assert isinstance(moved, _Moved)
             if moved.may_still_write():
                 moved.hold_back(torch.cuda.current_stream(self._device))
+                self._withdrawn.append(moved)
+
+    def _let_others_finish(self, stream: Any) -> None:  # torch does not type its streams
+        """The pages of the scatter that comes next may have been given away with something still on the move,
+        for which only the steps wait; none of that waits for a peer."""
+        self._withdrawn = [moved for moved in self._withdrawn if not moved.done()]
+        for moved in self._withdrawn:
+            moved.hold_back(stream)
+        if self._latest_gather is not None and not self._latest_gather.done():
+            self._latest_gather.hold_back(stream)
 
     def _warm_up(self) -> None:
         """The device loads a kernel when it is launched first, which would hold up the first hand-over. What

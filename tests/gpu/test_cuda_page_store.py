@@ -192,3 +192,24 @@ def test_withdrawn_scatter_writes_nothing_and_holds_no_step_back() -> None:
     for layer in range(NUM_LAYERS):
         assert torch.equal(store._kv.k[layer].cpu(), before.k[layer])
         assert torch.equal(store._kv.v[layer].cpu(), before.v[layer])
+
+
+def test_scatter_into_pages_that_were_taken_back_waits_for_the_one_before() -> None:
+    """The bytes of that one have come: it may have read its page ids before they were overwritten."""
+    page_ids = [5, 60, 7, 21]
+    store = CudaPageStore(on_cuda(make_kv(1)), CUDA)
+    slot = torch.zeros(len(page_ids) * store.layer_page_bytes, dtype=torch.uint8, device=CUDA)
+    readers = torch.cuda.Stream(CUDA)  # type: ignore[no-untyped-call]  # torch does not type its streams
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    a = torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(readers):
+        for _ in range(50):
+            torch.mm(a, a)
+    before = store.scatter(page_ids, 0, 1, slot, after=ArrivalEvent(event, readers))
+    store.withdraw([before])
+    after = store.scatter(page_ids, 0, 1, slot.clone())
+    assert not before.done(), "the device was too fast for this test to mean anything"
+    after.wait(5.0)
+    assert before.done()
