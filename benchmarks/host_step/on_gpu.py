@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.host_step.stopwatch import Stopwatch
+from benchmarks.host_step.turns import NOTING, Turns
 from phloem.shared.engine.assembly import build_engine
 from phloem.shared.engine.config import EngineConfig, EngineOptions
 from phloem.shared.engine.cuda_runner import CudaStepRunner
@@ -20,7 +21,6 @@ from phloem.shared.engine.step_runner import StepRunner
 from phloem.shared.model_store.model_config import load_model_config
 
 STEPS = 48  # per round
-_WAITING, _NOTING = "(the device works)", "(driver)"
 
 
 class Line(NamedTuple):
@@ -79,23 +79,23 @@ def measure_on_gpu(model_path: str, batch: int, context: int, rounds: int) -> Br
 
 def break_down(engine: Engine, runner: CudaStepRunner, driver: Driver, batch: int, rounds: int) -> Breakdown:
     """Of an engine whose `batch` rows all decode."""
-    outer = Stopwatch(time.perf_counter)
-    outer.around(engine, "_await_device", _WAITING)
-    outer.around(driver, "note", _NOTING)
-    own_us, walls_us = _turns(engine, outer, rounds * STEPS)
+    turns = Turns(engine, driver, Stopwatch(time.perf_counter))
+    steps = turns.steps(rounds * STEPS)
+    own_us = [step.own_us for step in steps]
     parts = Stopwatch(time.perf_counter)
-    parts.around(driver, "note", _NOTING)
+    parts.around(driver, "note", NOTING)
     _watch_engine(parts, engine)
     _watch_cuda(parts, runner, batch)
-    watched_us, _ = _turns(engine, outer, STEPS)
+    watched_us = statistics.mean(step.own_us for step in turns.steps(STEPS))
     lines = [
         Line(part, 1e6 * parts.median(part), len(calls) / STEPS, 1e6 * parts.total(part) / STEPS)
         for part, calls in parts.calls.items()
-        if part != _NOTING
+        if part != NOTING
     ]
-    rest_us = statistics.mean(watched_us) - sum(line.step_us for line in lines)
+    rest_us = watched_us - sum(line.step_us for line in lines)
     lines.append(Line("the loop itself", rest_us, 1.0, rest_us))
-    return Breakdown(statistics.median(own_us), statistics.mean(own_us), statistics.median(walls_us), lines)
+    wall_us = statistics.median(step.all_us for step in steps)
+    return Breakdown(statistics.median(own_us), statistics.mean(own_us), wall_us, lines)
 
 
 def show_breakdown(found: Breakdown, batch: int, context: int) -> None:
@@ -106,19 +106,6 @@ def show_breakdown(found: Breakdown, batch: int, context: int) -> None:
         f"all, without stopwatches inside: median {found.total_us:.0f} us, mean {found.mean_us:.0f} us; "
         f"the step takes {found.wall_us:.0f} us"
     )
-
-
-def _turns(engine: Engine, outer: Stopwatch, count: int) -> tuple[list[float], list[float]]:
-    """Microseconds of each turn: the host's own, and all."""
-    own_us, walls_us = [], []
-    for _ in range(count):
-        before = outer.total(_WAITING) + outer.total(_NOTING)
-        start = time.perf_counter()
-        engine.turn()
-        wall = time.perf_counter() - start
-        walls_us.append(1e6 * wall)
-        own_us.append(1e6 * (wall - (outer.total(_WAITING) + outer.total(_NOTING) - before)))
-    return own_us, walls_us
 
 
 def _watch_engine(watch: Stopwatch, engine: Engine) -> None:

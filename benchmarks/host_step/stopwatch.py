@@ -12,19 +12,19 @@ class Stopwatch:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.calls: dict[str, list[float]] = {}
-        self._clock = clock
+        self.clock = clock
         self._inside = [0.0]  # time of the parts within each open part
 
     def around(self, owner: object, method: str, part: str) -> None:
         function: Callable[..., Any] = getattr(owner, method)  # Any: whatever the method takes and gives
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = self._clock()
+            start = self.clock()
             self._inside.append(0.0)
             try:
                 return function(*args, **kwargs)
             finally:
-                whole = self._clock() - start
+                whole = self.clock() - start
                 self.calls.setdefault(part, []).append(whole - self._inside.pop())
                 self._inside[-1] += whole
 

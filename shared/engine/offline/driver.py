@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ class Driver:
         self._open: set[str] = set()
         self._count = 0
         self.steps: list[StepTime] = []
+        self._steps_of: Counter[int] = Counter()  # by number of tokens
         self.noting_s = 0.0
 
     def attach(self, engine: Engine) -> None:
@@ -74,6 +76,7 @@ class Driver:
                             raise PhloemError("bench_failed", error.message if error else "a request failed")
         if num_tokens:
             self.steps.append(StepTime(time.perf_counter(), num_tokens))
+            self._steps_of[num_tokens] += 1
 
     def run_batch(
         self, batch: int, prompt_tokens: int, new_tokens: int, *, grammar_share: float = 0.0
@@ -100,6 +103,7 @@ class Driver:
         engine = self._attached()
         engine.deliver(FlushCache(0))
         self.steps = []
+        self._steps_of.clear()
         for index in range(batch):
             length = max(1, prompt_tokens + (index % 17 - 8 if staggered else 0))
             follows = int((index + 1) * grammar_share) > int(index * grammar_share)
@@ -132,7 +136,7 @@ class Driver:
         return time.perf_counter() - started_s
 
     def full_steps(self, batch: int) -> int:
-        return sum(step.num_tokens == batch for step in self.steps)
+        return self._steps_of[batch]
 
     def full_step_gaps(self, batch: int) -> list[float]:
         """Seconds between reports of steps in which every request made a token."""
