@@ -162,50 +162,9 @@ def scatter_pages(kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: in
 
 
 def plane_addresses(kv: PagedKV) -> Tensor:
-    """Where K, then V of each layer lie: int64 `[2 * layers]` on their device, for the two ops below."""
+    """Where K, then V of each layer lie: int64 `[2 * layers]` on their device."""
     planes = [plane for layer in zip(kv.k, kv.v, strict=True) for plane in layer]
     return torch.tensor([plane.data_ptr() for plane in planes], dtype=torch.int64, device=planes[0].device)
-
-
-def gather_pages_async(
-    kv: PagedKV,
-    addresses: Tensor,
-    page_ids: Tensor,
-    layer_start: int,
-    layer_end: int,
-    out: Tensor,
-    digest: Tensor,
-) -> None:
-    """As `gather_pages`, but nothing waits for a CUDA device: the digest is added to the cells of `digest`,
-    int64 `[C]` on the device, so that their sum (modulo 2**64) grows by it. Many cells, 64 say, are faster.
-
-    `addresses` are `plane_addresses(kv)`.
-    """
-    if out.is_cuda:
-        from phloem.kernels import cuda_ops
-
-        cuda_ops.gather_pages(kv, page_ids, layer_start, layer_end, out, addresses, digest)
-    else:
-        digest[0] += _pages.gather_pages(kv, page_ids, layer_start, layer_end, out)
-
-
-def scatter_pages_async(
-    kv: PagedKV,
-    addresses: Tensor,
-    page_ids: Tensor,
-    layer_start: int,
-    layer_end: int,
-    src: Tensor,
-    digest: Tensor,
-) -> None:
-    """As `scatter_pages`, in the manner of `gather_pages_async`. On CUDA what is for a page below 0 is read
-    for the digest and goes nowhere."""
-    if src.is_cuda:
-        from phloem.kernels import cuda_ops
-
-        cuda_ops.scatter_pages(kv, page_ids, layer_start, layer_end, src, addresses, digest)
-    else:
-        digest[0] += _pages.scatter_pages(kv, page_ids, layer_start, layer_end, src)
 
 
 def sample(

@@ -128,71 +128,38 @@ class PageMover:
         self._tell[(1, 1, 1)](cells, told, _DIGEST_CELLS, stream=stream)
 
 
-def gather_pages(
-    kv: PagedKV,
-    page_ids: Tensor,
-    layer_start: int,
-    layer_end: int,
-    out: Tensor,
-    addresses: Tensor | None = None,
-    digest: Tensor | None = None,
-) -> Tensor:
-    """See `ops.gather_pages`; the digest stays on the device: what is returned, or what is added to the cells
-    of `digest`, if it is given.
-
-    With `addresses` (`ops.plane_addresses`) only launches; without, their upload is waited for.
-    """
-    return _move(kv, page_ids, layer_start, layer_end, out, addresses, digest, gathers=True)
+def gather_pages(kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: int, out: Tensor) -> Tensor:
+    """See `ops.gather_pages`; the digest stays on the device. The upload of the planes' addresses is waited
+    for, which `PageMover` has done before."""
+    return _move(kv, page_ids, layer_start, layer_end, out, gathers=True)
 
 
-def scatter_pages(
-    kv: PagedKV,
-    page_ids: Tensor,
-    layer_start: int,
-    layer_end: int,
-    src: Tensor,
-    addresses: Tensor | None = None,
-    digest: Tensor | None = None,
-) -> Tensor:
+def scatter_pages(kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: int, src: Tensor) -> Tensor:
     """See `ops.scatter_pages` and `gather_pages`."""
-    return _move(kv, page_ids, layer_start, layer_end, src, addresses, digest, gathers=False)
+    return _move(kv, page_ids, layer_start, layer_end, src, gathers=False)
 
 
 def _move(
-    kv: PagedKV,
-    page_ids: Tensor,
-    layer_start: int,
-    layer_end: int,
-    staging: Tensor,
-    addresses: Tensor | None,
-    digest: Tensor | None,
-    *,
-    gathers: bool,
+    kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: int, staging: Tensor, *, gathers: bool
 ) -> Tensor:
-    if digest is None:
-        cells = torch.zeros(_DIGEST_CELLS, dtype=torch.int64, device=staging.device)
-        return _move(kv, page_ids, layer_start, layer_end, staging, addresses, cells, gathers=gathers).sum()
+    cells = torch.zeros(_DIGEST_CELLS, dtype=torch.int64, device=staging.device)
     num_planes = 2 * (layer_end - layer_start)
     if not num_planes or not page_ids.numel():
-        return digest
+        return cells.sum()
     page_bytes = kv.k[0].stride(0) * kv.k[0].element_size()
     assert page_bytes % 8 == 0, "a page is whole 8-byte words"
-    if addresses is None:
-        layers = range(layer_start, layer_end)
-        on_host = [plane.data_ptr() for layer in layers for plane in (kv.k[layer], kv.v[layer])]
-        pointers = torch.tensor(on_host, dtype=torch.int64, device=staging.device)
-    else:
-        pointers = addresses[2 * layer_start : 2 * layer_end]
+    layers = range(layer_start, layer_end)
+    on_host = [plane.data_ptr() for layer in layers for plane in (kv.k[layer], kv.v[layer])]
     page_words = page_bytes // 8
     block, num_warps = _block(page_words)
     _move_kernel[(page_ids.numel(), num_planes)](
-        pointers,
+        torch.tensor(on_host, dtype=torch.int64, device=staging.device),
         page_ids,
         staging[: staging.numel() // 8 * 8].view(torch.int64),
-        digest,
+        cells,
         page_ids.numel(),
         page_words,
-        digest.numel(),
+        _DIGEST_CELLS,
         row_words=ROW_WORDS,
         row_step=ROW_STEP,
         column_step=COLUMN_STEP,
@@ -200,7 +167,7 @@ def _move(
         block=block,
         num_warps=num_warps,
     )
-    return digest
+    return cells.sum()
 
 
 def _block(page_words: int) -> tuple[int, int]:

@@ -125,19 +125,3 @@ def test_no_pages_and_no_layers_have_digest_zero() -> None:
     empty = torch.empty(0, dtype=torch.uint8)
     assert ops.gather_pages(pages, torch.empty(0, dtype=torch.int64), 0, 2, empty) == 0
     assert ops.gather_pages(pages, torch.tensor([1]), 2, 2, empty) == 0
-
-
-def test_moves_that_nothing_waits_for_are_the_same() -> None:
-    source, target, expected = make_pages(), make_pages(seed=1), make_pages(seed=1)
-    page_ids = torch.tensor([7, 2, 5])
-    staging, same = staging_for(source, 3, 2), staging_for(source, 3, 2)
-    digest = ops.gather_pages(source, page_ids, 1, 3, staging)
-    ops.scatter_pages(expected, page_ids, 1, 3, staging)
-
-    gathered, scattered = torch.tensor([0]), torch.tensor([0])
-    ops.gather_pages_async(source, ops.plane_addresses(source), page_ids, 1, 3, same, gathered)
-    ops.scatter_pages_async(target, ops.plane_addresses(target), page_ids, 1, 3, same, scattered)
-
-    assert gathered.tolist() == scattered.tolist() == [digest]
-    assert torch.equal(same, staging)
-    assert all(torch.equal(a, b) for a, b in zip(target.k + target.v, expected.k + expected.v, strict=True))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from phloem.kernels import ops
 from phloem.kernels.reference import pages, sampling
 from phloem.kernels.triton_ops import activation as triton_activation
 from phloem.kernels.triton_ops import decode_begin
@@ -15,7 +13,6 @@ from phloem.kernels.triton_ops import pages as triton_pages
 from phloem.kernels.triton_ops import rope as triton_rope
 from phloem.kernels.triton_ops import sampling as triton_sampling
 from phloem.kernels.triton_ops.lane import TritonLane
-from phloem.shared.engine.models.kv_cache import KVCache
 from tests.support.device_ops import HEADS, Heads, PagedBatch
 from tests.support.op_checks import (
     LayerOps,
@@ -111,17 +108,6 @@ def test_pages_move_with_the_references_digest(
     dtype: torch.dtype, page_size: int, layers: tuple[int, int]
 ) -> None:
     check_pages(TRITON, dtype, CPU, Heads(4, 2, 64), page_size, layers=layers)
-
-
-def test_pages_move_by_addresses_that_were_made_once() -> None:
-    def gather(kv: KVCache, page_ids: Tensor, start: int, end: int, out: Tensor) -> Tensor:
-        return triton_pages.gather_pages(kv, page_ids, start, end, out, ops.plane_addresses(kv))
-
-    def scatter(kv: KVCache, page_ids: Tensor, start: int, end: int, src: Tensor) -> Tensor:
-        return triton_pages.scatter_pages(kv, page_ids, start, end, src, ops.plane_addresses(kv))
-
-    by_addresses = TRITON._replace(gather_pages=gather, scatter_pages=scatter)
-    check_pages(by_addresses, torch.bfloat16, CPU, Heads(4, 2, 64), 4, layers=(1, 3))
 
 
 def test_sampled_tokens_are_the_references() -> None:
