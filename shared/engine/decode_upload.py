@@ -65,6 +65,11 @@ class DecodeUpload:
         self._hosts: dict[tuple[int, int], HostDecode] = {}
         self._views: dict[int, DecodeInputs] = {}
 
+    @property
+    def turn(self) -> int:
+        """Which of `RING` buffers `host` gave last."""
+        return self._ring.turn
+
     def host(self, size: int) -> HostDecode:
         """The next host buffer, for `size` rows."""
         buffer = self._ring.next()

@@ -17,7 +17,7 @@ from torch import Tensor
 from phloem.kernels import ops
 from phloem.kernels.flashinfer_ops.page_lists import PagedRows
 from phloem.shared.engine.cuda_attention import CudaAttention, PlannedRows
-from phloem.shared.engine.cuda_inputs import HostRows, InputRing, RowInputs, Send
+from phloem.shared.engine.cuda_inputs import RING, HostRows, InputRing, RowInputs, Send
 from phloem.shared.engine.decode_tables import DecodeTables
 from phloem.shared.engine.decode_upload import DecodeInputs, DecodeUpload
 from phloem.shared.engine.slot_table import SlotTable
@@ -86,6 +86,7 @@ class StepInputs:
         self._rows = DecodeUpload(device, sizes.num_slots + 1, tables, send)
         self._tokens = InputRing(sizes.max_step_tokens + sizes.num_slots, device, send)
         self._prepared: _Prepared | None = None  # of the step before
+        self._filled: list[_Prepared | None] = [None] * RING  # whose rows' constants each buffer holds
 
     def padding(self, size: int) -> tuple[DecodeInputs, Mapping[int, PlannedRows]]:
         """A decode step of `size` padding rows, which has something harmless to do, for a graph's capture."""
@@ -164,6 +165,9 @@ class StepInputs:
         size, positions = len(prepared.slots), prepared.positions
         paged = PagedRows(self._slots.page_ids, prepared.slots, prepared.ones, positions + 1, same_rows)
         host = self._rows.host(size)
+        if self._filled[self._rows.turn] is not prepared:
+            _fill_constants(host.rows, prepared.rows)
+            self._filled[self._rows.turn] = prepared
         self._fill_rows(host.rows, prepared, step)
         num_pairs = 0
         plans: Mapping[int, PlannedRows] = {}
@@ -175,23 +179,18 @@ class StepInputs:
         return self._rows.send(size, num_pairs), plans
 
     def _fill_rows(self, host: HostRows, prepared: _Prepared, step: DecodeStep) -> None:
-        count, fixed, positions = len(step.positions), prepared.rows, prepared.positions
-        host.slot[:] = fixed.slot
+        count, positions = len(step.positions), prepared.positions
         host.token[:count] = FROM_DEVICE if step.tokens is None else step.tokens
         host.token[count:] = 0
         host.position[:] = positions
         host.write_index[:] = self._slots.write_index(prepared.slots, positions, self._page_size)
-        host.seed[:] = fixed.seed
         host.sample_position[:] = positions + 1
-        host.top_k[:] = fixed.top_k
-        host.temperature[:] = fixed.temperature
-        host.top_p[:] = fixed.top_p
-        host.min_p[:] = fixed.min_p
 
     def _sampled(self, slots: Int64Array, positions: Int64Array, turn: int) -> SampledRows:
         """Rows whose next tokens, at `positions`, are drawn outside a graph: only sampling reads them."""
         table, count = self._slots, len(slots)
         upload = self._rows.host(count)
+        self._filled[self._rows.turn] = None
         upload.header[:2] = 0, turn
         host = upload.rows
         host.slot[:] = slots
@@ -213,6 +212,16 @@ class StepInputs:
                 and (table.min_p[slots] <= 0.0).all()
             ),
         )
+
+
+def _fill_constants(host: HostRows, fixed: HostRows) -> None:
+    """What is the same in every step of a batch."""
+    host.slot[:] = fixed.slot
+    host.seed[:] = fixed.seed
+    host.top_k[:] = fixed.top_k
+    host.temperature[:] = fixed.temperature
+    host.top_p[:] = fixed.top_p
+    host.min_p[:] = fixed.min_p
 
 
 def _num_leading_decodes(rows: list[Row]) -> int:
