@@ -86,7 +86,7 @@ class StepInputs:
         self._rows = DecodeUpload(device, sizes.num_slots + 1, tables, send)
         self._tokens = InputRing(sizes.max_step_tokens + sizes.num_slots, device, send)
         self._prepared: _Prepared | None = None  # of the step before
-        self._filled: list[_Prepared | None] = [None] * RING  # whose rows' constants each buffer holds
+        self._filled: list[_Prepared | None] = [None] * RING  # whose constants each buffer holds
 
     def padding(self, size: int) -> tuple[DecodeInputs, Mapping[int, PlannedRows]]:
         """A decode step of `size` padding rows, which has something harmless to do, for a graph's capture."""
@@ -113,7 +113,7 @@ class StepInputs:
 
     def mixed(self, rows: list[Row], turn: int) -> MixedInputs:
         """Decode rows and chunks, as the model computes them without a graph."""
-        self._prepared = None
+        self._prepared = None  # the next one fills all of its buffer: this step writes there, too
         for row in rows:
             self._slots.bind(row.request)
         slots = np.fromiter((row.request.slot for row in rows), np.int64, len(rows))
@@ -190,7 +190,6 @@ class StepInputs:
         """Rows whose next tokens, at `positions`, are drawn outside a graph: only sampling reads them."""
         table, count = self._slots, len(slots)
         upload = self._rows.host(count)
-        self._filled[self._rows.turn] = None
         upload.header[:2] = 0, turn
         host = upload.rows
         host.slot[:] = slots
