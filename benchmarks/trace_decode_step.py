@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from phloem.kernels import ops
-from phloem.kernels.hopper_ops.decode_step import DecodeStep, Plan
+from phloem.kernels.hopper_ops.decode_step import LaunchPlan, OneLaunchStep
 from phloem.kernels.triton_ops.key_shares import (
     FIELDS,
     MANY,
@@ -31,8 +31,8 @@ from phloem.kernels.triton_ops.key_shares import (
     num_items,
     share_size,
 )
-from phloem.kernels.types import DecodeRows, StepWeights
-from phloem.shared.engine.models.decode_pass import DecodePass, decode_shape
+from phloem.kernels.types import DecodeRows
+from phloem.shared.engine.models.decode_pass import DecodePass, decode_shape, step_weights
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.offline.ceilings import measure_ceilings
@@ -101,13 +101,9 @@ def graph_ms(work: Callable[[], object], repeats: int = 20) -> float:
     return float(times[len(times) // 2])
 
 
-def traced(decoder: Decoder, kv: KVCache, plan: Plan, rows: DecodeRows) -> Float64Array:
+def traced(decoder: Decoder, kv: KVCache, plan: LaunchPlan, rows: DecodeRows) -> Float64Array:
     """Stamps of the last of some steps, us: `[phases, STAMPS, blocks]`."""
-    found = decoder.parameters
-    weights = StepWeights(
-        found.embedding, found.layers, found.final_norm, found.lm_head, decoder.config.norm_eps
-    )
-    step = DecodeStep(decode_shape(decoder.config), weights, kv, plan, trace=True)
+    step = OneLaunchStep(decode_shape(decoder.config), step_weights(decoder), kv, plan, trace=True)
     for _ in range(4):
         step(rows)
     kernel = next(kernel for size, kernel in step.kernels.items() if len(rows.token) <= size)
@@ -156,8 +152,9 @@ def main() -> int:
     cost = model_cost(world.decoder.config, 2)
     floor = decode_floor_s(cost, ceilings, options.rows, options.context) * 1e3
     one, several = world.rows(ONE_EACH), world.rows(MANY)
-    launch, launches = DecodePass(world.decoder, kernels, plan), DecodePass(world.decoder, kernels)
-    ms = graph_ms(lambda: launch.forward(one, world.kv))
+    launch = ops.decode_step(shape, step_weights(world.decoder), world.kv, plan)
+    launches = DecodePass(world.decoder, kernels)
+    ms = graph_ms(lambda: launch(one))
     others = graph_ms(lambda: launches.forward(several, world.kv))
     print(f"{torch.cuda.get_device_name()}, {options.rows} x {options.context}: {plan}")
     print(f"floor {floor:.3f} ms; one launch {ms:.3f} = {ms / floor:.3f} x")

@@ -31,7 +31,7 @@ from phloem.kernels.types import (
 )
 
 if TYPE_CHECKING:
-    from phloem.kernels.hopper_ops.decode_step import DecodeStep, Plan
+    from phloem.kernels.hopper_ops.decode_step import LaunchPlan, OneLaunchStep
     from phloem.kernels.triton_ops.decode_kernels import DecodeKernels
 
 
@@ -277,7 +277,7 @@ def decode_kernels(
     return DecodeKernels(shape, device, max_rows)
 
 
-def plan_decode_step(shape: DecodeShape, dtype: torch.dtype, device: torch.device) -> Plan | None:
+def plan_decode_step(shape: DecodeShape, dtype: torch.dtype, device: torch.device) -> LaunchPlan | None:
     """How a whole decode step of few rows would be one launch; None where it can't be (`decode_step`)."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
@@ -289,8 +289,9 @@ def plan_decode_step(shape: DecodeShape, dtype: torch.dtype, device: torch.devic
     return plan_step(shape, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def decode_step(shape: DecodeShape, weights: StepWeights, kv: PagedKV, plan: Plan) -> DecodeStep:
-    """The kernel of whole decode steps, compiled; `plan` is `plan_decode_step`'s."""
-    from phloem.kernels.hopper_ops.decode_step import DecodeStep
+def decode_step(shape: DecodeShape, weights: StepWeights, kv: PagedKV, plan: LaunchPlan) -> OneLaunchStep:
+    """The kernel of whole decode steps, compiled; `plan` is `plan_decode_step`'s. Raises CudaError where it
+    can't be made or run."""
+    from phloem.kernels.hopper_ops.decode_step import OneLaunchStep
 
-    return DecodeStep(shape, weights, kv, plan)
+    return OneLaunchStep(shape, weights, kv, plan)

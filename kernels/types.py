@@ -8,6 +8,10 @@ from typing import Literal, NamedTuple, Protocol
 from torch import Tensor
 
 
+class CudaError(RuntimeError):
+    """What NVRTC or the driver said of a kernel of our own."""
+
+
 class PagedKV(Protocol):
     """K and V pages of every layer, each `[num_pages, page_size, num_kv_heads, head_dim]`."""
 

@@ -87,8 +87,7 @@ __device__ __forceinline__ void attend_item(const Step& s, const Phase& p, int i
       num_parts = item[6];
   constexpr int HEADS = GROUP * KV_HEADS, STRIDE = DEEP * WARPS * KEYS;
   const int* table = s.page_table + (u64)slot * s.table_stride;
-  half_t* k_pages = p.residual;
-  half_t* v_pages = (half_t*)p.gain;
+  half_t *k_pages = p.k_pages, *v_pages = p.v_pages;
   int base = begin + warp * KEYS;
   Batch batch;
   if (base < end) batch.load(k_pages, v_pages, table, base, end, head);

@@ -13,8 +13,8 @@
 // attend. Sums are added in a fixed order: the same step gives the same bits.
 //
 // Compiled by NVRTC (program.py) with
-//   HALF 0: bfloat16, 1: float16;  MAX_ROWS of x, 8 at most: the matrix units' narrow side;  STAGES;  HEAD_DIM, GROUP (query heads of a KV head), KV_HEADS, PAGE_SIZE;
-//   QK_NORM;  TRACE, if defined: when each phase of each block does what (`trace`)
+//   HALF 0: bfloat16, 1: float16;  MAX_ROWS of x, 8 at most: the matrix units' narrow side;  STAGES;
+//   HEAD_DIM, GROUP (query heads of a KV head), KV_HEADS, PAGE_SIZE, QK_NORM;  TRACE, if defined: times (`trace`)
 //
 // Layouts: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "Swizzling Modes" of tensor copies (128 bytes).
 
@@ -24,11 +24,12 @@
 __device__ __forceinline__ void bring_weights(const Step& s, Ring ring) {
   u64 policy = streaming_policy();
   int brought = 0;
+  const TensorMap *map = s.w_maps, *last = s.w_maps + s.phases[s.num_phases - 1].w_map;  // in order of phases
+  know_map(map);
 #pragma unroll 1
   for (int index = 0; index < s.num_phases; ++index) {
     const Phase p = s.phases[index];
     if (p.kind == ATTENDS) continue;
-    const TensorMap* map = s.w_maps + p.w_map;
     bool gated = p.kind == GATED;
     int units = (p.k + BK - 1) / BK;
     Share share(p);
@@ -52,8 +53,11 @@ __device__ __forceinline__ void bring_weights(const Step& s, Ring ring) {
           else bring_weight(to + i * TILE_BYTES, map, unit, (tile + i) * TILE, barrier, policy);
         }
         ring.advance();
+        if (done == 0 && count == 0 && map < last) know_map(map + 1);  // it is far away; there is time now
       }
     }
+    if (share.count == 0 && map < last) know_map(map + 1);
+    ++map;
   }
 }
 
@@ -61,15 +65,12 @@ __device__ __forceinline__ void bring_rows(const Step& s, Ring ring) {
 #pragma unroll 1
   for (int index = 0; index < s.num_phases; ++index) {
     const Phase p = s.phases[index];
-    if (index + 1 < s.num_phases) {  // maps are far away: asked for a phase ahead
-      asm volatile("prefetch.tensormap [%0];" ::"l"(s.w_maps + s.phases[index + 1].w_map) : "memory");
-      asm volatile("prefetch.tensormap [%0];" ::"l"(s.x_maps + s.phases[index + 1].x_map) : "memory");
-    }
     if (p.kind == ATTENDS) continue;
     const TensorMap* map = s.x_maps + p.x_map;
     int units = (p.k + BK - 1) / BK, bytes = s.num_rows * BK * 2;
     Share share(p);
     if (share.count == 0) continue;  // and nobody here would know when the end of the phase before is forgotten
+    know_map(map);
     if (index > 0) {
       await_all(s.ended + index - 1);
       asm volatile("fence.proxy.async.global;" ::: "memory");
@@ -89,7 +90,7 @@ __device__ __forceinline__ void bring_rows(const Step& s, Ring ring) {
 
 extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode_step(const __grid_constant__ Step s) {
   extern __shared__ char raw[];
-  __shared__ float factor[MAX_ROWS];
+  __shared__ float factor[8];  // of rows, also of those that the fragments have beyond MAX_ROWS
   __shared__ union { float pool[TILES * WARPS * REGS * 32]; AttentionScratch attention; } scratch;
   __shared__ int is_last;
   __shared__ u64 barriers[3 * STAGES];

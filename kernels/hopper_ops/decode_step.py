@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phloem.kernels.hopper_ops.program import Kernel, Launch, compile_cuda, has_bindings
+from phloem.kernels.hopper_ops.program import Kernel, Launch, compile_cuda
 from phloem.kernels.hopper_ops.tensor_map import INNER, MAP_BYTES, WIDTH, gated_map, map_bytes, rows_map
 from phloem.kernels.triton_ops.decode_begin import begin_rows
 from phloem.kernels.triton_ops.key_shares import num_items
@@ -26,13 +26,14 @@ _POOL_BYTES = 8192  # of products
 _WARPS, _TILE = 8, 16  # of a block, without those that bring; rows of a weight
 _TILES = 2  # of a unit
 _SIZES = (2, MAX_ROWS)  # kernels, by rows: the fewer, the longer is the ring
-_MAX_QUERY_WIDTH = 1024  # of a KV head: its queries and their sums are in registers
+_MAX_GROUP, _MAX_QUERY_WIDTH = 8, 1024  # of a KV head: its queries and their sums are in registers
 _LOG2_E = 1.4426950408889634
 _NORMED, _GATED, _ADDS, _ATTENDS = range(4)
+_MAX_TRACED = 512  # phases
 _INPUTS = 3  # of products: kinds of x
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """blocks: all resident at once; shared_bytes: for the ring of each; max_rows: of a step."""
 
     blocks: int
@@ -44,25 +45,26 @@ class Plan(NamedTuple):
         return (self.shared_bytes - _ALIGNMENT) // ((_TILES * _TILE + num_rows) * WIDTH * 2)
 
 
-def plan_step(shape: DecodeShape, num_multiprocessors: int) -> Plan | None:
+def plan_step(shape: DecodeShape, num_multiprocessors: int) -> LaunchPlan | None:
     """None where tiles don't divide a weight, or a KV head's queries don't fit into registers."""
-    width = shape.num_heads // shape.num_kv_heads * shape.head_dim
-    if width > _MAX_QUERY_WIDTH or shape.head_dim not in (64, 128, 256):
+    group = shape.num_heads // shape.num_kv_heads
+    width = group * shape.head_dim
+    if group > _MAX_GROUP or width > _MAX_QUERY_WIDTH or shape.head_dim not in (64, 128, 256):
         return None
     weights = [(2 * n if product == "gated" else n, k) for product, n, k in shape.products()]
     if any(n % _TILE or k % INNER for n, k in weights):
         return None
-    attention = 4 * _WARPS * (width + 2 * shape.num_heads // shape.num_kv_heads)
+    attention = 4 * _WARPS * (width + 2 * group)
 
     def inputs_of_busiest(blocks: int) -> int:
         return sum(-(-n // _TILE // blocks) * k for n, k in weights[:-1])  # a layer's, without the vocabulary
 
     # As few as have the same work at most: equal shares take equally long.
     blocks = min(range(num_multiprocessors * 7 // 8, num_multiprocessors + 1), key=inputs_of_busiest)
-    return Plan(blocks, _SHARED_BYTES - _OTHERS - max(attention, _POOL_BYTES))
+    return LaunchPlan(blocks, _SHARED_BYTES - _OTHERS - max(attention, _POOL_BYTES))
 
 
-class DecodeStep:
+class OneLaunchStep:
     """The step of one model over one KV cache. A captured graph keeps its buffers: it must outlive it.
 
     All its blocks wait for each other, so that it starts when all fit at once. Where something else may hold
@@ -74,7 +76,7 @@ class DecodeStep:
         shape: DecodeShape,
         weights: StepWeights,
         kv: PagedKV,
-        plan: Plan,
+        plan: LaunchPlan,
         *,
         trace: bool = False,
     ) -> None:
@@ -99,6 +101,7 @@ class DecodeStep:
 
         maps: list[bytes] = []
         phases = list(self._phases(maps))
+        assert not trace or len(phases) <= _MAX_TRACED, "the trace has no room for so many layers"
         self._phase_table = _on_device(b"".join(phases), device)
         self._num_phases = len(phases)
         self._ended = torch.zeros(len(phases) + 1, dtype=torch.int32, device=device)
@@ -147,9 +150,8 @@ class DecodeStep:
             weights.eps,
             self._scale_log2,
         )
-        launch = Launch(self._plan.blocks, 32 * (_WARPS + 2), self._plan.shared_bytes, cooperative=True)
         kernel = next(kernel for size, kernel in self.kernels.items() if count <= size)
-        kernel(launch, ((arguments,), (None,)))
+        kernel(_launch(self._plan), ((arguments,), (None,)))
         return self._logits[:count]
 
     def _phases(self, maps: list[bytes]) -> Iterator[bytes]:
@@ -176,8 +178,8 @@ class DecodeStep:
             yield normed(layer.qkv, self._qkv)
             yield _pack(
                 (_ATTENDS, 0, 0, 0, 0, 0, 0),
-                residual=self._kv.k[index],
-                gain=self._kv.v[index],
+                k_pages=self._kv.k[index],
+                v_pages=self._kv.v[index],
                 out=self._attended,
                 x=self._qkv,
                 q_norm=layer.q_norm,
@@ -190,13 +192,8 @@ class DecodeStep:
         yield normed(weights.lm_head, self._logits)
 
 
-def is_available(device: torch.device) -> bool:
-    """On Hopper, where its compiler is installed."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and has_bindings()
-
-
 def _defines(
-    shape: DecodeShape, weights: StepWeights, kv: PagedKV, plan: Plan, max_rows: int, trace: bool
+    shape: DecodeShape, weights: StepWeights, kv: PagedKV, plan: LaunchPlan, max_rows: int, trace: bool
 ) -> dict[str, int]:
     return {
         "HALF": int(weights.embedding.dtype == torch.float16),
@@ -211,12 +208,16 @@ def _defines(
     }
 
 
-def _compile(defines: Mapping[str, int], device: torch.device, plan: Plan) -> Kernel:
+def _compile(defines: Mapping[str, int], device: torch.device, plan: LaunchPlan) -> Kernel:
     folder = files("phloem.kernels.hopper_ops")
     headers = {name: folder.joinpath(name).read_text() for name in _HEADERS}
     source = folder.joinpath("decode_step.cu").read_text()
     image = compile_cuda(source, headers, defines, "sm_90a")
-    return Kernel(image, "decode_step", device, plan.shared_bytes)
+    return Kernel(image, "decode_step", device, _launch(plan))
+
+
+def _launch(plan: LaunchPlan) -> Launch:
+    return Launch(plan.blocks, 32 * (_WARPS + 2), plan.shared_bytes, cooperative=True)
 
 
 class _Step(ctypes.Structure):
@@ -229,8 +230,12 @@ class _Step(ctypes.Structure):
     ]
 
 
+assert ctypes.sizeof(_Step) == 120, "as in step.cuh"
 _PHASE_BYTES = 128
-_POINTERS = ("bias", "squares", "residual", "gain", "out", "squares_out", "x", "q_norm", "k_norm")
+_POINTERS = (
+    "bias", "squares", "residual", "gain", "out", "squares_out", "x", "q_norm", "k_norm",
+    "k_pages", "v_pages",
+)  # fmt: skip
 
 
 def _pack(ints: tuple[int, ...], **tensors: Tensor | None) -> bytes:

@@ -135,10 +135,12 @@ __device__ __forceinline__ void multiply_phase(const Step& s, const Phase& p, Ri
     for (int unit = 0; unit < units; ++unit, ring.advance()) {
       if (unit % TEAMS != team) continue;
       u32 slot = ring.slots + ring.stage * SLOT, b[STEPS / 2][4];
+      // Weights first: those of this unit were asked for when the slot was empty, so that its rows of x are no
+      // longer of the unit before. Of rows alone a parity could not tell: boxes arrive in any order.
+      await(ring.weights + 8 * ring.stage, ring.parity);
       await(ring.rows + 8 * ring.stage, ring.parity);
 #pragma unroll
       for (int i = 0; i < STEPS / 2; ++i) load_matrices(b[i], slot + b_place[i]);
-      await(ring.weights + 8 * ring.stage, ring.parity);
       STAMP(done == 0 && unit == 0, 2);
 #pragma unroll
       for (int t = 0; t < TILES; ++t) {

@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-
-class CudaError(RuntimeError):
-    """What NVRTC or the driver said."""
+from phloem.kernels.types import CudaError
 
 
 class Launch(NamedTuple):
@@ -29,15 +27,24 @@ class Launch(NamedTuple):
 class Kernel:
     """One function of a compiled source, loaded on one device. Launches go to torch's current stream."""
 
-    def __init__(self, image: bytes, name: str, device: torch.device, shared_bytes: int) -> None:
-        self._driver = bindings("driver")
+    def __init__(self, image: bytes, name: str, device: torch.device, largest: Launch) -> None:
+        """Raises CudaError where it can't be loaded, or the largest of its launches can't run there."""
+        self._driver, self._device = bindings("driver"), device
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # torch has made its context current
             # Never unloaded: it must outlive every graph that holds its function.
             self._module = checked(self._driver.cuModuleLoadData(image))
             self._function = checked(self._driver.cuModuleGetFunction(self._module, name.encode()))
             limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            checked(self._driver.cuFuncSetAttribute(self._function, limit, shared_bytes))
+            checked(self._driver.cuFuncSetAttribute(self._function, limit, largest.shared_bytes))
+            resident = checked(
+                self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                    self._function, largest.num_threads, largest.shared_bytes
+                )
+            )
+        room = resident * torch.cuda.get_device_properties(device).multi_processor_count
+        if largest.cooperative and room < largest.num_blocks:
+            raise CudaError(f"{name} needs {largest.num_blocks} blocks at once, and {room} fit")
 
     def __call__(self, launch: Launch, arguments: tuple[tuple[Any, ...], tuple[Any, ...]]) -> None:
         """arguments: values and their ctypes; tensors are given by `data_ptr()`, structures have None."""
@@ -46,7 +53,7 @@ class Kernel:
         config.gridDimX, config.gridDimY, config.gridDimZ = launch.num_blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = launch.num_threads, 1, 1
         config.sharedMemBytes = launch.shared_bytes
-        config.hStream = torch.cuda.current_stream().cuda_stream
+        config.hStream = torch.cuda.current_stream(self._device).cuda_stream
         if launch.cooperative:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
@@ -57,7 +64,7 @@ class Kernel:
 
     def read_global(self, name: str) -> bytes:
         """A variable of the source, once all that was launched is done."""
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._device)
         place, size = checked(self._driver.cuModuleGetGlobal(self._module, name.encode()))
         data = bytearray(size)
         checked(self._driver.cuMemcpyDtoH(ctypes.addressof(ctypes.c_char.from_buffer(data)), place, size))

@@ -59,6 +59,12 @@ __device__ __forceinline__ void await(u32 barrier, int parity) {
 
 struct alignas(64) TensorMap { u64 words[16]; };
 
+// Before its first use by a thread: a map that was copied to memory is read past the caches of ordinary loads.
+__device__ __forceinline__ void know_map(const TensorMap* map) {
+  asm volatile("fence.proxy.tensormap::generic.acquire.sys [%0], 128;" ::"l"(map) : "memory");
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // Boxes of the maps are (64 inputs, rows, 4); of a gated weight, (64 inputs, 8 rows, gate and up, 1, 4): a tile has 8
 // rows of each, so that one thread has both sums of an output. What is beyond the inputs arrives as zeros.
 __device__ __forceinline__ void bring_x(u32 to, const TensorMap* x, int unit, u32 barrier) {

@@ -14,6 +14,8 @@ constexpr int TILE_BYTES = TILE * BK * 2;
 constexpr int A_BYTES = TILES * TILE_BYTES;
 constexpr int SLOT = A_BYTES + MAX_ROWS * BK * 2;
 constexpr int WINDOW = 4;           // units of weights under way: with more, blocks get unequal shares of memory
+// A team has ended the unit TEAMS before its own, and WINDOW before that have arrived: so the last user of a slot has.
+static_assert(WINDOW + TEAMS <= STAGES, "a parity could be that of the unit before");
 
 constexpr int NORMED = 0;  // f(norm(x) w) + bias: the sums times the row's RMS factor
 constexpr int GATED = 1;   // silu(gate) * up of the same; w holds the gate's rows and then the up projection's
@@ -28,15 +30,18 @@ struct Phase {
   int num_squares, pad;
   const half_t* bias;
   const float* squares;    // of x, [rows][num_squares]
-  half_t* residual;        // attention: K pages
-  const half_t* gain;      // attention: V pages
+  half_t* residual;
+  const half_t* gain;
   void* out;
   float* squares_out;      // [rows][n / TILE]
   const half_t* x;         // attention: rows of query, key and value heads
   const half_t* q_norm;
   const half_t* k_norm;
-  u64 unused[3];
+  half_t* k_pages;
+  half_t* v_pages;
+  u64 unused;
 };
+static_assert(sizeof(Phase) == 128, "as decode_step.py packs it");
 
 struct Step {
   const Phase* phases;
@@ -54,6 +59,7 @@ struct Step {
   int num_phases, num_rows, num_items, table_stride;
   float eps, scale_log2;
 };
+static_assert(sizeof(Step) == 120, "as decode_step.py packs it");
 
 #ifdef TRACE  // nanoseconds, by phase, stamp and block; the stamps are named in benchmarks/trace_decode_step.py
 constexpr int MAX_PHASES = 512, STAMPS = 6, MAX_BLOCKS = 160;

@@ -41,14 +41,18 @@ def build_engine(
     Raises `PhloemError` with a remedy: an unusable device, model or size.
     """
     device = find_device(config.options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, graphs and kernels are the current device's
     options = msgspec.structs.replace(
         for_device(config.options, device),
         transfer_peers=transfer_peers(config.options, config.role),
-        disable_one_launch_decode=config.options.disable_one_launch_decode or config.role != "unified",
     )
     config = msgspec.structs.replace(config, options=options)
     torch.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))
-    model, runner = load_model(options, device, send)
+    endpoints: list[TransferEndpoint] = []  # one, once the model and the pool are there
+    model, runner = load_model(
+        options, device, send, lambda: not any(endpoint.status().num_channels for endpoint in endpoints)
+    )
     tree = RadixTree(options.page_size)
     account = PageAccount(
         KVPool(model.num_pages),
@@ -60,6 +64,7 @@ def build_engine(
         runner = observe(runner, device)
     layout = kv_layout(Path(options.model_path), options, model.dtype)
     engine, endpoint = _wire(config, model, account, runner, layout, send)
+    endpoints.append(endpoint)
     ready = EngineReady(
         context_length=model.context_length,
         page_size=options.page_size,

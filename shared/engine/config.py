@@ -80,9 +80,8 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     disable_one_launch_decode: Annotated[
         bool,
         Meta(
-            description="several launches also for decode steps of up to 8 requests. One launch is faster "
-            "but needs all multiprocessors at once: only unified workers, on Hopper, have it, since KV "
-            "transfers hold some"
+            description="several launches also for decode steps of up to 8 requests. One launch is faster; "
+            "it needs Hopper and all multiprocessors at once, and is not used while KV channels are open"
         ),
     ] = False
     cuda_graph_max_bs: Annotated[

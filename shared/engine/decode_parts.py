@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from phloem.kernels import ops
@@ -9,12 +10,15 @@ from phloem.shared.engine.config import EngineOptions
 from phloem.shared.engine.cuda_runner import DecodeParts
 from phloem.shared.engine.decode_tables import DecodeTables
 from phloem.shared.engine.models.decode_pass import DecodePass, decode_shape
+from phloem.shared.engine.one_launch import make_one_launch
 
 if TYPE_CHECKING:
     from phloem.shared.engine.runners import LoadedModel
 
 
-def decode_parts(options: EngineOptions, model: LoadedModel, max_pages: int) -> DecodeParts | None:
+def decode_parts(
+    options: EngineOptions, model: LoadedModel, max_pages: int, is_alone: Callable[[], bool]
+) -> DecodeParts | None:
     """None where the decode kernels can't serve the model, or no step is captured: then the decoder's own
     forward pass does it all."""
     config = model.decoder.config
@@ -24,16 +28,16 @@ def decode_parts(options: EngineOptions, model: LoadedModel, max_pages: int) -> 
     kernels = ops.decode_kernels(shape, model.dtype, model.device, options.max_running_requests + 1)
     if kernels is None:
         return None
-    plan = None
+    one_launch = None
     if not options.disable_one_launch_decode:
-        plan = ops.plan_decode_step(shape, model.dtype, model.device)
+        one_launch = make_one_launch(model, is_alone)
     tables = DecodeTables(
         model.device,
         num_slots=options.max_running_requests + 1,
         max_pages=max_pages,
         page_size=options.page_size,
         num_kv_heads=config.num_kv_heads,
-        one_launch_rows=plan.max_rows if plan is not None else 0,
+        sharing=one_launch.sharing if one_launch is not None else None,
     )
     cos, sin = model.decoder.rope.halves(model.context_length + 1, model.dtype)
-    return DecodeParts(DecodePass(model.decoder, kernels, plan), tables, cos, sin)
+    return DecodeParts(DecodePass(model.decoder, kernels), tables, cos, sin, one_launch)

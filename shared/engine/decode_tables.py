@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from phloem.kernels import ops
 from phloem.kernels.flashinfer_ops.page_lists import PagedRows
-from phloem.kernels.triton_ops.key_shares import MANY, ONE_EACH, make_items, num_items, share_size
+from phloem.kernels.triton_ops.key_shares import MANY, Sharing, make_items, num_items, share_size
 from phloem.shared.engine.page_mirror import PageMirror
 
 Int32Array = npt.NDArray[np.int32]
@@ -26,12 +28,12 @@ class DecodeTables:
         max_pages: int,
         page_size: int,
         num_kv_heads: int,
-        one_launch_rows: int = 0,
+        sharing: Callable[[int], Sharing] | None = None,
     ) -> None:
-        """Steps of up to `one_launch_rows` are one launch, and have fewer, larger shares of keys."""
+        """`sharing` says how the keys of a step of so many rows are shared; None: always for many blocks."""
         self._mirror = PageMirror(num_slots=num_slots, max_pages=max_pages, page_size=page_size)
         self._num_kv_heads = num_kv_heads
-        self._one_launch_rows = one_launch_rows
+        self._sharing = sharing or (lambda num_rows: MANY)
         self.page_table = torch.zeros((num_slots, max_pages), dtype=torch.int32, device=device)
 
     def num_items(self, num_rows: int) -> int:
@@ -41,7 +43,7 @@ class DecodeTables:
     def write(self, rows: PagedRows, work: Int32Array, pairs: Int32Array) -> int:
         """Fills `work` (`[num_items, FIELDS]`) and the beginning of `pairs` (`[capacity, 2]`), both on the
         host; returns the number of pairs. More than there is room for go at once, by themselves."""
-        sharing = ONE_EACH if len(rows.kv_lens) <= self._one_launch_rows else MANY
+        sharing = self._sharing(len(rows.kv_lens))
         make_items(rows.slots, rows.kv_lens, share_size(rows.kv_lens, self._num_kv_heads, sharing), work)
         changes = self._mirror.changes(rows)
         if len(changes) > len(pairs):

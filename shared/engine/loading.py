@@ -38,19 +38,32 @@ Send = Callable[[EngineUp], None]
 _NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def load_model(options: EngineOptions, device: torch.device, send: Send) -> tuple[LoadedModel, StepRunner]:
-    """The model of `options`, which are `for_device`'s, and its warm runner.
+def load_model(
+    options: EngineOptions,
+    device: torch.device,
+    send: Send,
+    is_alone: Callable[[], bool] = lambda: True,
+) -> tuple[LoadedModel, StepRunner]:
+    """The model of `options`, which are `for_device`'s, and its warm runner; `is_alone` as in `build_runner`.
 
     Raises `PhloemError` with a remedy: a backend that can't run, bad weights, `out_of_memory`.
     """
-    return ModelLoading(options, device, send, memory_gauge(device)).run()
+    return ModelLoading(options, device, send, memory_gauge(device), is_alone).run()
 
 
 class ModelLoading:
     """One run of `load_model`, and what its stages share."""
 
-    def __init__(self, options: EngineOptions, device: torch.device, send: Send, gauge: MemoryGauge) -> None:
+    def __init__(
+        self,
+        options: EngineOptions,
+        device: torch.device,
+        send: Send,
+        gauge: MemoryGauge,
+        is_alone: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._options = options
+        self._is_alone = is_alone
         self._device = device
         self._send = send
         self._model_dir = Path(options.model_path)
@@ -139,7 +152,7 @@ class ModelLoading:
 
     def _runner(self, model: LoadedModel, backend: Backend, send: Send) -> StepRunner:
         with self._step_fits(capturing=not self._options.disable_cuda_graph):
-            return build_runner(self._options, model, backend, send)
+            return build_runner(self._options, model, backend, send, self._is_alone)
 
     def _warm_up(self, model: LoadedModel, runner: StepRunner) -> None:
         with self._step_fits(capturing=False):

@@ -41,6 +41,9 @@ def _serve(config: EngineConfig, socket: EngineSocket) -> int:
     # torch's own NCCL watchdog must not end the process; it reads these when the first group is made.
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
+    # Each channel has several streams. Beyond this number they share queues of the device, and one that waits
+    # for a peer that hangs would hold up what is behind it in its queue: steps, or another peer's bytes.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     socket.send(Progress("imports", 0, 1))
     from phloem.shared.engine.assembly import build_engine  # torch comes in here, with progress shown
 

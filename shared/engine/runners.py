@@ -106,12 +106,17 @@ def _log_notes(chosen: Choice) -> None:
 
 
 def build_runner(
-    options: EngineOptions, model: LoadedModel, backend: Backend, send: Callable[[EngineUp], None]
+    options: EngineOptions,
+    model: LoadedModel,
+    backend: Backend,
+    send: Callable[[EngineUp], None],
+    is_alone: Callable[[], bool],
 ) -> StepRunner:
-    """The runner of a model; on CUDA with its decode graphs captured. `options` are `for_device`'s."""
+    """The runner of a model; on CUDA with its decode graphs captured. `options` are `for_device`'s;
+    `is_alone` tells, at any time, whether nothing but steps runs on the device (`one_launch.py`)."""
     if backend == "torch":
         return _sync_runner(options, model)
-    return _cuda_runner(options, model, backend, send)
+    return _cuda_runner(options, model, backend, send, is_alone)
 
 
 def warm_up_runner(options: EngineOptions, model: LoadedModel, runner: StepRunner) -> None:
@@ -144,6 +149,7 @@ def _cuda_runner(
     model: LoadedModel,
     backend: Literal["flashinfer", "triton"],
     send: Callable[[EngineUp], None],
+    is_alone: Callable[[], bool],
 ) -> StepRunner:
     # Triton and FlashInfer are imported only where there is a CUDA device.
     from phloem.shared.engine.cuda_attention import AttentionSizes, device_attention
@@ -152,7 +158,7 @@ def _cuda_runner(
     from phloem.shared.engine.step_inputs import RunnerSizes
 
     max_pages = _max_pages(options, model)
-    decode = decode_parts(options, model, max_pages)
+    decode = decode_parts(options, model, max_pages, is_alone)
     attention = device_attention(
         model.decoder.config,
         model.dtype,

@@ -11,7 +11,7 @@ from phloem.kernels import ops
 from phloem.kernels.triton_ops.key_shares import MANY, ONE_EACH
 from phloem.kernels.types import DecodeRows
 from phloem.shared.engine.models.batch import ForwardBatch
-from phloem.shared.engine.models.decode_pass import DecodePass, decode_shape
+from phloem.shared.engine.models.decode_pass import DecodePass, decode_shape, step_weights
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.models.parameters import DecoderParameters, LayerParameters, ParameterFactory
@@ -116,15 +116,18 @@ def test_logits_and_kv(
         cos=cos,
         sin=sin,
     )
-    plan = ops.plan_decode_step(decode_shape(config), torch.bfloat16, CUDA) if one_launch else None
-    if one_launch and plan is None:
-        pytest.skip("the kernel of whole steps is for Hopper")
-    decode = DecodePass(decoder, kernels, plan)
-    decode.forward(rows, mine)
+    forward = DecodePass(decoder, kernels).forward
+    if one_launch:
+        plan = ops.plan_decode_step(decode_shape(config), torch.bfloat16, CUDA)
+        if plan is None:
+            pytest.skip("the kernel of whole steps is for Hopper")
+        step = ops.decode_step(decode_shape(config), step_weights(decoder), mine, plan)
+        forward = lambda rows, kv: step(rows)  # noqa: E731
+    forward(rows, mine)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        logits = decode.forward(rows, mine)
+        logits = forward(rows, mine)
     seen = []
     for _ in range(5):
         logits.fill_(float("nan"))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,12 +15,13 @@ from phloem.kernels import ops
 from phloem.kernels.flashinfer_ops.page_lists import PagedRows
 from phloem.kernels.types import DecodeRows
 from phloem.shared.engine.cuda_attention import CudaAttention
-from phloem.shared.engine.cuda_runner import CudaStepRunner, DecodeParts
+from phloem.shared.engine.cuda_runner import CudaStepRunner, DecodeForward, DecodeParts
 from phloem.shared.engine.decode_tables import DecodeTables
 from phloem.shared.engine.grammar.masks import TokenMasks
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache
+from phloem.shared.engine.one_launch import OneLaunch
 from phloem.shared.engine.requests import Request
 from phloem.shared.engine.step_inputs import RunnerSizes
 from phloem.shared.engine.step_plan import DecodeBatch, DecodeStep, Row, StepPlan
@@ -68,10 +73,27 @@ class ReferenceLane:
         return ReferencePart(rows)
 
 
-class Rig:
-    """A runner over a tiny decoder, and its device."""
+class TwoRows:
+    """Stands for the kernel of whole steps: takes two rows, and counts them."""
 
-    def __init__(self, num_pages: int, model: TableModel | None = None) -> None:
+    def __init__(self, forward: DecodeForward, kv: KVCache) -> None:
+        self._forward, self._kv, self.num_steps = forward, kv, 0
+
+    def takes(self, num_rows: int) -> bool:
+        return num_rows <= 2
+
+    def __call__(self, rows: DecodeRows) -> Tensor:
+        self.num_steps += 1
+        return self._forward.forward(rows, self._kv)
+
+
+class Rig:
+    """A runner over a tiny decoder, and its device. With `is_alone`, steps of two rows have a kernel of
+    their own."""
+
+    def __init__(
+        self, num_pages: int, model: TableModel | None = None, is_alone: Callable[[], bool] | None = None
+    ) -> None:
         decoder = tiny_decoder()
         self.calls = LateDevice()
         kv = KVCache.allocate(decoder.config, num_pages + 1, PAGE, torch.float32, CPU)
@@ -83,13 +105,16 @@ class Rig:
             num_kv_heads=decoder.config.num_kv_heads,
         )
         nothing = torch.zeros(0)
+        forward: DecodeForward = model or TableForward(decoder)
+        self.two_rows = TwoRows(forward, kv)
+        one_launch = OneLaunch(cast(Any, self.two_rows), is_alone) if is_alone is not None else None
         self.runner = CudaStepRunner(
             model or decoder,
             kv,
             CPU,
             CudaAttention({0: (ReferenceLane(), ReferenceLane())}),
             RunnerSizes(SLOTS, MAX_PAGES, 64, PAGE, num_pages),
-            DecodeParts(model or TableForward(decoder), tables, nothing, nothing),
+            DecodeParts(forward, tables, nothing, nothing, one_launch),
             self.calls,
         )
         self.runner.capture([2, SLOTS], lambda done, total: None)
@@ -127,6 +152,23 @@ def test_model_of_the_test_on_the_gpu_tells_right_from_wrong() -> None:
     for request_id, submit in answers.submits.items():
         expected = model.answer(submit.token_ids, submit.sampling)
         assert answers.tokens[request_id] == expected and 0 not in expected
+
+
+def test_steps_are_one_launch_while_no_channel_is_open() -> None:
+    channels, made = [0], []
+    for is_alone in (lambda: not channels[0], None):
+        rig = Rig(200, is_alone=is_alone)
+        requests = prefilled(rig, SamplingParams(max_tokens=8, temperature=0.0))
+        batch, positions = DecodeBatch(requests), np.array([2, 2])
+        tokens: list[list[int]] = []
+        for step, channels[0] in enumerate((0, 1, 0)):
+            before, known = rig.two_rows.num_steps, tokens[-1] if tokens else [2, 7]
+            launched = rig.launch(StepPlan.of_decodes(DecodeStep(batch, positions + step, known, [])))
+            tokens.append(launched.token_ids())
+            in_one_launch = is_alone is not None and not channels[0]
+            assert rig.two_rows.num_steps - before == in_one_launch
+        made.append(tokens)
+    assert made[0] == made[1]
 
 
 def prefilled(rig: Rig, sampling: SamplingParams, count: int = 2) -> list[Request]:

@@ -1,9 +1,8 @@
 """The decoder's forward pass for steps of one new token per sequence, out of the kernels made for it.
 
 The same function as `Decoder.forward`; what it saves are launches and round trips through memory between
-the matrix products. The fewest rows are one launch, where there is a kernel for it; few go through products
-that carry norms, gates and the residual stream along; many go through the decoder's own, and only attention
-is the decode kernel's.
+the matrix products. Few rows go through products that carry norms, gates and the residual stream along;
+many go through the decoder's own, and only attention is the decode kernel's.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from phloem.kernels import ops
 from phloem.kernels.types import DecodeRows, DecodeShape, StepWeights
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache
@@ -21,41 +19,24 @@ from phloem.shared.engine.models.parameters import LayerParameters
 from phloem.shared.model_store.model_config import ModelConfig
 
 if TYPE_CHECKING:
-    from phloem.kernels.hopper_ops.decode_step import DecodeStep, Plan
     from phloem.kernels.triton_ops.decode_kernels import DecodeKernels
 
 
 class DecodePass:
     """Reads the decoder's weights; holds no state of any request."""
 
-    def __init__(self, decoder: Decoder, kernels: DecodeKernels, plan: Plan | None = None) -> None:
-        """`plan` is `ops.plan_decode_step`'s, where a step may have all multiprocessors for itself."""
+    def __init__(self, decoder: Decoder, kernels: DecodeKernels) -> None:
         self._decoder = decoder
         self._config = decoder.config
         self._parameters = decoder.parameters
         self._kernels = kernels
-        self._plan = plan
-        self._step: tuple[KVCache, DecodeStep] | None = None  # it knows its cache's addresses
 
     @torch.inference_mode()
     def forward(self, rows: DecodeRows, kv: KVCache) -> Tensor:
         """Writes the rows' K and V into their pages. Returns float32 logits, `[B, vocab]`."""
-        if self._plan is not None:
-            step = self._one_launch(kv, self._plan)
-            if step.takes(len(rows.token)):
-                return step(rows)
         if self._kernels.takes(len(rows.token)):
             return self._few_rows(rows, kv)
         return self._many_rows(rows, kv)
-
-    def _one_launch(self, kv: KVCache, plan: Plan) -> DecodeStep:
-        if self._step is None or self._step[0] is not kv:
-            found = self._parameters
-            weights = StepWeights(
-                found.embedding, found.layers, found.final_norm, found.lm_head, self._config.norm_eps
-            )
-            self._step = (kv, ops.decode_step(decode_shape(self._config), weights, kv, plan))
-        return self._step[1]
 
     def _few_rows(self, rows: DecodeRows, kv: KVCache) -> Tensor:
         parameters, kernels, eps = self._parameters, self._kernels, self._config.norm_eps
@@ -87,6 +68,14 @@ def decode_shape(config: ModelConfig) -> DecodeShape:
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
+    )
+
+
+def step_weights(decoder: Decoder) -> StepWeights:
+    """What a step in one launch reads."""
+    found = decoder.parameters
+    return StepWeights(
+        found.embedding, found.layers, found.final_norm, found.lm_head, decoder.config.norm_eps
     )
 
 
