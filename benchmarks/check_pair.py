@@ -181,7 +181,7 @@ def _loss_plan(setting: Setting, survivor: Role, how: signal.Signals, count: int
         peer_gpu=setting.gpu(peer),
         staging=_SLOW_STAGING if cuda else ((65_536, 1),),
         noticed_within_s=2.0 if how == signal.SIGKILL else TRANSFER_TIMEOUT_S + 1.5,
-        num_spares=8 if cuda else 2,
+        num_spares=6 if cuda else 2,
     )
 
 

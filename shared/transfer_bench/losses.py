@@ -2,7 +2,8 @@
 
 One engine survives all of it. Each loss takes a victim, a peer whose few small staging slots make transfers
 last; others have been started ahead. The next request goes to a peer with ordinary slots that holds a channel
-all the time, as a cluster's other workers do. A loss counts as *in mid-transfer* when some but not
+all the time, as a cluster's other workers do; it is short, so that its time is the survivor's and not that of a
+long prefill beside engines that start. Then the lost prompt is asked again, for its tokens. A loss counts as *in mid-transfer* when some but not
 all KV of a hand-over had crossed: only those are counted, what came too early or too late is repeated.
 """
 
@@ -25,6 +26,7 @@ from phloem.shared.transfer_bench.lab import HandOver, Lab, hand_over, prove_cha
 
 _GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 _MAX_TRIES_PER_LOSS = 4
+_NEXT_TOKENS = 512  # of the request after a loss
 _POLL_S = 0.001
 # Codes by which a hand-over may end when its peer is lost: all retryable, the gateway submits anew.
 LOSS_CODES = ("channel_lost", "peer_gone", "transfer_timeout", "handover_cancelled")
@@ -75,7 +77,8 @@ class LossRun:
         self._rng = random.Random(plan.seed)
         self._num_victims = 0
         self._victims: list[asyncio.Task[EngineClient]] = []
-        survivor = self.lab.start(plan.survivor, plan.survivor_gpu, name="survivor")
+        peers = {"transfer_peers": plan.num_spares + 3}  # the steady one, the victim, and one just lost
+        survivor = self.lab.start(plan.survivor, plan.survivor_gpu, name="survivor", changes=peers)
         self._starting = asyncio.create_task(survivor)
         steady = asyncio.create_task(self._start_peer({}))
         try:
@@ -130,7 +133,7 @@ class LossRun:
 
     async def _lose(self, victim: EngineClient, other: EngineClient) -> None:
         """Interrupts a transfer; what the lost request would have said, the other peer's pair must say."""
-        prompt = self._prompt()
+        prompt, next_prompt = self._prompt(self.plan.prompt_tokens), self._prompt(_NEXT_TOKENS)
         name = f"loss-{self.num_tries}"
         expected = await whole(other, f"{name}-whole", prompt, _GREEDY)
         await other.flush()
@@ -139,26 +142,29 @@ class LossRun:
         await self._wait_for_middle(broken, before)
         struck_s = time.monotonic()
         victim.signal(self.plan.how)
-        again = await hand_over(*self._sides(other), f"{name}-again", prompt, _GREEDY)
-        await again.decode.until_tokens(1, 60.0)
+        short = await hand_over(*self._sides(other), f"{name}-next", next_prompt, _GREEDY)
+        await short.decode.until_tokens(1, 60.0)
         next_request_s = time.monotonic() - struck_s
+        again = await hand_over(*self._sides(other), f"{name}-again", prompt, _GREEDY)
         ours = broken.decode if self.plan.survivor == "decode" else broken.prefill
         await ours.until_end(self.plan.noticed_within_s + 5.0)
         noticed_s = ours.ended_at_s - struck_s
+        await short.completed()
         tokens = await again.completed()
         await self._survivor.peer_down(victim.ref)
         await self.lab.kill(victim)
         audit = await self._survivor.audit_idle()
         crossed = self._moved(audit.counters) - before
         total = self._bytes_of(len(prompt))
+        others = total + self._bytes_of(len(next_prompt))
         await self._survivor.flush()
         if tokens != expected:
             raise PhloemError("not_equal", f"{name}: {tokens} after the loss, {expected} before")
         if ours.reason != "failed" or ours.error is None:
             self.tell(f"{name}: the transfer was over before the signal")
             return
-        # `again` moved a whole prompt, or what the survivor's tree did not hold of it.
-        self._judge(Loss(crossed - total, total, ours.error.code, noticed_s, next_request_s, 0.0), name)
+        # `short` and `again` moved whole prompts: the survivor's tree was empty of both.
+        self._judge(Loss(crossed - others, total, ours.error.code, noticed_s, next_request_s, 0.0), name)
 
     def _judge(self, loss: Loss, name: str) -> None:
         if loss.error_code not in LOSS_CODES:
@@ -197,5 +203,5 @@ class LossRun:
         page_size = self._survivor.ready.page_size
         return -(-num_tokens // page_size) * page_size * self._survivor.ready.kv_bytes_per_token
 
-    def _prompt(self) -> list[int]:
-        return [self._rng.randrange(2, self.plan.vocabulary) for _ in range(self.plan.prompt_tokens)]
+    def _prompt(self, num_tokens: int) -> list[int]:
+        return [self._rng.randrange(2, self.plan.vocabulary) for _ in range(num_tokens)]
