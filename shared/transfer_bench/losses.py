@@ -2,9 +2,10 @@
 
 One engine survives all of it. Each loss takes a victim, a peer whose few small staging slots make transfers
 last; others have been started ahead. The next request goes to a peer with ordinary slots that holds a channel
-all the time, as a cluster's other workers do; it is short, so that its time is the survivor's and not that of a
-long prefill beside engines that start. Then the lost prompt is asked again, for its tokens. A loss counts as *in mid-transfer* when some but not
-all KV of a hand-over had crossed: only those are counted, what came too early or too late is repeated.
+all the time, as a cluster's other workers do; it is short, so that its time is the survivor's and not that of
+a long prefill beside engines that start. Then the lost prompt is asked again, for its tokens. A loss counts
+as *in mid-transfer* when some but not all KV of a hand-over had crossed: only those are counted, what came
+too early or too late is repeated.
 """
 
 from __future__ import annotations
