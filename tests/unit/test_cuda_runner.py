@@ -145,7 +145,7 @@ def test_tokens_are_those_of_the_synchronous_runner(num_pages: int) -> None:
 
 
 def test_model_of_the_test_on_the_gpu_tells_right_from_wrong() -> None:
-    """`tests/gpu/test_cuda_runner.py` in little."""
+    """`tests/gpu/test_captured_steps.py` in little."""
     model = TableModel(CPU, PAGE)
     device = RunnerDevice(Rig(200, model=model), 200)
     answers = answers_of(device, 200)
