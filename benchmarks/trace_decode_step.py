@@ -12,14 +12,13 @@ units: there it is scores, and parts written.
 from __future__ import annotations
 
 import argparse
-import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.graph_time import graph_ms
 from phloem.kernels import ops
 from phloem.kernels.hopper_ops.decode_step import LaunchPlan, OneLaunchStep
 from phloem.kernels.triton_ops.key_shares import (
@@ -84,23 +83,6 @@ class World:
         return self._rows._replace(work=torch.from_numpy(work).to(CUDA))
 
 
-def graph_ms(work: Callable[[], object], repeats: int = 20) -> float:
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    times = sorted(first.elapsed_time(last) for first, last in itertools.pairwise(events))
-    return float(times[len(times) // 2])
-
-
 def traced(decoder: Decoder, kv: KVCache, plan: LaunchPlan, rows: DecodeRows) -> Float64Array:
     """Stamps of the last of some steps, us: `[phases, STAMPS, blocks]`."""
     step = OneLaunchStep(decode_shape(decoder.config), step_weights(decoder), kv, plan, trace=True)
@@ -154,8 +136,8 @@ def main() -> int:
     one, several = world.rows(ONE_EACH), world.rows(MANY)
     launch = ops.decode_step(shape, step_weights(world.decoder), world.kv, plan)
     launches = DecodePass(world.decoder, kernels)
-    ms = graph_ms(lambda: launch(one))
-    others = graph_ms(lambda: launches.forward(several, world.kv))
+    ms = graph_ms(lambda: launch(one), repeats=20)
+    others = graph_ms(lambda: launches.forward(several, world.kv), repeats=20)
     print(f"{torch.cuda.get_device_name()}, {options.rows} x {options.context}: {plan}")
     print(f"floor {floor:.3f} ms; one launch {ms:.3f} = {ms / floor:.3f} x")
     print(f"several launches {others:.3f} = {others / floor:.3f} x")

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.graph_time import graph_ms
 from phloem.kernels.triton_ops.skinny import Squares, Workspace, block_of_rows, skinny_linear
 from phloem.kernels.triton_ops.tilings import Product, Tiling
 from phloem.shared.engine.models.decode_pass import decode_shape
@@ -97,7 +98,7 @@ class Bench:
 
     def gigabytes_per_s(self, work: Callable[[], None]) -> float:
         num_bytes = sum(weight.numel() * weight.element_size() for weight in self.weights)
-        return float(num_bytes / _graph_ms(work) / 1e6)
+        return float(num_bytes / graph_ms(work) / 1e6)
 
 
 def tilings(shape: Shape) -> Iterator[Tiling]:
@@ -125,26 +126,9 @@ def compiled(task: tuple[Shape, Tiling]) -> bool:
     return True
 
 
-def _graph_ms(work: Callable[[], object], repeats: int = 12) -> float:
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    times = sorted(first.elapsed_time(last) for first, last in itertools.pairwise(events))
-    return float(times[len(times) // 2])
-
-
 def _read_gigabytes_per_s() -> float:
     data: Tensor = torch.ones(1 << 30, dtype=torch.float32, device=CUDA)
-    return 4 * data.numel() / _graph_ms(data.sum, 8) / 1e6
+    return 4 * data.numel() / graph_ms(data.sum, 8) / 1e6
 
 
 def main() -> int:
