@@ -150,14 +150,21 @@ class TransferEndpoint:
         """`side` is the part that this process plays. Arrives after what was sent before."""
         self._channel(peer, side).send(message)
 
-    def status(self) -> TransferStatus:
-        """Of now."""
+    @property
+    def num_channels(self) -> int:
+        """That are open now."""
         with self._lock:
             dialers = list(self._dialers.values())
         channels = [channel for dialer in dialers if (channel := dialer.channel) is not None]
         accepted = self._listener.num_open if self._listener is not None else 0
+        return sum(channel.is_open for channel in channels) + accepted
+
+    def status(self) -> TransferStatus:
+        """Of now."""
+        with self._lock:
+            dialers = list(self._dialers.values())
         return TransferStatus(
-            sum(channel.is_open for channel in channels) + accepted,
+            self.num_channels,
             {d.peer.worker_id: error for d in dialers if (error := d.cut_off) is not None},
             self._pool.lent_bytes,
         )
