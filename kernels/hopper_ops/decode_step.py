@@ -34,11 +34,10 @@ _INPUTS = 3  # of products: kinds of x
 
 
 class LaunchPlan(NamedTuple):
-    """blocks: all resident at once; shared_bytes: for the ring of each; max_rows: of a step."""
+    """blocks: all resident at once; shared_bytes: for the ring of each."""
 
     blocks: int
     shared_bytes: int
-    max_rows: int = MAX_ROWS
 
     def stages(self, num_rows: int) -> int:
         """Units in the ring, with room for so many rows of x in each."""

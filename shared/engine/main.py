@@ -38,9 +38,6 @@ def main(argv: list[str] | None = None) -> int:
 def _serve(config: EngineConfig, socket: EngineSocket) -> int:
     """Until the engine stops; returns the process's exit code."""
     ask_for_punctual_threads()
-    # torch's own NCCL watchdog must not end the process; it reads these when the first group is made.
-    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
-    os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
     # Each channel has several streams. Beyond this number they share queues of the device, and one that waits
     # for a peer that hangs would hold up what is behind it in its queue: steps, or another peer's bytes.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
