@@ -12,60 +12,77 @@ from torch import Tensor
 from phloem.kernels.reference.pages import COLUMN_STEP, ROW_STEP, ROW_WORDS
 from phloem.kernels.types import PagedKV
 
-_MAX_BLOCK_WORDS = 1024
-_DIGEST_CELLS = 64
+_MAX_BLOCK_WORDS = 4096
+_WORDS_PER_WARP = 256  # 64 bytes for each thread: four loads on their way
+_CELLS = 2  # of a digest under way: the sum, and the programs that have added theirs
+# Of the multiprocessors. NCCL's blocks want one for each, all of its registers: where no one is left, the
+# next piece would begin to cross when this one is gathered or scattered.
+_SHARE_OF_PROCESSORS = 0.75
 
 
-@triton.jit(do_not_specialize=["num_pages"])  # one kernel for all lengths: nobody waits for a compiler
+@triton.jit(do_not_specialize=["num_pages", "num_planes"])  # one kernel for all: nobody waits for a compiler
 def _move_kernel(
     planes,
     page_ids,
     staging,
-    digest,
+    cells,
+    told,
     num_pages,
+    num_planes,
     page_words,
-    digest_cells,
     row_words: tl.constexpr,
     row_step: tl.constexpr,
     column_step: tl.constexpr,
     gathers: tl.constexpr,
     block: tl.constexpr,
 ):
-    page = tl.program_id(0)
-    plane = tl.program_id(1)
-    page_id = tl.load(page_ids + page)
-    # Planes lie as torch allocates them: 16 bytes are read and written at a time.
-    base = tl.multiple_of(tl.load(planes + plane).to(tl.pointer_type(tl.int64)), 16)
-    pages = base + page_id * page_words
-    # Places in staging fit into 32 bits (16 GiB), which a GPU computes in one instruction.
-    first = (plane * num_pages + page) * page_words
-    staged = staging + first
+    """Each program moves its share of all planes of all pages, page by page. The last one to end stores the
+    digest in `told`, and clears the cells for the next move."""
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    num_items = num_pages * num_planes
+    first_item = (num_items.to(tl.int64) * program // num_programs).to(tl.int32)
+    last_item = (num_items.to(tl.int64) * (program + 1) // num_programs).to(tl.int32)
+    page = first_item // num_planes
+    plane = first_item % num_planes
+    page_id = tl.load(page_ids + page)  # over PCIe, so that the next one is asked for long before its turn
+    base = tl.load(planes + plane)
+    following_id = page_id
     total = tl.zeros([block], dtype=tl.int64)
-    for start in range(0, page_words, block):
-        word = start + tl.arange(0, block)
-        inside = word < page_words
-        if gathers:
-            value = tl.load(pages + word, mask=inside, other=0)
-            tl.store(staged + word, value, mask=inside)
-        else:
-            value = tl.load(staged + word, mask=inside, other=0)
-            tl.store(pages + word, value, mask=inside & (page_id >= 0))
-        place = first + word
-        row_weight = ((place // row_words).to(tl.int64) * row_step) | 1
-        column_weight = ((place % row_words).to(tl.int64) * column_step) | 1
-        total += value * row_weight * column_weight
-    # Nobody reads the sum before the kernel's end: without "relaxed" each program would wait until all that
-    # it wrote is in memory, and without cells all would queue for one address.
-    cell = (plane * num_pages + page) % digest_cells
-    tl.atomic_add(digest + cell, tl.sum(total, axis=0), sem="relaxed")
-
-
-@triton.jit
-def _tell_kernel(digest, told, digest_cells: tl.constexpr):
-    """Stores the sum of the cells in `told`, and clears them for the next move."""
-    cells = digest + tl.arange(0, digest_cells)
-    tl.store(told, tl.sum(tl.load(cells), axis=0))
-    tl.store(cells, tl.zeros([digest_cells], dtype=tl.int64))
+    for item in range(first_item, last_item):
+        page = item // num_planes
+        plane = item % num_planes
+        next_plane = (item + 1) % num_planes
+        asks = (plane == 0) | (item == first_item)
+        following_id = tl.where(
+            asks, tl.load(page_ids + page + 1, mask=asks & (page + 1 < num_pages), other=-1), following_id
+        )
+        next_base = tl.load(planes + next_plane)
+        # Planes lie as torch allocates them: 16 bytes are read and written at a time.
+        pages = tl.multiple_of(base.to(tl.pointer_type(tl.int64)), 16) + page_id * page_words
+        # Places in staging fit into 32 bits (16 GiB), which a GPU computes in one instruction.
+        first = (plane * num_pages + page) * page_words
+        staged = staging + first
+        for start in range(0, page_words, block):
+            word = start + tl.arange(0, block)
+            inside = word < page_words
+            if gathers:
+                value = tl.load(pages + word, mask=inside, other=0)
+                tl.store(staged + word, value, mask=inside)
+            else:
+                value = tl.load(staged + word, mask=inside, other=0)
+                tl.store(pages + word, value, mask=inside & (page_id >= 0))
+            place = first + word
+            row_weight = ((place // row_words).to(tl.int64) * row_step) | 1
+            column_weight = ((place % row_words).to(tl.int64) * column_step) | 1
+            total += value * row_weight * column_weight
+        page_id = tl.where(next_plane == 0, following_id, page_id)
+        base = next_base
+    tl.atomic_add(cells, tl.sum(total, axis=0), sem="relaxed")
+    num_done = tl.atomic_add(cells + 1, 1, sem="acq_rel")
+    if num_done == num_programs - 1:
+        tl.store(told, tl.atomic_xchg(cells, 0, sem="relaxed"))
+        tl.store(cells + 1, 0)
 
 
 class PageMover:
@@ -82,19 +99,19 @@ class PageMover:
         self._planes = addresses
         self._first_plane: int = addresses.data_ptr()
         self._page_words = page_bytes // 8
+        self._most_programs = _most_programs(addresses.device)
         block, num_warps = _block(self._page_words)
         self._constants = (ROW_WORDS, ROW_STEP, COLUMN_STEP)
         self._block = block
         cells = self.new_cells()
-        common = (addresses, cells, cells, cells, 1, self._page_words, _DIGEST_CELLS, *self._constants)
+        common = (addresses, cells, cells, cells, cells, 1, 1, self._page_words, *self._constants)
         # Any: triton does not type its kernels.
         self._gather: Any = _move_kernel.warmup(*common, True, block, grid=(1,), num_warps=num_warps)
         self._scatter: Any = _move_kernel.warmup(*common, False, block, grid=(1,), num_warps=num_warps)
-        self._tell: Any = _tell_kernel.warmup(cells, cells, _DIGEST_CELLS, grid=(1,), num_warps=1)
 
     def new_cells(self) -> Tensor:
         """Cleared cells for the digest of one move at a time."""
-        return torch.zeros(_DIGEST_CELLS, dtype=torch.int64, device=self._planes.device)
+        return torch.zeros(_CELLS, dtype=torch.int64, device=self._planes.device)
 
     def move(
         self,
@@ -111,21 +128,22 @@ class PageMover:
         multiple of 16: of `num_pages` int64 page ids and of the int64 where the digest will be, both maybe in
         pinned memory, of staging, and of cells that no other move uses until this one is over."""
         layer_start, layer_end = layers
+        num_planes = 2 * (layer_end - layer_start)
         kernel = self._gather if gathers else self._scatter
-        kernel[(num_pages, 2 * (layer_end - layer_start), 1)](
+        kernel[(min(self._most_programs, num_pages * num_planes), 1, 1)](
             self._first_plane + 16 * layer_start,
             page_ids,
             staging,
             cells,
+            told,
             num_pages,
+            num_planes,
             self._page_words,
-            _DIGEST_CELLS,
             *self._constants,
             gathers,
             self._block,
             stream=stream,
         )
-        self._tell[(1, 1, 1)](cells, told, _DIGEST_CELLS, stream=stream)
 
 
 def gather_pages(kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: int, out: Tensor) -> Tensor:
@@ -142,24 +160,26 @@ def scatter_pages(kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: in
 def _move(
     kv: PagedKV, page_ids: Tensor, layer_start: int, layer_end: int, staging: Tensor, *, gathers: bool
 ) -> Tensor:
-    cells = torch.zeros(_DIGEST_CELLS, dtype=torch.int64, device=staging.device)
+    cells = torch.zeros(_CELLS + 1, dtype=torch.int64, device=staging.device)
+    told = cells[_CELLS:]
     num_planes = 2 * (layer_end - layer_start)
     if not num_planes or not page_ids.numel():
-        return cells.sum()
+        return told
     page_bytes = kv.k[0].stride(0) * kv.k[0].element_size()
     assert page_bytes % 8 == 0, "a page is whole 8-byte words"
     layers = range(layer_start, layer_end)
     on_host = [plane.data_ptr() for layer in layers for plane in (kv.k[layer], kv.v[layer])]
     page_words = page_bytes // 8
     block, num_warps = _block(page_words)
-    _move_kernel[(page_ids.numel(), num_planes)](
+    _move_kernel[(min(_most_programs(staging.device), page_ids.numel() * num_planes),)](
         torch.tensor(on_host, dtype=torch.int64, device=staging.device),
         page_ids,
         staging[: staging.numel() // 8 * 8].view(torch.int64),
         cells,
+        told,
         page_ids.numel(),
+        num_planes,
         page_words,
-        _DIGEST_CELLS,
         row_words=ROW_WORDS,
         row_step=ROW_STEP,
         column_step=COLUMN_STEP,
@@ -167,10 +187,17 @@ def _move(
         block=block,
         num_warps=num_warps,
     )
-    return cells.sum()
+    return told
 
 
 def _block(page_words: int) -> tuple[int, int]:
     """Words at a time, and warps."""
     block = min(_MAX_BLOCK_WORDS, triton.next_power_of_2(page_words))
-    return block, 4 if block > 512 else 1
+    return block, max(1, min(16, block // _WORDS_PER_WARP))
+
+
+def _most_programs(device: torch.device) -> int:
+    """How many work at a time, each with a multiprocessor of its own."""
+    if device.type != "cuda":
+        return 4  # of an interpreter
+    return max(1, int(_SHARE_OF_PROCESSORS * torch.cuda.get_device_properties(device).multi_processor_count))

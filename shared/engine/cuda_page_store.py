@@ -4,7 +4,7 @@ Pages move beside the steps, on streams with a high priority: a gather need not 
 step that runs, nor a decode step for a scatter. Gathers have a stream of their own; a scatter is queued in
 its channel's, behind the bytes that it scatters. The digest goes to pinned memory, and nobody waits for it.
 
-A call costs the host two launches and an event. Each call into CUDA lets another thread have the interpreter,
+A call costs the host a launch and an event. Each call into CUDA lets another thread have the interpreter,
 and a hand-over's pieces wait for four of them: so there are no tensor operations here, and what a move needs
 (a `_Lane`) is used again.
 """
@@ -25,7 +25,7 @@ from phloem.shared.engine.page_store import layer_page_bytes
 from phloem.shared.transfer.device_event import HIGH_PRIORITY, RecordedEvent
 from phloem.shared.transfer.pending import Incoming, Moved
 
-_MOVES_UNDER_WAY = 16  # as a rule; more cost an allocation each
+_MOVES_UNDER_WAY = 24  # as a rule; more cost an allocation each
 _USUAL_PAGES = 2048  # of one move: 128 MiB of single layers
 _IDS_AT = 8  # words: page ids begin where a cache line does, behind the digest
 _NO_PAGE = -1

@@ -9,12 +9,11 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from phloem.shared.engine.kv_pool import OwnerKey
-from phloem.shared.engine.page_layers import Span
 from phloem.shared.errors import ErrorInfo
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Admitted, Cancel, Last, Piece, Ready
 from phloem.shared.transfer.events import PieceReceived, Side
-from phloem.shared.transfer.pending import DONE, Incoming, Moved, Pending
+from phloem.shared.transfer.pending import Incoming, Moved
 from phloem.shared.transfer.staging import StagingSlot
 
 _MAX_REMEMBERED = 8192
@@ -25,13 +24,12 @@ class Channels(Protocol):
 
     def is_open(self, peer: PeerRef, side: Side) -> bool: ...
     def acquire_slot(self, peer: PeerRef) -> StagingSlot | None: ...
-    def announce_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot) -> None: ...
     def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot, gathered: Moved) -> None: ...
     def send_last(self, peer: PeerRef, message: Last) -> None: ...
     def send_ready(self, peer: PeerRef, message: Ready) -> None: ...
     def send_admitted(self, peer: PeerRef, message: Admitted) -> None: ...
     def send_cancel(self, peer: PeerRef, message: Cancel, side: Side) -> None: ...
-    def release(self, piece: PieceReceived, after: Pending = DONE) -> None: ...
+    def release(self, piece: PieceReceived, after: Moved | None = None) -> None: ...
 
 
 class PageStore(Protocol):
@@ -67,10 +65,6 @@ class Ended(NamedTuple):
 
     key: OwnerKey
     error: ErrorInfo | None
-
-
-def span_bytes(store: PageStore, span: Span) -> int:
-    return span.num_pages * (span.layer_end - span.layer_start) * store.layer_page_bytes
 
 
 class RecentKeys:

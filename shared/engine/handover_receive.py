@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from phloem.shared.engine.handover import Channels, Ended, PageStore, RecentKeys, span_bytes
+from phloem.shared.engine.handover import Channels, Ended, PageStore, RecentKeys
 from phloem.shared.engine.kv_pool import OwnerKey
 from phloem.shared.engine.page_layers import PageLayers, Span
 from phloem.shared.engine.requests import Request
@@ -235,7 +235,7 @@ class HandoverReceiver:
             self._channels.send_ready(plan.peer, ready)
 
     def _has_bytes_of(self, span: Span, num_bytes: int) -> bool:
-        return num_bytes == span_bytes(self._store, span)
+        return num_bytes == span.layers_of_pages() * self._store.layer_page_bytes
 
     def _is_sound(self, plan: _ReceivePlan) -> bool:
         """Compares, in order, what is done; whether all of that came as it was sent."""

@@ -17,19 +17,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from phloem.shared.engine.exposure import Exposure
-from phloem.shared.engine.handover import Channels, Ended, PageStore, RecentKeys, span_bytes
+from phloem.shared.engine.handover import Channels, Ended, PageStore, RecentKeys
+from phloem.shared.engine.handover_pieces import PieceSender
 from phloem.shared.engine.kv_pool import OwnerKey
-from phloem.shared.engine.layer_groups import PrefillStep, layer_groups, next_piece_bytes
-from phloem.shared.engine.page_layers import PageLayers, Span
+from phloem.shared.engine.layer_groups import PrefillStep, layer_groups
+from phloem.shared.engine.page_layers import PageLayers
 from phloem.shared.engine.requests import Request, Status
 from phloem.shared.engine.send_plan import Chunk, SendPlan
 from phloem.shared.engine.step_plan import Row
 from phloem.shared.engine.step_runner import LayerWatch
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.protocol.transfer import Cancel, Last, Piece, Ready
+from phloem.shared.protocol.transfer import Cancel, Last, Ready
 from phloem.shared.transfer.pending import Pending
-from phloem.shared.transfer.staging import StagingSlot
 
 _MAX_EARLY = 4096
 _STARVED_S = 1.0  # a request that decode has room for waits at most this long for pages held in vain
@@ -49,6 +49,7 @@ class HandoverSender:
     ) -> None:
         self._channels = channels
         self._store = store
+        self._pieces = PieceSender(channels, store, clock)
         self._page_size = page_size
         self._timeout_s = timeout_s
         self._clock = clock
@@ -56,10 +57,7 @@ class HandoverSender:
         self._early: OrderedDict[OwnerKey, tuple[PeerRef, Ready]] = OrderedDict()
         self._cancelled_early = RecentKeys()
         self._recent = RecentKeys()
-        self._awaited: list[Pending] = []  # marks that `pump` found not done
         self.exposure = Exposure()
-        self.num_pages_sent = 0
-        self.num_bytes_sent = 0
 
     @property
     def active(self) -> bool:
@@ -68,7 +66,15 @@ class HandoverSender:
     @property
     def has_news(self) -> bool:
         """The device has done what the last `pump` found undone: another one may send something."""
-        return any(mark.done() for mark in self._awaited)
+        return self._pieces.has_news
+
+    @property
+    def num_pages_sent(self) -> int:
+        return self._pieces.num_pages_sent
+
+    @property
+    def num_bytes_sent(self) -> int:
+        return self._pieces.num_bytes_sent
 
     def begin(self, request: Request) -> None:
         """A request of phase "prefill" was accepted."""
@@ -162,7 +168,7 @@ class HandoverSender:
 
     def pump(self) -> list[Ended]:
         """Sends whatever is computed, wanted and has a staging slot; returns the hand-overs that are done."""
-        self._send_computed()
+        self._pieces.send_computed(self._plans.values())
         done: list[Ended] = []
         for plan in self._plans.values():
             if plan.error is None and plan.is_sent:
@@ -209,7 +215,7 @@ class HandoverSender:
         # Done at once: the device computes in our own thread, and the next layers wait for us. News: it has
         # got on with the step before while this one is being launched.
         if mark.done() or self.has_news:
-            self._send_computed()
+            self._pieces.send_computed(self._plans.values())
 
     def _start(self, plan: SendPlan, ready: Ready) -> None:
         if plan.gone is not None:
@@ -218,69 +224,7 @@ class HandoverSender:
         num_pages = -(-plan.request.num_submitted_tokens // self._page_size)
         plan.gone = PageLayers(num_pages, self._store.num_layers, min(ready.num_held_pages, num_pages))
 
-    # -- sending ---------------------------------------------------------------------------------------
-
-    def _send_computed(self) -> None:
-        self._awaited = []
-        for plan in self._plans.values():
-            if plan.gone is not None and plan.error is None:
-                try:
-                    self._send_chunks(plan, plan.gone)
-                except PhloemError as error:
-                    plan.error = error.info
-
-    def _send_chunks(self, plan: SendPlan, gone: PageLayers) -> None:
-        while plan.chunks:
-            chunk = plan.chunks[0]
-            if plan.request.num_computed_tokens < chunk.num_tokens:
-                return  # retracted: its pages are gone
-            self._send_groups(plan, gone, chunk)
-            if not chunk.is_sent:
-                return
-            plan.chunks.popleft()
-
-    def _send_groups(self, plan: SendPlan, gone: PageLayers, chunk: Chunk) -> None:
-        """Sends the groups of layers that are computed, while there are staging slots."""
-        while chunk.marks:
-            layer_end, mark = chunk.marks[0]
-            if not mark.done():
-                self._awaited.append(mark)
-                return
-            if not self._send_pages(plan, gone, chunk.num_pages, layer_end):
-                return
-            chunk.marks.popleft()
-            chunk.is_sent = layer_end == self._store.num_layers
-
-    def _send_pages(self, plan: SendPlan, gone: PageLayers, num_pages: int, layer_end: int) -> bool:
-        """Whether layers below `layer_end` of the first pages have gone; otherwise a slot is missing."""
-        while gone.lacks(num_pages, layer_end):
-            slot = self._channels.acquire_slot(plan.peer)
-            if slot is None:
-                return False
-            layer_page_bytes = self._store.layer_page_bytes
-            num_bytes = next_piece_bytes(
-                gone.num_lacking(num_pages, layer_end) * layer_page_bytes,
-                slot.tensor.numel(),
-                is_first=not plan.num_pieces,
-            )
-            span = gone.next_span(num_pages, layer_end, num_bytes, layer_page_bytes)
-            self._send_piece(plan, span, slot)
-            gone.note(span)
-        return True
-
-    def _send_piece(self, plan: SendPlan, span: Span, slot: StagingSlot) -> None:
-        request, num_bytes = plan.request, span_bytes(self._store, span)
-        piece = Piece(request.request_id, request.attempt, *span, num_bytes, digest=0)  # known when gathered
-        self._channels.announce_piece(plan.peer, piece, slot)
-        gathered = self._store.gather(
-            span.of(request.page_ids), span.layer_start, span.layer_end, slot.tensor[:num_bytes]
-        )
-        self._channels.send_piece(plan.peer, piece, slot, gathered)
-        plan.num_pieces += 1
-        plan.times.last_piece_s = self._clock()
-        plan.times.first_piece_s = plan.times.first_piece_s or plan.times.last_piece_s
-        self.num_bytes_sent += num_bytes
-        self.num_pages_sent += span.num_pages if span.layer_end == self._store.num_layers else 0
+    # -- how it ends -----------------------------------------------------------------------------------
 
     def _send_last(self, plan: SendPlan) -> None:
         assert plan.made is not None

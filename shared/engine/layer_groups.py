@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from phloem.shared.transfer.config import EDGE_PIECE_BYTES
+
 # What a piece costs beyond its bytes: two small launches, a frame each way, and the threads that wait for
 # them. 10% of the time is given to that.
 PIECE_OVERHEAD_S = 0.000_05
 _OVERHEAD_SHARE = 0.1
 _UNKNOWN_BYTES_PER_S = 64e9  # until the first transfers were measured
-# Nothing crosses while the first piece is gathered and the last is scattered; over 64 MiB NCCL uses all its
-# CTAs (`transfer/config.py`).
-_EDGE_PIECE_BYTES = 72 * 2**20
 
 
 class PrefillStep(NamedTuple):
@@ -57,18 +56,23 @@ def _layers_while_sending(step: PrefillStep, send_s: float) -> int:
 def next_piece_bytes(num_bytes_left: int, slot_bytes: int, *, is_first: bool) -> int:
     """The size of the next piece of `num_bytes_left` that may go now.
 
-        gather   | edge |   slot   |  rest  | edge |
-        link            | edge |   slot   |  rest  | edge |
-        scatter                | edge |   slot   |  rest  | edge |
+        gather   | edge | rest |   slot   | edge |
+        link            | edge | rest |   slot   | edge |
+        scatter                | edge | rest |   slot   | edge |
 
-    A piece costs NCCL some 15 us, so that they are as large as may be; but nothing crosses while the first of
-    a request is gathered and while the last is scattered.
+    A piece costs NCCL some 9 us, so that they are as large as may be; but nothing crosses while the first of
+    a request is gathered and while the last is scattered, and the second one is gathered while only the first
+    crosses.
     """
-    edge = min(_EDGE_PIECE_BYTES, slot_bytes)
+    edge = min(EDGE_PIECE_BYTES, slot_bytes)
     if num_bytes_left <= edge:
         return num_bytes_left
     if is_first:
         return edge
-    if num_bytes_left >= slot_bytes + edge:
+    body = num_bytes_left - edge
+    if body <= slot_bytes:
+        return max(edge, body)
+    rest = body % slot_bytes
+    if not rest or slot_bytes < 2 * edge:
         return slot_bytes
-    return max(edge, num_bytes_left - edge)
+    return rest if rest >= edge else (slot_bytes + rest) // 2

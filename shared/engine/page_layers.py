@@ -21,6 +21,18 @@ class Span(NamedTuple):
         """The ids of its pages among all of the request's."""
         return page_ids[self.page_start : self.page_start + self.num_pages]
 
+    def layers_of_pages(self) -> int:
+        """How many layers of pages it has."""
+        return self.num_pages * (self.layer_end - self.layer_start)
+
+    def head(self, num_bytes: int, layer_page_bytes: int) -> Span:
+        """Its first pages, as many as `num_bytes` hold; of a page that is larger its first layers."""
+        num_pages = num_bytes // (layer_page_bytes * (self.layer_end - self.layer_start))
+        if num_pages:
+            return self._replace(num_pages=min(num_pages, self.num_pages))
+        num_layers = max(1, num_bytes // layer_page_bytes)
+        return self._replace(num_pages=1, layer_end=self.layer_start + num_layers)
+
 
 class PageLayers:
     """For each page the number of its first layers that have gone; the first `num_held` pages need nothing.
@@ -42,27 +54,17 @@ class PageLayers:
     def is_complete(self) -> bool:
         return bool((self._gone == self.num_layers).all())
 
-    def lacks(self, num_pages: int, layer_end: int) -> bool:
-        """Whether layers below `layer_end` of the first `num_pages` pages have not all gone."""
-        return bool((self._gone[:num_pages] < layer_end).any())
-
-    def num_lacking(self, num_pages: int, layer_end: int) -> int:
-        """Of all that `lacks` speaks of, the number of layers of pages."""
-        return int((layer_end - self._gone[:num_pages]).clip(min=0).sum())
-
-    def next_span(self, num_pages: int, layer_end: int, slot_bytes: int, layer_page_bytes: int) -> Span:
-        """What goes next of that which `lacks` speaks of, as much as fits into a slot.
-
-        Neighbouring pages that have come equally far go together, all their layers up to `layer_end`; a page
-        whose layers are larger than the slot goes alone, by groups of layers.
-        """
-        page = int((self._gone[:num_pages] < layer_end).argmax())
-        first = int(self._gone[page])
-        pages = slot_bytes // (layer_page_bytes * (layer_end - first))
-        if not pages:
-            return Span(page, 1, first, first + max(1, slot_bytes // layer_page_bytes))
-        like_it = self._gone[page : min(num_pages, page + pages)] == first
-        count = len(like_it) if like_it.all() else int(like_it.argmin())
+    def next_run(self, num_pages: int, layer_end: int) -> Span | None:
+        """Of the layers below `layer_end` of the first `num_pages` pages what goes next, in one or several
+        spans: neighbouring pages that have come equally far. None: all have gone."""
+        gone = self._gone[:num_pages]
+        lacking = gone < layer_end
+        if not lacking.any():
+            return None
+        page = int(lacking.argmax())
+        first = int(gone[page])
+        unlike = gone[page:] != first
+        count = int(unlike.argmax()) or len(unlike)
         return Span(page, count, first, layer_end)
 
     def accepts(self, span: Span) -> bool:

@@ -1,12 +1,15 @@
-"""One channel: three threads over a control connection and a data plane.
+"""One channel: a control connection and a data plane.
 
-    the thread of `run`   reads control frames
-    write                 sends what the outbox holds; posts data behind its header, which the device sends
-                          once it is gathered
-    complete              waits for gathered and posted data, in order; sends digests, or credits, or tells
-                          the engine
+The engine's thread writes and posts by itself, in the order of its calls, and waits for nothing:
 
-Whoever sees something break calls `fail`; that silences the channel at once, and `run` takes it apart.
+    engine    sends messages; posts what prefill sends behind its gather, and tells its header
+    run       reads control frames; posts what decode receives
+    complete  waits for what was posted, in order; tells digests, or the engine that bytes came
+    beat      says now and then that this side lives; writes what the connection did not take at once
+
+Each hand-over from thread to thread would cost a wake-up and a turn for the interpreter, and the first piece
+of a hand-over would wait for several. Whoever sees something break calls `fail`; that silences the channel at
+once, and `run` takes it apart.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
@@ -24,30 +26,14 @@ from phloem.shared.protocol.transfer import Rendezvous, TransferMessage, transfe
 from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.events import ChannelLost, ChannelOpened, Side, TransferEvent
 from phloem.shared.transfer.frames import KEEPALIVE, FrameSocket
-from phloem.shared.transfer.mailbox import Mailbox
-from phloem.shared.transfer.pending import Moved, Pending
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec, open_plane
 from phloem.shared.transfer.rendezvous import ControlStore
-from phloem.shared.transfer.staging import StagingSlot
 from phloem.shared.transfer.stats import PeerMeter
 
 log = logging.getLogger(__name__)
 
-MAX_QUEUED_MESSAGES = 65_536
 MAX_FRAME_BYTES = 1024 * 1024
 KEEPALIVES_PER_TIMEOUT = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Outgoing:
-    """A message, or bytes, or a message about a slot: decode's Credit leaves when the device is done with
-    `emptied`; of prefill's slot `num_bytes` leave when the device is done with `gathered`."""
-
-    message: TransferMessage | None
-    slot: StagingSlot | None = None
-    num_bytes: int = 0
-    emptied: Pending | None = None
-    gathered: Moved | None = None
 
 
 class Channel(ABC):
@@ -71,7 +57,7 @@ class Channel(ABC):
         self._frames = frames
         self._deliver = deliver
         self._meter = meter
-        self._outbox: Mailbox[Outgoing] = Mailbox(MAX_QUEUED_MESSAGES)
+        self._wakes_beat = threading.Event()  # something is left to be written, or the channel has failed
         self._state = threading.RLock()  # guards all below and the order of events
         self._plane: DataPlane | None = None
         self._is_open = False
@@ -85,13 +71,20 @@ class Channel(ABC):
         return self._is_open
 
     def send(self, message: TransferMessage) -> None:
-        """Queues a message that no bytes follow. Raises `channel_lost`."""
-        self._post(Outgoing(message))
+        """Never waits. Raises `channel_lost`."""
+        if not self._is_open:
+            raise not_open(self.peer)
+        try:
+            if not self._frames.post(transfer_message.encode(message)):
+                self._wakes_beat.set()
+        except PhloemError as error:
+            self.fail(error)
+            raise not_open(self.peer) from error
 
     @property
     def is_idle(self) -> bool:
         """Nothing that was sent is still on its way, or the channel is lost."""
-        return self._failed.is_set() or self._outbox.is_idle
+        return self._failed.is_set() or self._frames.is_flushed
 
     def fail(self, error: PhloemError) -> None:
         """Ends the channel: the first error wins and is delivered, no event follows. Any thread; returns at
@@ -105,7 +98,7 @@ class Channel(ABC):
                 self._is_open = False
                 self._deliver(ChannelLost(self.peer, self.side, error.info))
         log.info("channel %s (%s side) ends: %s", self.name, self.side, error)
-        self._outbox.close()
+        self._wakes_beat.set()
         self._close_completions()
         self._frames.shutdown()
 
@@ -115,7 +108,7 @@ class Channel(ABC):
         """Opens the channel and serves it until it is lost; returns why. Raises nothing."""
         threads = [
             threading.Thread(target=self._guarded, args=(target,), name=self._thread_name(what), daemon=True)
-            for what, target in (("write", self._write), ("complete", self._complete))
+            for what, target in (("beat", self._beat), ("complete", self._complete))
         ]
         self._guarded(lambda: self._serve(threads))
         self._failed.wait()
@@ -140,14 +133,6 @@ class Channel(ABC):
     @abstractmethod
     def _on_end_of_stream(self, error: PhloemError) -> None:
         """Nothing more can be read: sees to it that the channel fails."""
-
-    @abstractmethod
-    def _before_sending(self, item: Outgoing) -> None:
-        """What is due before the message leaves."""
-
-    @abstractmethod
-    def _after_sending(self, item: Outgoing, plane: DataPlane) -> None:
-        """What is due when the message has left."""
 
     @abstractmethod
     def _complete(self) -> None:
@@ -185,18 +170,12 @@ class Channel(ABC):
             self._is_open = True
             self._deliver(ChannelOpened(self.peer, self.side))
 
-    def _write(self) -> None:
-        plane = self._plane
-        assert plane is not None
-        while True:
-            item = self._outbox.get(self._timeout_s / KEEPALIVES_PER_TIMEOUT)
-            if item is None:
-                self._frames.write(KEEPALIVE)
-                continue
-            self._before_sending(item)
-            if item.message is not None:
-                self._frames.write(transfer_message.encode(item.message))
-            self._after_sending(item, plane)
+    def _beat(self) -> None:
+        while not self._failed.is_set():
+            if not self._wakes_beat.wait(self._timeout_s / KEEPALIVES_PER_TIMEOUT):
+                self._frames.post(KEEPALIVE)
+            self._wakes_beat.clear()
+            self._frames.flush()
 
     def _guarded(self, body: Callable[[], None]) -> None:
         """Runs a thread's body; however it ends, the channel ends with it."""
@@ -212,15 +191,6 @@ class Channel(ABC):
         with self._state:
             if self._is_open:
                 self._deliver(event)
-
-    def _post(self, item: Outgoing) -> None:
-        if not self._is_open:
-            raise not_open(self.peer)
-        try:
-            self._outbox.put(item)
-        except PhloemError as error:
-            self.fail(error)
-            raise not_open(self.peer) from error
 
     def _deadline_from(self, posted_at: float) -> float:
         """Seconds that an operation posted at `posted_at` (monotonic) has left."""

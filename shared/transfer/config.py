@@ -11,9 +11,13 @@ from phloem.shared.protocol.session import PeerRef
 # 4%; 16 in use give 340 and cost the receiver 20% while they last; 4 give half as much and cost the same as 8
 # (shared/gpu/README.md).
 MAX_CTAS = 16
-# Messages over 256 chunks cross with all of these CTAs, smaller ones with half of them (`nccl_plane`): the
-# pieces of a large hand-over, which takes a third less time so, and not those of a small one.
-NVLINK_CHUNK_BYTES = 256 * 1024
+# NCCL gives a message half of its CTAs, and all of them when it is over 32 chunks for each of that half
+# (`nccl_group`): the pieces of a large hand-over, which takes a third less time so, and not those of a small
+# one.
+NVLINK_CHUNK_BYTES = 128 * 1024
+# The smallest pieces, with some room, that cross with all CTAs. Nothing crosses while the first piece of a
+# hand-over is gathered and while the last one is scattered.
+EDGE_PIECE_BYTES = 32 * (MAX_CTAS // 2) * NVLINK_CHUNK_BYTES + 4 * 2**20
 # A piece costs the interpreter of each side some 0.3 ms, spread over its threads (an estimate), and 128 MiB
 # cross in 0.38 ms. A slot and its credit are back 0.5 to 0.9 ms after its bytes have crossed, so that three
 # to four slots of 128 MiB keep the link busy.

@@ -20,18 +20,18 @@ import torch
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Cancel, Credit, Last, Piece, PieceDigest, TransferMessage
-from phloem.shared.transfer.channel import Channel, Outgoing
+from phloem.shared.transfer.channel import Channel
 from phloem.shared.transfer.device_event import settle
 from phloem.shared.transfer.errors import protocol_violation, transfer_timeout
 from phloem.shared.transfer.events import CancelReceived, LastReceived, PieceReceived, TransferEvent
 from phloem.shared.transfer.frames import FrameSocket
 from phloem.shared.transfer.mailbox import Mailbox
-from phloem.shared.transfer.pending import Incoming, Pending, SentDigest
+from phloem.shared.transfer.pending import Incoming, Moved, Pending, SentDigest
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec
 from phloem.shared.transfer.staging import ReceiveRing, StagingSlot
 from phloem.shared.transfer.stats import PeerMeter
 
-_MAX_ARRIVALS = 4096  # messages and pieces that wait for bytes before them
+_MAX_ARRIVALS = 256  # messages and pieces that wait for bytes before them; CUDA queues a thousand launches
 _LAST_BYTES_S = 1.0  # that posted receives get once the peer has left
 _ONE_CREDIT = Credit(1)
 
@@ -67,18 +67,15 @@ class DecodeChannel(Channel):
         self._arrivals: Mailbox[_Arrival] = Mailbox(_MAX_ARRIVALS)
         self._untold: deque[SentDigest] = deque()  # of the pieces whose digests have not come
         self._runs_ahead = False  # the device waits for bytes, the engine does not
-        self._released: Mailbox[tuple[StagingSlot, Pending]] = Mailbox(len(slots))  # while bytes may come
 
-    def release(self, piece: PieceReceived, after: Pending) -> None:
-        """Empties the slot; one of an older channel is left alone, and so is one of a lost channel."""
+    def release(self, piece: PieceReceived, after: Moved | None) -> None:
+        """The slot may be filled again behind `after`; one of an older channel is left alone, and so is one
+        of a lost channel. Its bytes may still be on their way: the next ones come behind them."""
         if piece.slot.channel_name != self.name:
             return
-        self._ring.releasing(piece.slot)
+        self._ring.release(piece.slot, after)
         with contextlib.suppress(PhloemError):  # lost: its event comes
-            if piece.incoming is None:
-                self._post(Outgoing(_ONE_CREDIT, piece.slot, emptied=after))
-            else:
-                self._released.put((piece.slot, after))
+            self.send(_ONE_CREDIT)
 
     def _warm_up(self, plane: DataPlane) -> None:
         byte = torch.zeros(1, dtype=torch.uint8, device=self._plane_spec.device)
@@ -123,10 +120,10 @@ class DecodeChannel(Channel):
 
     def _expect(self, header: Piece, plane: DataPlane) -> None:
         """Posts the receive of a piece; tells the engine, if its device can wait for it."""
-        slot, sent_digest = self._ring.take(), SentDigest()
+        (slot, after), sent_digest = self._ring.take(), SentDigest()
         self._untold.append(sent_digest)
         posted_at = time.monotonic()
-        pending = plane.post_receive(slot.tensor, header.num_bytes)
+        pending = plane.post_receive(slot.tensor, header.num_bytes, after)
         data = slot.tensor[: header.num_bytes]
         if isinstance(pending, Incoming):
             piece = PieceReceived(self.peer, header, data, slot, pending, sent_digest)
@@ -141,14 +138,6 @@ class DecodeChannel(Channel):
         self._arrivals.put(error.info, self._timeout_s)
         if not self._failed.wait(_LAST_BYTES_S):
             self.fail(error)
-
-    def _before_sending(self, item: Outgoing) -> None:
-        if item.slot is not None and item.emptied is not None:
-            item.emptied.wait(self._timeout_s)
-            self._ring.emptied(item.slot)
-
-    def _after_sending(self, item: Outgoing, plane: DataPlane) -> None:
-        pass
 
     def _complete(self) -> None:
         while True:
@@ -172,21 +161,9 @@ class DecodeChannel(Channel):
         if arrival.piece.incoming is None:
             header = msgspec.structs.replace(arrival.piece.header, digest=digest)
             self._emit(PieceReceived(self.peer, header, arrival.piece.data, arrival.piece.slot))
-        else:
-            self._give_credit()
-
-    def _give_credit(self) -> None:
-        """For the oldest slot that the engine has released, or will: it does so in the pieces' order."""
-        released = self._released.get()
-        assert released is not None
-        slot, after = released
-        after.wait(self._timeout_s)
-        self._ring.emptied(slot)
-        self.send(_ONE_CREDIT)
 
     def _close_completions(self) -> None:
         self._arrivals.close()
-        self._released.close()
 
 
 def check_header(piece: Piece, staging_bytes: int) -> None:

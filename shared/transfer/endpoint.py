@@ -22,7 +22,7 @@ from phloem.shared.transfer.dialer import Dialer
 from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.events import ChannelLost, PieceReceived, Side, TransferEvent
 from phloem.shared.transfer.listener import Listener
-from phloem.shared.transfer.pending import DONE, Moved, Pending
+from phloem.shared.transfer.pending import Moved
 from phloem.shared.transfer.prefill_channel import PrefillChannel
 from phloem.shared.transfer.staging import StagingSlot
 from phloem.shared.transfer.staging_pool import StagingPool
@@ -107,9 +107,9 @@ class TransferEndpoint:
     def send_ready(self, peer: PeerRef, message: Ready) -> None:
         self._channel(peer, "decode").send(message)
 
-    def release(self, piece: PieceReceived, after: Pending = DONE) -> None:
-        """The slot may be filled again once `after` is done. Exactly once per piece; raises nothing when the
-        channel is lost by now."""
+    def release(self, piece: PieceReceived, after: Moved | None = None) -> None:
+        """The slot may be filled again once `after` is done, for which the device waits. Exactly once per
+        piece; raises nothing when the channel is lost by now."""
         channel = self._decode_channel(piece.peer)
         if channel is not None:
             channel.release(piece, after)
@@ -130,14 +130,9 @@ class TransferEndpoint:
         if channel is not None:
             channel.give_back(slot)
 
-    def announce_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot) -> None:
-        """Tells the peer of a piece that the caller is about to gather: while it does, the peer prepares. A
-        `send_piece` must follow; the slot can't be given back any more."""
-        self._open_prefill_channel(peer).announce(piece, slot)
-
     def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
-        """Sends `slot.tensor[:piece.num_bytes]` once `gathered` is done, and its digest. The slot is the
-        endpoint's again."""
+        """Sends the header, `slot.tensor[:piece.num_bytes]` once `gathered` is done, and its digest. The slot
+        is the endpoint's again."""
         self._open_prefill_channel(peer).send_piece(piece, slot, gathered)
 
     def send_last(self, peer: PeerRef, message: Last) -> None:

@@ -41,7 +41,9 @@ class GlooPlane:
         except RuntimeError as error:
             raise channel_lost(f"sending failed: {error}") from error
 
-    def post_receive(self, slot: Tensor, num_bytes: int) -> Pending:
+    def post_receive(self, slot: Tensor, num_bytes: int, after: Moved | None = None) -> Pending:
+        if after is not None:
+            after.wait(self._timeout_s)
         # Gloo ends the process when a message is longer than the buffer, and takes a shorter one: offer the
         # whole slot, so that a peer whose bytes don't match its header can't kill us. The digest tells.
         del num_bytes

@@ -27,9 +27,9 @@ class DataPlane(Protocol):
     def post_send(self, data: Tensor, after: Moved | None = None) -> Pending:
         """Sends `data` once `after` is done, and what was posted before."""
 
-    def post_receive(self, slot: Tensor, num_bytes: int) -> Pending:
-        """Receives the first `num_bytes` of `slot`; the answer is `Incoming` where the device can wait for
-        them."""
+    def post_receive(self, slot: Tensor, num_bytes: int, after: Moved | None = None) -> Pending:
+        """Receives the first `num_bytes` of `slot` once `after` is done; the answer is `Incoming` where the
+        device can wait for them."""
 
     def abort(self) -> None: ...
 

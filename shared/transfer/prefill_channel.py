@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from phloem.shared.protocol.transfer import (
     Ready,
     TransferMessage,
 )
-from phloem.shared.transfer.channel import Channel, Outgoing, not_open
+from phloem.shared.transfer.channel import Channel, not_open
 from phloem.shared.transfer.device_event import settle
 from phloem.shared.transfer.errors import protocol_violation
 from phloem.shared.transfer.events import (
@@ -35,6 +36,8 @@ from phloem.shared.transfer.pending import Moved, Pending
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec
 from phloem.shared.transfer.staging import SendRing, StagingSlot
 from phloem.shared.transfer.stats import PeerMeter
+
+_NEXT_PIECE_S = 0.000_3  # within which the next piece of a hand-over is posted
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,22 +78,22 @@ class PrefillChannel(Channel):
         if slot.channel_name == self.name:
             self._tell_if(self._ring.give_back(slot))
 
-    def announce(self, piece: Piece, slot: StagingSlot) -> None:
-        """Sends the header: a promise, which `send_piece` keeps. Raises as that does."""
-        if slot.channel_name != self.name:
+    def send_piece(self, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
+        """Posts the bytes, to leave when the device has gathered them, and sends the header. Raises
+        `channel_lost`, also when the slot is of an older channel."""
+        plane = self._plane
+        if slot.channel_name != self.name or plane is None:
             raise not_open(self.peer)
         assert 0 < piece.num_bytes <= slot.tensor.numel(), "the piece doesn't fit into the slot"
         self._ring.sending(slot)
-        self._post(Outgoing(piece))
-
-    def send_piece(self, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
-        """Sends the header, if it was not announced, and the bytes. Raises `channel_lost`, also when the slot
-        is of an older channel."""
-        if slot.channel_name != self.name:
-            raise not_open(self.peer)
-        if self._ring.is_acquired(slot):
-            self.announce(piece, slot)
-        self._post(Outgoing(None, slot, piece.num_bytes, gathered=gathered))
+        try:
+            pending = plane.post_send(slot.tensor[: piece.num_bytes], gathered)
+        except PhloemError as error:
+            self.fail(error)
+            raise not_open(self.peer) from error
+        # Behind the post, where it costs nothing: what leaves first waits at the peer.
+        self.send(piece)
+        self._sendings.put(_Sending(gathered, pending, slot, piece.num_bytes, time.monotonic()))
 
     @property
     def is_idle(self) -> bool:
@@ -121,27 +124,27 @@ class PrefillChannel(Channel):
     def _on_end_of_stream(self, error: PhloemError) -> None:
         self.fail(error)
 
-    def _before_sending(self, item: Outgoing) -> None:
-        pass
-
-    def _after_sending(self, item: Outgoing, plane: DataPlane) -> None:
-        if item.slot is None or item.gathered is None:
-            return
-        pending = plane.post_send(item.slot.tensor[: item.num_bytes], item.gathered)
-        self._sendings.put(_Sending(item.gathered, pending, item.slot, item.num_bytes, time.monotonic()))
-
     def _complete(self) -> None:
+        leaving: deque[tuple[_Sending, float]] = deque()  # and since when
         while True:
-            sending = self._sendings.get()
-            assert sending is not None
+            self._tell_digests(leaving)
+            sending, began_at = leaving.popleft()
+            sending.pending.wait(self._deadline_from(sending.posted_at))
+            self._meter.sent(sending.num_bytes, began_at, time.monotonic())
+            self._tell_if(self._ring.sent(sending.slot))
+
+    def _tell_digests(self, leaving: deque[tuple[_Sending, float]]) -> None:
+        """Of all that was posted by now, or soon; there is something then. They must not wait for the bytes
+        of the piece before."""
+        more_s = 0.0 if leaving else None
+        while (sending := self._sendings.get(more_s)) is not None:
             began_at = sending.posted_at
             if not sending.gathered.done():
                 sending.gathered.wait(self._deadline_from(began_at))
                 began_at = time.monotonic()  # until then the link was not what it waited for
             self.send(PieceDigest(sending.gathered.digest()))
-            sending.pending.wait(self._deadline_from(sending.posted_at))
-            self._meter.sent(sending.num_bytes, began_at, time.monotonic())
-            self._tell_if(self._ring.sent(sending.slot))
+            leaving.append((sending, began_at))
+            more_s = more_s if more_s == 0.0 else _NEXT_PIECE_S
 
     def _close_completions(self) -> None:
         self._sendings.close()

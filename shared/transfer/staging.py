@@ -2,16 +2,22 @@
 
 prefill:  free -> acquired (engine gathers) -> sent -> free            one credit from acquire to Credit
 decode:   free -> receiving -> delivered (engine scatters) -> free     Credit returns on release
+
+Where a device does all that, decode's slot is free when its scatter is queued: what fills it next waits for
+that, on the device. Prefill's is free when the host has seen its bytes leave: a gather that waited for them
+on the device would hold up those for other peers, and the steps, when its peer hangs.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from phloem.shared.transfer.errors import protocol_violation
+from phloem.shared.transfer.pending import Moved
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -35,6 +41,7 @@ class SendRing:
         self._free = list(slots)
         self._acquired: set[int] = set()
         self._credits = credits
+        self._num_leaving = 0  # pieces whose bytes are still in their slots
         self._num_uncredited = 0  # pieces sent for which no Credit came yet
         self._starved = False
         self._lock = threading.Lock()
@@ -58,28 +65,25 @@ class SendRing:
             self._credits += 1
             return self._relieved()
 
-    def is_acquired(self, slot: StagingSlot) -> bool:
-        """Not on its way yet."""
-        with self._lock:
-            return slot.index in self._acquired
-
     def sending(self, slot: StagingSlot) -> None:
         """An acquired slot goes on its way."""
         with self._lock:
             self._leave(slot)
+            self._num_leaving += 1
             self._num_uncredited += 1
 
     def sent(self, slot: StagingSlot) -> bool:
         """The bytes have left the slot."""
         with self._lock:
+            self._num_leaving -= 1
             self._free.append(slot)
             return self._relieved()
 
     @property
     def is_idle(self) -> bool:
-        """Every piece sent was taken by the peer's engine."""
+        """Every piece sent has left, and was taken by the peer's engine."""
         with self._lock:
-            return self._num_uncredited == 0
+            return self._num_leaving == 0 and self._num_uncredited == 0
 
     def credit(self, num_slots: int) -> bool:
         """Raises `transfer_protocol` when the peer credits what was never sent."""
@@ -102,29 +106,28 @@ class SendRing:
 
 
 class ReceiveRing:
-    """The decode side's slots. Thread-safe."""
+    """The decode side's slots, the one that was released first is filled first. Thread-safe."""
 
     def __init__(self, slots: list[StagingSlot]) -> None:
-        self._free = list(slots)
+        self._free: deque[tuple[StagingSlot, Moved | None]] = deque((slot, None) for slot in slots)
         self._taken: set[int] = set()
         self._lock = threading.Lock()
 
-    def take(self) -> StagingSlot:
-        """Raises `transfer_protocol` when none is free: the peer sent without a credit."""
+    def take(self) -> tuple[StagingSlot, Moved | None]:
+        """A slot, and what must be done before it is filled.
+
+        Raises `transfer_protocol` when none is free: the peer sent without a credit.
+        """
         with self._lock:
             if not self._free:
                 raise protocol_violation("a piece came without a credit")
-            slot = self._free.pop()
+            slot, after = self._free.popleft()
             self._taken.add(slot.index)
-            return slot
+            return slot, after
 
-    def releasing(self, slot: StagingSlot) -> None:
-        """The engine has launched what empties the slot."""
+    def release(self, slot: StagingSlot, after: Moved | None) -> None:
+        """The engine has launched what empties the slot: `after`, or nothing does."""
         with self._lock:
             assert slot.index in self._taken, "the slot was released twice"
             self._taken.remove(slot.index)
-
-    def emptied(self, slot: StagingSlot) -> None:
-        """The device has emptied it; call it before the Credit leaves."""
-        with self._lock:
-            self._free.append(slot)
+            self._free.append((slot, after))

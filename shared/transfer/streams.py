@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from phloem.shared.transfer.device_event import HIGH_PRIORITY
+# Higher than the page store's: what comes and goes begins before the next pages are gathered.
+_PRIORITY = -3
 
 
 class StreamStock:
@@ -17,7 +18,7 @@ class StreamStock:
 
     torch gives the same 32 streams to whoever asks, in turn: after a few channels a new one would share some
     with one that is open, or with the page store, and wait for bytes of that one's peer. With streams that
-    come back here, ten channels can be open before any is shared.
+    come back here, sixteen channels can be open before any is shared.
     """
 
     def __init__(self) -> None:
@@ -29,7 +30,7 @@ class StreamStock:
         """A stream in which nothing waits, and that nobody else gets while the answer is referred to: the
         engine may still queue a scatter for a channel that has ended."""
         with self._taking:
-            stream = self._idle() or torch.cuda.Stream(device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
+            stream = self._idle() or torch.cuda.Stream(device, priority=_PRIORITY)  # type: ignore[no-untyped-call]
         lent = torch.cuda.Stream(  # type: ignore[no-untyped-call]
             stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
         )

@@ -192,25 +192,32 @@ class ReceivingSide(PagedSide):
         deadline = self._deadline()
         for request in requests:
             _check([self._receiver.reserved(request)])
-        admitted = 0
-        while admitted < len(requests):
-            self._take(self.next_event(deadline, _LOOK_S if self._receiver.is_moving else _IDLE_S))
-            if self._receiver.has_news:
-                arrived, failed = self._receiver.poll()
-                _check(failed)
-                admitted += len(arrived)
+        num_last = 0
+        while num_last < len(requests):
+            num_last += self._take(self.next_event(deadline))
+        # All is queued on the device: it is waited for as a plain receive is, not looked at now and then.
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        admitted = 0
+        while admitted < len(requests):
+            arrived, failed = self._receiver.poll()
+            _check(failed)
+            admitted += len(arrived)
+            if not arrived:
+                self._take(self.next_event(deadline, _LOOK_S))
         return time.monotonic()
 
-    def _take(self, event: TransferEvent | None) -> None:
+    def _take(self, event: TransferEvent | None) -> bool:
+        """Whether it was the last of a request."""
         match event:
             case PieceReceived():
                 _check([self._receiver.on_piece(event)])
             case LastReceived(peer, last):
                 _check([self._receiver.on_last(peer, last)])
+                return True
             case _:
                 pass
+        return False
 
 
 def _check(ended: Sequence[Ended | None]) -> int:

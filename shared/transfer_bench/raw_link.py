@@ -1,9 +1,13 @@
-"""Plain sends over the same kind of process group as a channel's, and the connection that paces them."""
+"""Plain sends over the same kind of process group as a channel's, and the connection that paces them.
+
+On GPUs they are torch's own `send` and `recv`, as any program would call them, and nothing of the channel's.
+"""
 
 from __future__ import annotations
 
 import socket
 import time
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +16,7 @@ from phloem.shared.errors import PhloemError
 from phloem.shared.transfer.events import Side
 from phloem.shared.transfer.frames import FrameSocket
 from phloem.shared.transfer.pending import Pending
-from phloem.shared.transfer.planes import PlaneSpec, open_plane
+from phloem.shared.transfer.planes import RANKS, DataPlane, PlaneSpec, open_plane
 from phloem.shared.transfer.rendezvous import ControlStore
 
 _POSTED = b"posted"
@@ -27,10 +31,12 @@ class RawLink:
         self._frames = FrameSocket(sock)
         self._frames.set_timeout(spec.timeout_s)
         store = ControlStore(self._frames, spec.timeout_s)
-        self._plane = open_plane(spec, store)
+        self._device = torch.device(spec.device)
+        self._wire: _Wire = (
+            _TorchWire(spec, store) if self._device.type == "cuda" else _PlaneWire(spec, store)
+        )
         self._side: Side = spec.side
         self._timeout_s = spec.timeout_s
-        self._device = torch.device(spec.device)
         self._buffer = buffer
         self._move(1, 1)  # NCCL connects with the first bytes
         store.seal()
@@ -43,7 +49,7 @@ class RawLink:
         return [self._turn(num_bytes, 1) for _ in range(count)]
 
     def close(self) -> None:
-        self._plane.abort()
+        self._wire.abort()
         self._frames.shutdown()
         self._frames.close()
 
@@ -60,15 +66,62 @@ class RawLink:
 
     def _move(self, num_bytes: int, count: int, *, posted: bool = False) -> None:
         data = self._buffer[:num_bytes]
-        pending = [self._post(data) for _ in range(count)]
+        for _ in range(count):
+            self._wire.post(data)
         if posted:
             self._frames.write(_POSTED)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # to the microsecond; a Pending is polled
-        for operation in pending:
-            operation.wait(self._timeout_s)
+        self._wire.wait(self._timeout_s)
 
-    def _post(self, data: Tensor) -> Pending:
-        if self._side == "prefill":
-            return self._plane.post_send(data)
-        return self._plane.post_receive(data, data.numel())
+
+class _Wire(Protocol):
+    def post(self, data: Tensor) -> None: ...
+
+    def wait(self, timeout_s: float) -> None:
+        """For all that was posted."""
+
+    def abort(self) -> None: ...
+
+
+class _PlaneWire:
+    """A CPU's."""
+
+    def __init__(self, spec: PlaneSpec, store: ControlStore) -> None:
+        self._plane: DataPlane = open_plane(spec, store)
+        self._sends = spec.side == "prefill"
+        self._posted: list[Pending] = []
+
+    def post(self, data: Tensor) -> None:
+        plane = self._plane
+        self._posted.append(plane.post_send(data) if self._sends else plane.post_receive(data, data.numel()))
+
+    def wait(self, timeout_s: float) -> None:
+        for operation in self._posted:
+            operation.wait(timeout_s)
+        self._posted.clear()
+
+    def abort(self) -> None:
+        self._plane.abort()
+
+
+class _TorchWire:
+    """torch's own operations, and its wait for the device, to the microsecond."""
+
+    def __init__(self, spec: PlaneSpec, store: ControlStore) -> None:
+        from phloem.shared.transfer.nccl_group import join_group
+
+        self._group = join_group(spec, store)
+        self._device = torch.device(spec.device)
+        self._post = self._group.send if spec.side == "prefill" else self._group.recv
+        self._peer = 1 - RANKS[spec.side]
+        self._posted: list[Any] = []  # torch's stubs keep Work in a private module
+
+    def post(self, data: Tensor) -> None:
+        self._posted.append(self._post([data], self._peer, 0))
+
+    def wait(self, timeout_s: float) -> None:
+        del timeout_s  # who measures gives up on a rank that says nothing
+        torch.cuda.synchronize(self._device)
+        self._posted.clear()
+
+    def abort(self) -> None:
+        self._group.abort()

@@ -27,7 +27,7 @@ from phloem.shared.transfer.events import (
     SlotAvailable,
     TransferEvent,
 )
-from phloem.shared.transfer.pending import DONE, Incoming, Moved, Pending
+from phloem.shared.transfer.pending import Incoming, Moved
 from phloem.shared.transfer.staging import StagingSlot
 
 P = PeerRef("prefill", 1)
@@ -144,7 +144,6 @@ class Wire:
         self._epoch = 0
         self._free: list[StagingSlot] = []
         self._acquired: StagingSlot | None = None
-        self._announced: Piece | None = None
         self._starved = False  # an acquire failed since the last `SlotAvailable`
         self._reset()
 
@@ -203,14 +202,8 @@ class Wire:
         self._acquired = self._free.pop()
         return self._acquired
 
-    def announce(self, piece: Piece, slot: StagingSlot) -> None:
-        assert slot is self._acquired and self._announced is None, "a piece is announced once"
-        self._announced = piece
-
     def send_piece(self, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
         assert slot is self._acquired, "a slot is acquired for exactly one piece"
-        assert piece == self._announced, "what was announced is sent"
-        self._announced = None
         assert piece.num_bytes <= slot.tensor.numel()
         self._acquired = None
         piece = msgspec.structs.replace(piece, digest=gathered.digest())
@@ -231,7 +224,6 @@ class Wire:
         self.unreleased.clear()
         self._starved = False
         self._acquired = None
-        self._announced = None
         self._free = [
             StagingSlot(index, str(self._epoch), torch.zeros(self.slot_bytes, dtype=torch.uint8))
             for index in range(self.num_slots)
@@ -254,10 +246,6 @@ class WireEnd:
     def acquire_slot(self, peer: PeerRef) -> StagingSlot | None:
         self._check(peer, "prefill")
         return self._wire.acquire()
-
-    def announce_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot) -> None:
-        self._check(peer, "prefill")
-        self._wire.announce(piece, slot)
 
     def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
         self._check(peer, "prefill")
@@ -282,7 +270,7 @@ class WireEnd:
         else:
             self._wire.to_prefill.append(CancelReceived(D, "prefill", message))
 
-    def release(self, piece: PieceReceived, after: Pending = DONE) -> None:
+    def release(self, piece: PieceReceived, after: Moved | None = None) -> None:
         assert self._side == "decode"
         self._wire.release(piece)
 

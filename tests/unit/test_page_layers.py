@@ -14,8 +14,8 @@ BYTES = 8  # of a page in one layer
 
 def drain(sender: PageLayers, num_pages: int, layer_end: int, slot_bytes: int) -> list[Span]:
     spans = []
-    while sender.lacks(num_pages, layer_end):
-        spans.append(sender.next_span(num_pages, layer_end, slot_bytes, BYTES))
+    while (run := sender.next_run(num_pages, layer_end)) is not None:
+        spans.append(run.head(slot_bytes, BYTES))
         sender.note(spans[-1])
     return spans
 

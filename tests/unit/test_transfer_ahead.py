@@ -1,4 +1,5 @@
-"""The decode side where a device can wait for bytes: its engine is told of a piece before they have come.
+"""Where a device can wait: decode's engine is told of a piece before its bytes have come, and prefill posts
+them before they are gathered.
 
 The plane is Gloo's behind a thread that waits in a device's place.
 """
@@ -26,7 +27,7 @@ from phloem.shared.protocol.transfer import (
 from phloem.shared.transfer import channel
 from phloem.shared.transfer.errors import transfer_timeout
 from phloem.shared.transfer.events import CancelReceived, ChannelLost, LastReceived, PieceReceived
-from phloem.shared.transfer.pending import Moved, Pending
+from phloem.shared.transfer.pending import Moved, MovedNow, Pending
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec, open_plane
 from phloem.shared.transfer.rendezvous import ControlStore
 from tests.support.handover_wire import HeldBack
@@ -37,6 +38,7 @@ from tests.support.transfer import (
     Recorded,
     RoguePeer,
     piece,
+    rogue_decode,
     rogue_prefill,
     transfer_config,
     wait_until,
@@ -71,28 +73,82 @@ class _Arrival:
         self._over.set()
 
 
+class _Departure:
+    """Bytes that leave once `after` is done."""
+
+    def __init__(self, plane: DataPlane, data: Tensor, after: Moved | None) -> None:
+        self._plane = plane
+        self._data = data
+        self._after = after
+
+    def done(self) -> bool:
+        raise AssertionError("it is waited for")
+
+    def wait(self, timeout_s: float) -> None:
+        if self._after is not None:
+            self._after.wait(timeout_s)
+        self._plane.post_send(self._data).wait(timeout_s)
+
+
 class _AheadPlane:
     def __init__(self, plane: DataPlane) -> None:
         self._plane = plane
+        self.receives_after: list[Moved | None] = []
 
     def post_send(self, data: Tensor, after: Moved | None = None) -> Pending:
-        return self._plane.post_send(data, after)
+        return _Departure(self._plane, data, after)
 
-    def post_receive(self, slot: Tensor, num_bytes: int) -> Pending:
+    def post_receive(self, slot: Tensor, num_bytes: int, after: Moved | None = None) -> Pending:
+        self.receives_after.append(after)  # for the device
         return _Arrival(self._plane.post_receive(slot, num_bytes))
 
     def abort(self) -> None:
         self._plane.abort()
 
 
-def _open_ahead(spec: PlaneSpec, store: ControlStore) -> DataPlane:
-    return _AheadPlane(open_plane(spec, store))
+@pytest.fixture
+def planes(monkeypatch: pytest.MonkeyPatch) -> list[_AheadPlane]:
+    """Those that were opened."""
+    opened: list[_AheadPlane] = []
+
+    def open_ahead(spec: PlaneSpec, store: ControlStore) -> DataPlane:
+        opened.append(_AheadPlane(open_plane(spec, store)))
+        return opened[-1]
+
+    monkeypatch.setattr(channel, "open_plane", open_ahead)
+    return opened
 
 
 @pytest.fixture
-def decode(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
-    monkeypatch.setattr(channel, "open_plane", _open_ahead)
+def decode(planes: list[_AheadPlane]) -> Iterator[Recorded]:
+    del planes
     recorded = Recorded(transfer_config(DECODE, accepts=True, timeout_s=TIMEOUT_S))
+    yield recorded
+    recorded.endpoint.close(0.0)
+
+
+class _Gathering(MovedNow):
+    """Pages that a device gathers until the test says that it has."""
+
+    def __init__(self, digest: int) -> None:
+        super().__init__(digest)
+        self.is_gathered = threading.Event()
+
+    def done(self) -> bool:
+        return self.is_gathered.is_set()
+
+    def wait(self, timeout_s: float) -> None:
+        assert self.is_gathered.wait(timeout_s)
+
+    def digest(self) -> int:
+        assert self.is_gathered.is_set(), "the digest is not known yet"
+        return super().digest()
+
+
+@pytest.fixture
+def prefill(planes: list[_AheadPlane]) -> Iterator[Recorded]:
+    del planes
+    recorded = Recorded(transfer_config(PREFILL, timeout_s=TIMEOUT_S))
     yield recorded
     recorded.endpoint.close(0.0)
 
@@ -134,38 +190,36 @@ def test_what_follows_a_piece_does_not_wait_for_its_bytes(decode: Recorded) -> N
         decode.next(CancelReceived)
 
 
-def test_credit_leaves_when_the_bytes_have_come_and_were_scattered(decode: Recorded) -> None:
+def test_credit_leaves_when_the_scatter_is_queued_and_the_next_bytes_wait_for_it(
+    decode: Recorded, planes: list[_AheadPlane]
+) -> None:
     with rogue_prefill(decode) as rogue:
-        rogue.write(GOOD)
-        rogue.write(PieceDigest(1))
-        received, scattered = decode.next(PieceReceived), _Scattered()
-        decode.endpoint.release(received, scattered)
-        send_bytes(rogue, 1)
-        assert received.incoming is not None
-        received.incoming.wait(5.0)
-        assert scattered.was_awaited.wait(5.0)
-        rogue.frames.set_timeout(0.1)
-        with pytest.raises(PhloemError):
-            next_message(rogue)
-        rogue.frames.set_timeout(5.0)
-        scattered.finish()
-        assert next_message(rogue) == Credit(1)
+        scatters = [HeldBack() for _ in range(NUM_SLOTS)]
+        for scatter in scatters:
+            rogue.write(GOOD)
+            decode.endpoint.release(decode.next(PieceReceived), scatter)
+            assert next_message(rogue) == Credit(1)
+        for _ in scatters:
+            rogue.write(GOOD)
+            decode.next(PieceReceived)
+        posted = planes[0].receives_after[1:]  # without the channel's first byte
+        assert posted == [None] * NUM_SLOTS + scatters
+        assert not any(scatter.is_done for scatter in scatters)
 
 
-def test_slot_of_a_dropped_piece_is_not_filled_again_before_its_bytes_have_come(decode: Recorded) -> None:
+def test_slot_of_a_dropped_piece_is_filled_again_behind_the_bytes_on_their_way(decode: Recorded) -> None:
     with rogue_prefill(decode) as rogue:
         for _ in range(NUM_SLOTS):
             rogue.write(GOOD)
-            rogue.write(PieceDigest(1))
-        for _ in range(NUM_SLOTS):
             decode.endpoint.release(decode.next(PieceReceived))
-        rogue.frames.set_timeout(0.1)
-        with pytest.raises(PhloemError):
-            next_message(rogue)
-        rogue.frames.set_timeout(5.0)
-        for _ in range(NUM_SLOTS):
-            send_bytes(rogue, 1)
             assert next_message(rogue) == Credit(1)
+        rogue.write(GOOD)
+        again = decode.next(PieceReceived)
+        for fill in range(NUM_SLOTS + 1):
+            send_bytes(rogue, fill)
+        assert again.incoming is not None
+        again.incoming.wait(5.0)
+        assert int(again.data.sum()) == NUM_SLOTS * GOOD.num_bytes
 
 
 @pytest.mark.parametrize("missing", ["bytes", "digest"])
@@ -188,15 +242,20 @@ def test_what_never_comes_ends_the_channel_within_the_deadline(decode: Recorded,
         assert not received.has_come or missing == "bytes"
 
 
-class _Scattered(HeldBack):
-    def __init__(self) -> None:
-        super().__init__()
-        self.was_awaited = threading.Event()
-        self._finished = threading.Event()
-
-    def finish(self) -> None:
-        self._finished.set()
-
-    def wait(self, timeout_s: float) -> None:
-        self.was_awaited.set()
-        assert self._finished.wait(timeout_s)
+def test_header_leaves_while_the_pages_are_gathered_and_the_digest_follows(prefill: Recorded) -> None:
+    with rogue_decode(prefill) as rogue:
+        assert rogue.plane is not None
+        slot = prefill.endpoint.acquire_slot(DECODE)
+        assert slot is not None
+        gathering = _Gathering(77)
+        prefill.endpoint.send_piece(DECODE, GOOD, slot, gathering)
+        assert next_message(rogue) == GOOD
+        time.sleep(0.2)  # which is not the link's time
+        slot.tensor[: GOOD.num_bytes] = 5
+        gathering.is_gathered.set()
+        data = torch.zeros(GOOD.num_bytes, dtype=torch.uint8)
+        rogue.plane.post_receive(data, GOOD.num_bytes).wait(5.0)
+        assert int(data.sum()) == 5 * GOOD.num_bytes
+        assert next_message(rogue) == PieceDigest(77)
+        wait_until(lambda: prefill.endpoint.stats()[DECODE].pieces_sent == 1)
+        assert prefill.endpoint.stats()[DECODE].send_s < 0.1

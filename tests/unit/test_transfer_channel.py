@@ -77,8 +77,8 @@ def test_slot_available_comes_once_for_a_failed_acquire(pair: Pair) -> None:
     assert pair.prefill.endpoint.acquire_slot(DECODE) is None
     for _ in range(NUM_SLOTS):
         pair.decode.endpoint.release(pair.decode.next(PieceReceived))
-    pair.decode.endpoint.send_ready(PREFILL, Ready("fence", 1, 0))
     pair.prefill.next(SlotAvailable)
+    pair.decode.endpoint.send_ready(PREFILL, Ready("fence", 1, 0))
     assert pair.prefill.next(ReadyReceived).message.request_id == "fence"
 
 

@@ -19,6 +19,7 @@ from phloem.shared.protocol.transfer import Credit, Rendezvous, transfer_message
 from phloem.shared.transfer.frames import FrameSocket
 from phloem.shared.transfer.interfaces import interface_of, nccl_binding
 from phloem.shared.transfer.mailbox import Mailbox
+from phloem.shared.transfer.pending import MovedNow
 from phloem.shared.transfer.rendezvous import MAX_KEYS, ControlStore
 from phloem.shared.transfer.staging import ReceiveRing, SendRing, StagingSlot
 from phloem.shared.transfer.stats import PeerMeter
@@ -108,6 +109,29 @@ def test_writer_gives_up_on_a_peer_that_reads_nothing(frame_pair: tuple[FrameSoc
     with pytest.raises(PhloemError) as caught:
         for _ in range(1000):
             left.write(bytes(1 << 20))
+    assert code_of(caught) == "transfer_timeout"
+
+
+def test_post_does_not_wait_for_a_peer_that_reads_nothing_and_flush_sends_the_rest(
+    frame_pair: tuple[FrameSocket, FrameSocket],
+) -> None:
+    left, right = frame_pair
+    payloads = [b""]
+    while left.post(payloads[-1]):
+        payloads.append(bytes([len(payloads) % 256]) * 50_000)
+    reader = threading.Thread(target=lambda: got.extend(right.read(1 << 20) for _ in payloads))
+    got: list[bytes] = []
+    reader.start()
+    left.flush()
+    reader.join(5.0)
+    assert got == payloads
+    assert left.post(b"at once")
+
+
+def test_post_fails_when_too_much_is_left(frame_pair: tuple[FrameSocket, FrameSocket]) -> None:
+    with pytest.raises(PhloemError) as caught:
+        for _ in range(1000):
+            frame_pair[0].post(bytes(1 << 18))
     assert code_of(caught) == "transfer_timeout"
 
 
@@ -255,23 +279,21 @@ def test_send_ring_never_has_more_out_than_slots_and_credits(
             assert relieved <= (starved and can)
             starved = starved and not relieved
             assert not (starved and can), "a starved engine is told"
-        assert ring.is_idle == (uncredited == 0)
+        assert ring.is_idle == (not uncredited and not sending)
 
 
-def test_receive_ring_takes_back_only_what_it_gave() -> None:
+def test_receive_ring_takes_back_only_what_it_gave_and_fills_the_oldest_first() -> None:
     ring = ReceiveRing(make_slots(2, 1))
-    first, second = ring.take(), ring.take()
+    (first, _), (second, _) = ring.take(), ring.take()
     with pytest.raises(PhloemError) as caught:
         ring.take()
     assert code_of(caught) == "transfer_protocol"
-    ring.releasing(first)
+    emptied = MovedNow(0)
+    ring.release(second, emptied)
     with pytest.raises(AssertionError):
-        ring.releasing(first)
-    with pytest.raises(PhloemError):
-        ring.take()  # the device has not emptied it yet
-    ring.emptied(first)
-    assert ring.take() is first
-    assert second is not first
+        ring.release(second, None)
+    ring.release(first, None)
+    assert [ring.take(), ring.take()] == [(second, emptied), (first, None)]
 
 
 def test_busy_time_counts_overlapping_transfers_once() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 
@@ -31,7 +30,6 @@ from tests.support.transfer import (
     rogue_decode,
     rogue_prefill,
     transfer_config,
-    wait_until,
 )
 
 TIMEOUT_S = 1.0
@@ -199,43 +197,6 @@ def test_digest_of_a_piece_that_never_was_ends_the_channel(decode: Recorded) -> 
     with rogue_prefill(decode) as rogue:
         rogue.write(PieceDigest(1))
         assert decode.next(ChannelLost).error.code == "transfer_protocol"
-
-
-class _Gathering(MovedNow):
-    """Pages that a device gathers until the test says that it has."""
-
-    def __init__(self, digest: int) -> None:
-        super().__init__(digest)
-        self.is_gathered = threading.Event()
-
-    def done(self) -> bool:
-        return self.is_gathered.is_set()
-
-    def wait(self, timeout_s: float) -> None:
-        assert self.is_gathered.wait(timeout_s)
-
-    def digest(self) -> int:
-        assert self.is_gathered.is_set(), "the digest is not known yet"
-        return super().digest()
-
-
-def test_header_leaves_while_the_pages_are_gathered_and_the_digest_follows(prefill: Recorded) -> None:
-    with rogue_decode(prefill) as rogue:
-        assert rogue.plane is not None
-        slot = prefill.endpoint.acquire_slot(DECODE)
-        assert slot is not None
-        gathering = _Gathering(77)
-        prefill.endpoint.send_piece(DECODE, GOOD, slot, gathering)
-        assert rogue.read() == GOOD
-        time.sleep(0.2)  # which is not the link's time
-        slot.tensor[: GOOD.num_bytes] = 5
-        gathering.is_gathered.set()
-        data = torch.zeros(GOOD.num_bytes, dtype=torch.uint8)
-        rogue.plane.post_receive(data, GOOD.num_bytes).wait(5.0)
-        assert int(data.sum()) == 5 * GOOD.num_bytes
-        assert rogue.read() == PieceDigest(77)
-        wait_until(lambda: prefill.endpoint.stats()[DECODE].pieces_sent == 1)
-        assert prefill.endpoint.stats()[DECODE].send_s < 0.1
 
 
 def test_one_prefill_peers_fault_leaves_another_alone(decode: Recorded) -> None:

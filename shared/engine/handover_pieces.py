@@ -1,0 +1,91 @@
+"""Sends what is computed of the prompts that are handed over: layers of pages, in pieces, as slots allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from phloem.shared.engine.handover import Channels, PageStore
+from phloem.shared.engine.layer_groups import next_piece_bytes
+from phloem.shared.engine.page_layers import PageLayers, Span
+from phloem.shared.engine.send_plan import Chunk, SendPlan
+from phloem.shared.errors import PhloemError
+from phloem.shared.protocol.transfer import Piece
+from phloem.shared.transfer.pending import Pending
+from phloem.shared.transfer.staging import StagingSlot
+
+
+class PieceSender:
+    """Called from the engine's thread only, which launches gathers and posts sends ahead of the device."""
+
+    def __init__(self, channels: Channels, store: PageStore, clock: Callable[[], float]) -> None:
+        self._channels = channels
+        self._store = store
+        self._clock = clock
+        self._awaited: list[Pending] = []  # marks that `send_computed` found not done
+        self.num_pages_sent = 0
+        self.num_bytes_sent = 0
+
+    @property
+    def has_news(self) -> bool:
+        """The device has done what the last `send_computed` found undone: another one may send something."""
+        return any(mark.done() for mark in self._awaited)
+
+    def send_computed(self, plans: Iterable[SendPlan]) -> None:
+        """Whatever is computed, wanted and has a slot; a plan whose channel is lost gets its error."""
+        self._awaited = []
+        for plan in plans:
+            if plan.gone is not None and plan.error is None:
+                try:
+                    self._send_chunks(plan, plan.gone)
+                except PhloemError as error:
+                    plan.error = error.info
+
+    def _send_chunks(self, plan: SendPlan, gone: PageLayers) -> None:
+        while plan.chunks:
+            chunk = plan.chunks[0]
+            if plan.request.num_computed_tokens < chunk.num_tokens:
+                return  # retracted: its pages are gone
+            self._send_groups(plan, gone, chunk)
+            if not chunk.is_sent:
+                return
+            plan.chunks.popleft()
+
+    def _send_groups(self, plan: SendPlan, gone: PageLayers, chunk: Chunk) -> None:
+        """Sends the groups of layers that are computed, while there are staging slots."""
+        while chunk.marks:
+            layer_end, mark = chunk.marks[0]
+            if not mark.done():
+                self._awaited.append(mark)
+                return
+            if not self._send_pages(plan, gone, chunk.num_pages, layer_end):
+                return
+            chunk.marks.popleft()
+            chunk.is_sent = layer_end == self._store.num_layers
+
+    def _send_pages(self, plan: SendPlan, gone: PageLayers, num_pages: int, layer_end: int) -> bool:
+        """Whether layers below `layer_end` of the first pages have gone; otherwise a slot is missing."""
+        layer_page_bytes = self._store.layer_page_bytes
+        while (run := gone.next_run(num_pages, layer_end)) is not None:
+            slot = self._channels.acquire_slot(plan.peer)
+            if slot is None:
+                return False
+            size = next_piece_bytes(
+                run.layers_of_pages() * layer_page_bytes, slot.tensor.numel(), is_first=not plan.num_pieces
+            )
+            span = run.head(size, layer_page_bytes)
+            self._send_piece(plan, span, slot)
+            gone.note(span)
+        return True
+
+    def _send_piece(self, plan: SendPlan, span: Span, slot: StagingSlot) -> None:
+        request, num_bytes = plan.request, span.layers_of_pages() * self._store.layer_page_bytes
+        gathered = self._store.gather(
+            span.of(request.page_ids), span.layer_start, span.layer_end, slot.tensor[:num_bytes]
+        )
+        piece = Piece(request.request_id, request.attempt, *span, num_bytes)
+        self._channels.send_piece(plan.peer, piece, slot, gathered)
+        plan.num_pieces += 1
+        plan.times.last_piece_s = self._clock()
+        plan.times.first_piece_s = plan.times.first_piece_s or plan.times.last_piece_s
+        self.num_bytes_sent += num_bytes
+        self.num_pages_sent += span.num_pages if span.layer_end == self._store.num_layers else 0
