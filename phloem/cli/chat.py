@@ -9,8 +9,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from phloem.cli.chat_client import ChatClient
-from phloem.shared.errors import PhloemError
+from phloem.cli.chat_client import UNREACHABLE, ChatClient
+from phloem.shared.errors import PhloemError, unavailable
 
 DEFAULT_URL = "http://127.0.0.1:30000"
 HELP = "/reset starts anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
@@ -25,20 +25,21 @@ def chat(
     max_tokens: Annotated[int, Parameter(help="longest answer")] = 512,
     api_key: Annotated[str, Parameter(env_var="PHLOEM_GATEWAY_API_KEY", help="if the gateway asks")] = "",
 ) -> int:
-    """Talk to a running cluster; answers stream."""
+    """Talk to a running cluster; answers stream. Exits with 1 when the last question got no answer."""
     client = ChatClient(url, api_key=api_key.split(",")[0])
-    name = model or _first(client.models(), url)
+    name = choose_model(_served(client), model, url)
     print(f"{name} at {url}. {HELP}.", flush=True)
     conversation = Conversation(
         lambda messages: client.stream(name, messages, temperature=temperature, max_tokens=max_tokens), system
     )
+    answered = True
     with contextlib.suppress(EOFError):
         while (line := _prompt()) != "/exit":
             if line == "/reset":
                 conversation.reset()
             elif line:
-                conversation.turn(line)
-    return 0
+                answered = conversation.turn(line)
+    return 0 if answered else 1
 
 
 class Conversation:
@@ -54,8 +55,9 @@ class Conversation:
     def reset(self) -> None:
         self.messages = list(self._system)
 
-    def turn(self, line: str) -> None:
-        """Asks, prints the answer as it comes, and keeps both; Ctrl-C keeps the part that was seen."""
+    def turn(self, line: str) -> bool:
+        """Asks, prints the answer as it comes, and keeps both; Ctrl-C keeps the part that was seen.
+        False when it failed; the error is on stderr then."""
         question = {"role": "user", "content": line}
         pieces: list[str] = []
         try:
@@ -66,16 +68,30 @@ class Conversation:
             print(" [stopped]", end="")
         except PhloemError as error:
             print(f"\nphloem: error: {error}", file=sys.stderr)
-            return
+            return False
         print(flush=True)
         if pieces:
             self.messages += [question, {"role": "assistant", "content": "".join(pieces)}]
+        return True
 
 
-def _first(models: list[str], url: str) -> str:
-    if not models:
+def choose_model(served: list[str], wanted: str | None, url: str) -> str:
+    """The model to ask: `wanted`, else the first of `served`. Raises `PhloemError` when it is not there."""
+    if not served:
         raise PhloemError("no_model", f"{url} serves no model yet: are its workers up?")
-    return models[0]
+    if wanted is not None and wanted not in served:
+        raise PhloemError("no_model", f"{url} does not serve --model {wanted}, but {', '.join(served)}")
+    return wanted or served[0]
+
+
+def _served(client: ChatClient) -> list[str]:
+    try:
+        return client.models()
+    except PhloemError as error:
+        if error.code != UNREACHABLE:
+            raise
+        hint = "start a cluster with `phloem up`, or name its gateway with --url"
+        raise unavailable(f"{error}: {hint}", code=UNREACHABLE) from error
 
 
 def _prompt() -> str:

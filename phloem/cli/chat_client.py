@@ -10,6 +10,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from phloem.shared.errors import PhloemError, unavailable
 
+UNREACHABLE = "gateway_unreachable"
 _DONE = "[DONE]"
 
 
@@ -84,7 +85,7 @@ class ChatClient:
         return kind(self._parts.hostname or "", self._parts.port, timeout=self._timeout_s)
 
     def _unreachable(self, error: Exception) -> PhloemError:
-        return unavailable(f"no answer from {self.url}: {error}", code="gateway_unreachable")
+        return unavailable(f"no answer from {self.url}: {error}", code=UNREACHABLE)
 
 
 def _checked_url(url: str) -> SplitResult:

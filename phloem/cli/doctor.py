@@ -16,6 +16,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
+from phloem.cli.chat_client import ChatClient
 from phloem.cli.up.devices import count_gpus
 from phloem.cli.up.ports import require_free_port
 from phloem.shared.engine.gpu_report import GpuReport
@@ -30,6 +31,7 @@ _TORCH_PROBE = (
 )
 _TORCH_TIMEOUT_S = 120.0
 _REDIS_WAIT_S = 2.0
+_GATEWAY_TIMEOUT_S = 2.0
 _LEAST_FREE_BYTES = 4 << 30
 
 
@@ -57,7 +59,8 @@ def doctor(
         check_port(port),
         check_redis(redis_url),
     ]
-    table = Table("check", "", "found", box=None, pad_edge=False, header_style="bold")
+    table = Table("check", "", box=None, pad_edge=False, header_style="bold")
+    table.add_column("found", overflow="fold")  # a path that is cut off helps nobody
     for check in checks:
         table.add_row(check.what, f"[{_STYLES[check.verdict]}]{check.verdict}[/]", check.found)
     Console(highlight=False).print(table)
@@ -165,8 +168,18 @@ def check_port(port: int) -> Check:
     try:
         require_free_port("127.0.0.1", port, "--port")
     except PhloemError as error:
-        return Check(f"port {port}", "note", str(error))
+        served = _served_at(port)
+        found = f"in use by a running gateway, which serves {served}" if served else str(error)
+        return Check(f"port {port}", "note", found)
     return Check(f"port {port}", "ok", "free")
+
+
+def _served_at(port: int) -> str:
+    """The models of a gateway on `port` of this machine; "" when there is none that says so."""
+    try:
+        return ", ".join(ChatClient(f"http://127.0.0.1:{port}", timeout_s=_GATEWAY_TIMEOUT_S).models())
+    except PhloemError:
+        return ""
 
 
 def check_redis(url: str) -> Check:

@@ -50,7 +50,8 @@ def run(argv: list[str]) -> int:
     try:
         code = build_app()(argv)
     except CycloptsError as error:
-        print(f"phloem: error: {error}\nSee `phloem --help`.", file=sys.stderr)
+        command = " ".join(("phloem", *(error.command_chain or ())))
+        print(f"phloem: error: {error}\nSee `{command} --help`.", file=sys.stderr)
         return EXIT_USAGE
     except PhloemError as error:
         return report_error(error)

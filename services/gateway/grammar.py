@@ -7,11 +7,12 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 from msgspec import Struct
 
-from phloem.shared.errors import invalid_request
+from phloem.shared.errors import PhloemError, invalid_request
 from phloem.shared.protocol.session import Grammar
 
 MAX_GRAMMAR_CHARS = 65_536
 MAX_SCHEMA_DEPTH = 64
+_ABOUT_THE_GRAMMAR = ("bad_grammar", "grammar_dead_end")
 
 
 # Any: a schema is JSON of whatever shape, and only bounded here.
@@ -42,7 +43,20 @@ class GrammarFields(Struct, kw_only=True, frozen=True):
     ebnf: str | None = None
 
 
-def plan_grammar(fields: GrammarFields, prefix: str = "") -> Grammar | None:
+class AskedGrammar(Struct, frozen=True):
+    """A grammar, and the field that asks for it."""
+
+    param: str
+    grammar: Grammar
+
+    def naming_field(self, error: PhloemError) -> PhloemError:
+        """`error`; with the field, which a worker doesn't know, where it is about the grammar."""
+        if error.code not in _ABOUT_THE_GRAMMAR or error.info.param is not None:
+            return error
+        return PhloemError.from_info(msgspec.structs.replace(error.info, param=self.param))
+
+
+def plan_grammar(fields: GrammarFields, prefix: str = "") -> AskedGrammar | None:
     """The one grammar that the fields ask for. Raises `PhloemError` (400) that names the field."""
     found: list[tuple[str, Grammar]] = []
     if fields.response_format is not None and fields.response_format.type != "text":
@@ -62,7 +76,7 @@ def plan_grammar(fields: GrammarFields, prefix: str = "") -> Grammar | None:
                 f"{prefix}{name} has {len(grammar.source)} characters: at most {MAX_GRAMMAR_CHARS}",
                 param=prefix + name,
             )
-        return grammar
+        return AskedGrammar(prefix + name, grammar)
     return None
 
 

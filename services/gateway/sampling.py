@@ -14,9 +14,9 @@ from typing import Protocol
 from msgspec import Struct
 
 from phloem.services.gateway.config import GatewayConfig
-from phloem.services.gateway.grammar import GrammarFields, plan_grammar
+from phloem.services.gateway.grammar import AskedGrammar, GrammarFields, plan_grammar
 from phloem.shared.errors import PhloemError, invalid_request
-from phloem.shared.protocol.session import Grammar, SamplingParams
+from phloem.shared.protocol.session import SamplingParams
 
 MAX_TEMPERATURE = 2.0
 _GREEDY_BELOW = 1e-5
@@ -52,7 +52,7 @@ class SamplingPlan(Struct, kw_only=True, frozen=True):
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     skip_special_tokens: bool
-    grammar: Grammar | None = None
+    grammar: AskedGrammar | None = None
 
     def params(self, choice: int, max_tokens: int) -> SamplingParams:
         """For the `choice`-th of `n`: choice 0 has the request's own seed, each other one derived from it."""
@@ -65,8 +65,12 @@ class SamplingPlan(Struct, kw_only=True, frozen=True):
             seed=derived_seed(self.seed, choice),
             ignore_eos=self.ignore_eos,
             stop_token_ids=self.stop_token_ids,
-            grammar=self.grammar,
+            grammar=self.grammar.grammar if self.grammar is not None else None,
         )
+
+    def naming_field(self, error: PhloemError) -> PhloemError:
+        """`error` of a worker, with the field that it is about where that can be told from here."""
+        return error if self.grammar is None else self.grammar.naming_field(error)
 
 
 class TokenCheck(Protocol):

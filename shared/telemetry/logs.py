@@ -24,7 +24,7 @@ LogFormat: TypeAlias = Literal["text", "json"]
 _request_id: ContextVar[str | None] = ContextVar("phloem_request_id", default=None)
 # What every LogRecord has; anything else on it came through `extra`.
 _STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-_PLAIN_VALUE = re.compile(r"[^\s\"=]+")
+_PLAIN_VALUE = re.compile(r"[^\x00-\x20\x7f\s\"=]+")  # no control characters: a terminal obeys them
 
 
 class LogOptions(Struct, frozen=True, kw_only=True):

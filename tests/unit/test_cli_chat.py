@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections.abc import Iterable, Iterator
@@ -10,8 +11,9 @@ from typing import ClassVar
 
 import pytest
 
-from phloem.cli.chat import Conversation
+from phloem.cli.chat import Conversation, choose_model
 from phloem.cli.chat_client import ChatClient
+from phloem.cli.main import run
 from phloem.shared.errors import PhloemError
 
 
@@ -123,7 +125,7 @@ def test_conversation_keeps_both_sides(capsys: pytest.CaptureFixture[str]) -> No
 
     conversation = Conversation(answer, "be brief")
     conversation.turn("one")
-    conversation.turn("two")
+    assert conversation.turn("two")
     assert [message["content"] for message in seen[1]] == ["be brief", "one", "a1", "two"]
     assert capsys.readouterr().out == "a1\na2\n"
     conversation.reset()
@@ -136,6 +138,37 @@ def test_failed_turn_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> None
         raise PhloemError("lost", "worker died")
 
     conversation = Conversation(answer)
-    conversation.turn("one")
+    assert not conversation.turn("one")
     assert conversation.messages == []
     assert "worker died" in capsys.readouterr().err
+
+
+def test_the_first_model_is_asked_unless_one_is_named() -> None:
+    assert choose_model(["a", "b"], None, "http://x") == "a"
+    assert choose_model(["a", "b"], "b", "http://x") == "b"
+
+
+def test_a_model_that_is_not_served_is_refused_before_the_first_question() -> None:
+    with pytest.raises(PhloemError, match="http://x does not serve --model c, but a, b"):
+        choose_model(["a", "b"], "c", "http://x")
+    with pytest.raises(PhloemError, match="are its workers up"):
+        choose_model([], None, "http://x")
+
+
+def test_chat_without_a_cluster_names_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["chat", "--url", "http://127.0.0.1:1", "--model", "m1"]) == 1
+    assert "start a cluster with `phloem up`, or name its gateway with --url" in capsys.readouterr().err
+
+
+def test_chat_exits_with_1_when_the_last_question_failed(
+    server: tuple[str, Script], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, script = server
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    script.status = 503
+    script.body = b'{"error": {"message": "no worker", "code": "no_workers"}}'
+    assert run(["chat", "--url", url]) == 1
+    assert "no worker" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    script.status, script.body = 200, events("Paris")
+    assert run(["chat", "--url", url]) == 0

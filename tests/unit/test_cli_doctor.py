@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 import msgspec
 import pytest
 
@@ -9,6 +12,7 @@ from phloem.cli.doctor import Check, check_gpus, check_port, check_python, check
 from phloem.cli.main import run
 from phloem.cli.up.ports import bound_socket, free_port
 from phloem.shared.engine.gpu_report import GpuReport
+from tests.support.gateway import MODEL, FakeGenerator, make_gateway, over_http
 
 
 @pytest.mark.parametrize(
@@ -23,6 +27,12 @@ def test_taken_port_is_noted() -> None:
         check = check_port(taken.getsockname()[1])
     assert check.verdict == "note"
     assert "in use" in check.found
+
+
+async def test_a_port_that_a_gateway_has_says_so(model_dir: Path, generator: FakeGenerator) -> None:
+    async with over_http(make_gateway(model_dir, generator)) as url:
+        check = await asyncio.to_thread(check_port, int(url.rpartition(":")[2]))
+    assert check == Check(check.what, "note", f"in use by a running gateway, which serves {MODEL}")
 
 
 def test_machine_without_a_gpu_is_no_problem() -> None:

@@ -27,6 +27,12 @@ def modules_after(*args: str) -> set[str]:
     return set(done.stdout.rpartition("MODULES ")[2].split())
 
 
+def test_a_usage_error_points_at_the_commands_own_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for args, command in ((["up", "--prefil", "2"], "phloem up"), (["nope"], "phloem")):
+        assert run(args) == 2
+        assert f"See `{command} --help`." in capsys.readouterr().err
+
+
 def test_help_lists_the_commands_and_imports_no_service() -> None:
     modules = modules_after("--help")
     assert "phloem.cli.main" in modules

@@ -216,6 +216,7 @@ def test_curl_line_survives_a_shell() -> None:
     assert line.startswith('curl http://127.0.0.1:30000/v1/chat/completions -H "Authorization')
     counted = subprocess.run(["sh", "-c", f"set -- {line}; echo $#"], capture_output=True, text=True)
     assert counted.stdout.strip() == "8"
+    assert '"temperature": 0' in line, "at 1 the demo model rambles"
 
 
 def test_lines_are_shown_once_per_stage() -> None:

@@ -171,6 +171,21 @@ async def test_the_log_line_says_how_it_ended(
     assert lines[1]["error"] == bad.json()["error"]["code"]
 
 
+async def test_the_log_line_has_the_clients_own_name_of_the_request_within_bounds(
+    generator: FakeGenerator, gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with in_process(gateway) as client:
+        await client.get("/v1/models", headers={"x-request-id": "bench-0-1-2"})
+        await client.get("/v1/models", headers={"x-request-id": b"\x9b" + b"x" * 1000})
+        answered = await client.get("/v1/models")
+    lines = [vars(record) for record in caplog.records if record.message == "request"]
+    assert lines[0]["client_request_id"] == "bench-0-1-2"
+    assert lines[1]["client_request_id"] == "\\x9b" + "x" * 127
+    assert "client_request_id" not in lines[2]
+    assert answered.headers["x-request-id"].startswith("req-")
+
+
 async def test_a_body_that_stalls_is_a_408() -> None:
     async def never() -> object:
         return await asyncio.Event().wait()

@@ -11,6 +11,7 @@ import pytest
 from phloem.services.gateway.grammar import (
     MAX_GRAMMAR_CHARS,
     MAX_SCHEMA_DEPTH,
+    AskedGrammar,
     GrammarFields,
     plan_grammar,
 )
@@ -21,7 +22,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 TEXT = msgspec.json.encode(SCHEMA).decode()
 
 
-def plan(fields: dict[str, Any]) -> Grammar | None:
+def plan(fields: dict[str, Any]) -> AskedGrammar | None:
     return plan_grammar(msgspec.json.decode(json.dumps(fields), type=GrammarFields), "p.")
 
 
@@ -51,7 +52,9 @@ def nested(depth: int) -> Any:
     ],
 )
 def test_fields_ask_for_a_grammar(fields: dict[str, Any], expected: Grammar | None) -> None:
-    assert plan(fields) == expected
+    asked = plan(fields)
+    assert (asked and asked.grammar) == expected
+    assert asked is None or asked.param.removeprefix("p.") in fields
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,12 @@ def test_message_of_several_lines_stays_one_record() -> None:
     assert "a\\nforged" in TextFormatter("gateway").format(record("a\nforged"))
 
 
+def test_control_characters_of_a_value_are_escaped() -> None:
+    line = TextFormatter("gateway").format(record("x", peer="\x1b[2Jgone"))
+    assert "peer=" in line
+    assert "\x1b" not in line
+
+
 def test_request_id_of_the_task_is_in_every_record() -> None:
     with request_context("req-1"):
         assert "request_id=req-1" in TextFormatter("g").format(record("x"))

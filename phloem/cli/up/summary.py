@@ -42,8 +42,9 @@ def _port(address: str) -> str:
 
 
 def curl_line(url: str, model: str, *, needs_key: bool) -> str:
-    """A command that asks the cluster `QUESTION`, to paste into a shell."""
-    body = {"model": model, "messages": [{"role": "user", "content": QUESTION}]}
+    """A command that asks the cluster `QUESTION`, to paste into a shell; as `ask` does, for the likeliest
+    tokens: at the API's default temperature of 1 a small model rambles."""
+    body = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
     key = ' -H "Authorization: Bearer $API_KEY"' if needs_key else ""
     data = shlex.quote(json.dumps(body))
     return f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {data}"

@@ -24,6 +24,8 @@ _STATUS_CLIENT_GONE = 499
 _NO_ROUTE = "(none)"
 _QUIET_ROUTES = frozenset(("/health", "/metrics"))  # asked every few seconds by machines
 _TIMELINE_HEADER = b"x-phloem-timeline"
+_CLIENT_ID_HEADER = b"x-request-id"
+_MOST_CLIENT_ID_BYTES = 128
 
 
 class AccessLayer:
@@ -82,9 +84,17 @@ class AccessLayer:
                 "status": status,
                 "seconds": round(time.monotonic() - state["received_at"], 6),
                 **({"tenant": tenant.id} if tenant is not None and tenant.id else {}),
+                **_client_id_of(scope),
                 **log_fields_of(scope),
             },
         )
+
+
+def _client_id_of(scope: Scope) -> dict[str, str]:
+    """The client's own name for the request, to find it by; never trusted to be unique."""
+    name = next((value for name, value in scope["headers"] if name == _CLIENT_ID_HEADER), b"")
+    shown = name[:_MOST_CLIENT_ID_BYTES].decode("ascii", "backslashreplace")
+    return {"client_request_id": shown} if shown else {}
 
 
 def log_fields_of(scope: Scope) -> dict[str, object]:

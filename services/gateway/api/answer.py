@@ -12,6 +12,7 @@ from phloem.services.gateway.call import Call
 from phloem.services.gateway.gateway import Gateway
 from phloem.services.gateway.sampling import SamplingPlan
 from phloem.services.gateway.sequence import RunningSequence, TextDelta
+from phloem.shared.errors import PhloemError
 
 DONE = b"[DONE]"
 
@@ -68,6 +69,8 @@ def answering(gateway: Gateway, call: Call, job: Job) -> Exchange:
             reply.log_fields["prompt_tokens"] = sum(len(one.request.token_ids) for one in sequences)
             try:
                 await (_stream if job.stream else _whole)(gateway, sequences, job.dialect, reply)
+            except PhloemError as error:
+                raise job.sampling.naming_field(error) from error.__cause__
             finally:
                 reply.log_fields["generated_tokens"] = sum(one.num_generated_tokens for one in sequences)
 

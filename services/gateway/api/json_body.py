@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 from litestar.types import Receive
 
+from phloem.services.gateway.api.allowed_values import allowed_values
 from phloem.shared.errors import PhloemError, invalid_request
 
 Body = TypeVar("Body")
@@ -53,17 +54,19 @@ def decode_json(data: bytes | msgspec.Raw, body_type: Any) -> Any:
     `PhloemError` (400): `invalid_json`, `missing_required_parameter`, `invalid_type` or `invalid_value`, with
     the field as a path like `messages[0].content`.
     """
+    if not data:
+        raise invalid_request("the body is empty: it has to be a JSON object", code="invalid_json")
     try:
         return msgspec.json.decode(data, type=body_type)
     except msgspec.ValidationError as error:
-        raise _wrong_field(str(error)) from error
+        raise _wrong_field(str(error), body_type) from error
     except RecursionError as error:
         raise invalid_request("the JSON body is nested too deeply", code="invalid_json") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid_request(f"the body is not valid JSON: {error}", code="invalid_json") from error
 
 
-def _wrong_field(message: str) -> PhloemError:
+def _wrong_field(message: str, body_type: Any) -> PhloemError:
     located = _LOCATION.match(message)
     problem = located["problem"] if located else message
     path = located["path"] if located else ""
@@ -73,6 +76,8 @@ def _wrong_field(message: str) -> PhloemError:
         return invalid_request(
             f"missing required parameter: {path}", param=path, code="missing_required_parameter"
         )
+    if problem.startswith("Invalid enum value") and (allowed := allowed_values(body_type, path)):
+        problem += f": it must be one of {', '.join(allowed)}"
     wrong_type = problem.startswith("Expected") and " of length " not in problem
     code = "invalid_type" if wrong_type else "invalid_value"
     return invalid_request(f"{path or 'the body'}: {problem}", param=path or None, code=code)

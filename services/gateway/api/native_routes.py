@@ -27,6 +27,7 @@ from phloem.services.gateway.api.prompts import completion_prompts, encoded
 from phloem.services.gateway.api.refusals import (
     NATIVE_REFUSALS,
     NATIVE_SAMPLING_REFUSALS,
+    refuse_unknown,
     refuse_unsupported,
 )
 from phloem.services.gateway.gateway import Gateway
@@ -51,7 +52,7 @@ async def generate(request: HttpRequest) -> ASGIApp:
     data = await body_of(request)
     body: GenerateRequest = decode_json(data, GenerateRequest)
     refuse_unsupported(data, NATIVE_REFUSALS)
-    refuse_unsupported(_raw_sampling(data), NATIVE_SAMPLING_REFUSALS, _PREFIX)
+    _refuse_sampling(_raw_sampling(data))
     sampling = _sampling(gateway, body.sampling_params or NativeSampling())
     prompts, param, single = _prompts(body, gateway.config.max_batch_prompts)
 
@@ -113,6 +114,11 @@ def _raw_sampling(data: bytes) -> bytes:
     """The JSON object of the sampling parameters, with the fields that no struct knows."""
     raw = bytes(decode_json(data, _RawSampling).sampling_params)
     return b"{}" if raw == b"null" else raw
+
+
+def _refuse_sampling(raw: bytes) -> None:
+    refuse_unsupported(raw, NATIVE_SAMPLING_REFUSALS, _PREFIX)
+    refuse_unknown(raw, (*NativeSampling.__struct_fields__, *NATIVE_SAMPLING_REFUSALS), _PREFIX)
 
 
 def _sampling(gateway: Gateway, fields: NativeSampling) -> SamplingPlan:

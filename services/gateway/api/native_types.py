@@ -1,4 +1,5 @@
-"""The bodies of SGLang's native API, as far as Phloem honours them. Unknown request fields are ignored."""
+"""The bodies of SGLang's native API, as far as Phloem honours them. Unknown request fields are ignored, but
+those of `sampling_params` are refused."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
 """Fields that other servers honour and Phloem doesn't (yet): refused when their loss would give wrong
-answers, accepted when their value asks for nothing. Fields that nobody knows are ignored, as peers do."""
+answers, accepted when their value asks for nothing. Fields that nobody knows are ignored, as peers do;
+but not among SGLang's sampling parameters, where it refuses them too."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any, TypeAlias
 
 import msgspec
@@ -17,6 +19,11 @@ Harmless: TypeAlias = Callable[[Any], bool]
 
 def _is_empty(value: Any) -> bool:
     return value is None or value is False or value in ({}, [], "")
+
+
+def _binds_nothing(value: Any) -> bool:
+    """An empty schema is one: it allows any JSON, and nothing else."""
+    return value is None or value is False or value in ([], "")
 
 
 def _is_zero(value: Any) -> bool:
@@ -55,7 +62,7 @@ _CONSTRAINTS: dict[str, Harmless] = dict.fromkeys(
         "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
         "grammar", "structural_tag", "stop_regex",
     ),
-    _is_empty,
+    _binds_nothing,
 )  # fmt: skip
 _SHARED = {
     **_PENALTIES,
@@ -98,7 +105,12 @@ NATIVE_REFUSALS: Mapping[str, Harmless] = {
     "custom_logit_processor": _is_empty,
     "session_params": _is_empty,
 }
-NATIVE_SAMPLING_REFUSALS: Mapping[str, Harmless] = _SHARED
+NATIVE_SAMPLING_REFUSALS: Mapping[str, Harmless] = {
+    **_SHARED,
+    "custom_params": _is_empty,
+    "spaces_between_special_tokens": lambda value: True,  # no tokenizer here adds any
+    "stream_interval": lambda value: True,  # events come as soon as there are tokens
+}
 
 
 def refuse_unsupported(body: bytes, refusals: Mapping[str, Harmless], prefix: str = "") -> None:
@@ -108,6 +120,19 @@ def refuse_unsupported(body: bytes, refusals: Mapping[str, Harmless], prefix: st
         harmless = refusals.get(name)
         if harmless is not None and not harmless(decode_json(raw, Any)):
             raise unsupported(prefix + name)
+
+
+def refuse_unknown(body: bytes, known: Iterable[str], prefix: str) -> None:
+    """Raises `PhloemError` (400, `unknown_parameter`) for the first field of the JSON object `body` that is
+    not `known`: it would be lost in silence."""
+    names = set(known)
+    for name in decode_json(body, dict[str, msgspec.Raw]):
+        if name not in names:
+            close = get_close_matches(name, sorted(names), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise invalid_request(
+                f"{prefix}{name[:64]} is not known{hint}", param=prefix + name[:64], code="unknown_parameter"
+            )
 
 
 def unsupported(param: str, what: str = "") -> PhloemError:
