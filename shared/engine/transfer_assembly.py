@@ -18,6 +18,7 @@ from phloem.shared.protocol.session import PeerRef
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.endpoint import TransferEndpoint
 from phloem.shared.transfer.events import TransferEvent
+from phloem.shared.transfer.link_terms import link_terms
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def _transfer_config(
         kv_layout=layout,
         device=str(device),
         device_id=_device_id(device),
+        link=link_terms(device.type, options.transfer_max_ctas),
         staging_bytes=options.staging_bytes,
         staging_slots=options.staging_slots,
         max_peers=options.transfer_peers,

@@ -18,8 +18,8 @@ from phloem.shared.protocol.session import PeerRef
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
-    """First message of the prefill side, after authentication; `kv_layout` must equal the decode side's, and
-    `device_id` (of the GPU; "" on a CPU) must not."""
+    """First message of the prefill side, after authentication; `kv_layout` and `link` (what NCCL runs with;
+    "": nothing to say) must equal the decode side's, and `device_id` (of the GPU; "" on a CPU) must not."""
 
     prefill: PeerRef
     decode: PeerRef
@@ -27,6 +27,7 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     staging_bytes: int
     channel_name: str  # both workers and epochs, and never the same twice
     device_id: str = ""
+    link: str = ""
 
 
 class Opened(msgspec.Struct, frozen=True, tag="opened"):

@@ -50,6 +50,12 @@ def refusal(request: Open, config: TransferConfig, newest_epoch: int, num_channe
             f"{request.prefill.worker_id} and {config.me.worker_id} are on the same GPU, and NCCL joins no "
             "two processes on one: give each its own, or run a `unified` worker instead of both",
         )
+    if request.link and config.link and request.link != config.link:
+        return Refused(
+            "link_mismatch",
+            f"{request.prefill.worker_id} sends over {request.link}, {config.me.worker_id} receives over "
+            f"{config.link}: give both workers the same",
+        )
     if request.staging_bytes <= 0 or len(request.channel_name) > MAX_NAME_BYTES:
         return Refused("transfer_protocol", "the Open message makes no sense")
     if num_channels >= MAX_CHANNELS:

@@ -12,7 +12,7 @@ from phloem.shared.protocol.session import PeerRef
 # (shared/gpu/README.md).
 MAX_CTAS = 16
 # NCCL gives a message half of its CTAs, and all of them when it is over 32 chunks for each of that half
-# (`nccl_group`): the pieces of a large hand-over, which takes a third less time so, and not those of a small
+# (`link_terms`): the pieces of a large hand-over, which takes a third less time so, and not those of a small
 # one.
 NVLINK_CHUNK_BYTES = 128 * 1024
 # The smallest pieces, with some room, that cross with all CTAs. Nothing crosses while the first piece of a
@@ -35,7 +35,8 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything an endpoint needs.
 
     `host` is the one address that the control listener and the group's sockets bind to.
-    `kv_layout` must be equal on both sides of a channel, `device_id` (a GPU's own, "" for a CPU) must not.
+    `kv_layout` and `link` (`link_terms`) must be equal on both sides of a channel, `device_id` (a GPU's own,
+    "" for a CPU) must not.
     `staging_bytes` is the size of one slot (a channel takes the smaller of both sides'), `staging_slots` the
     most slots per channel and side, `max_peers` how many channels are certain of memory, at least one;
     `least_slot_bytes`: smaller slots are of no use. `timeout_s` bounds every operation: a peer that is silent
@@ -49,6 +50,7 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_layout: str
     device: str = "cpu"  # "cpu" or "cuda:N"
     device_id: str = ""
+    link: str = ""
     staging_bytes: int = STAGING_BYTES
     staging_slots: int = STAGING_SLOTS
     max_peers: int = MAX_PEERS

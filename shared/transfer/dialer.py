@@ -191,8 +191,8 @@ class Dialer:
         me = self._config.me
         nonce = secrets.token_hex(8)
         name = f"{me.worker_id}.{me.epoch}-{self.peer.worker_id}.{self.peer.epoch}-{nonce}"
-        layout, device_id = self._config.kv_layout, self._config.device_id
-        request = Open(me, self.peer, layout, staging_bytes, name, device_id)
+        config = self._config
+        request = Open(me, self.peer, config.kv_layout, staging_bytes, name, config.device_id, config.link)
         frames.write(transfer_message.encode(request))
         answer = transfer_message.decode(frames.read(MAX_OPENING_FRAME_BYTES, deadline))
         match answer:

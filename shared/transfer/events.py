@@ -35,8 +35,8 @@ class ChannelLost:
     """No event of this channel comes after it. What was under way is lost: fail it or prefill it again.
 
     Comes once for each `ChannelOpened`; without one only when dialing is of no use (`error.retryable` is
-    False: `stale_epoch`, `kv_layout_mismatch`, `same_device`, `bad_address`), and then nobody dials the peer
-    again. In all other cases the prefill side dials anew until `peer_down`.
+    False: `stale_epoch`, `kv_layout_mismatch`, `link_mismatch`, `same_device`, `bad_address`), and then
+    nobody dials the peer again. In all other cases the prefill side dials anew until `peer_down`.
     """
 
     peer: PeerRef

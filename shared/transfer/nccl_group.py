@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroupNCCL
 
-from phloem.shared.transfer.config import NVLINK_CHUNK_BYTES
 from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.interfaces import nccl_binding
+from phloem.shared.transfer.link_terms import set_link_terms
 from phloem.shared.transfer.planes import RANKS, PlaneSpec
 from phloem.shared.transfer.rendezvous import ControlStore
 
@@ -23,7 +23,7 @@ def join_group(spec: PlaneSpec, store: ControlStore) -> Any:
     Any: torch's stubs lack send and recv.
     """
     _prepare_torch()
-    prepare_nccl()
+    set_link_terms()
     _bind_nccl_to(spec.host)
     device = torch.device(spec.device)
     options = ProcessGroupNCCL.Options()
@@ -48,13 +48,6 @@ def _prepare_torch() -> None:
     os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
     os.environ["TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING"] = "0"
     os.environ["TORCH_FR_BUFFER_SIZE"] = "0"
-
-
-def prepare_nccl() -> None:
-    """NCCL gives a message between two ranks half of its CTAs, and all of them when 32 chunks are not enough
-    for each of that half: with its own chunks of 512 KiB, 128 MiB crossed at 257 GB/s, 256 MiB at 352
-    (measured, 16 CTAs). Both ranks must have the same chunks; the operator's own choice stands."""
-    os.environ.setdefault("NCCL_P2P_NVL_CHUNKSIZE", str(NVLINK_CHUNK_BYTES))
 
 
 def _bind_nccl_to(host: str) -> None:

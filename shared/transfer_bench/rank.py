@@ -11,7 +11,8 @@ import torch
 
 from phloem.shared.engine.punctuality import ask_for_punctual_threads
 from phloem.shared.errors import PhloemError
-from phloem.shared.transfer.config import TransferConfig
+from phloem.shared.transfer.config import MAX_CTAS, TransferConfig
+from phloem.shared.transfer.link_terms import link_terms
 from phloem.shared.transfer.planes import PlaneSpec
 from phloem.shared.transfer_bench.paged import DECODE, PREFILL, PagedSide, ReceivingSide, SendingSide
 from phloem.shared.transfer_bench.rank_protocol import (
@@ -112,6 +113,7 @@ def _transfer_config(setup: RankSetup) -> TransferConfig:
         cluster_secret=_SECRET,
         kv_layout=repr(setup.shape),
         device=setup.device,
+        link=link_terms(setup.device, chosen.get("max_ctas", MAX_CTAS)),
         timeout_s=setup.timeout_s,
         accepts=setup.side == "decode",
         **chosen,

@@ -14,7 +14,9 @@ from phloem.shared.host_port import split_host_port
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Opened, Refused
 from phloem.shared.transfer.admission import MAX_CHANNELS, MAX_REMEMBERED_WORKERS, SeenEpochs, refusal
+from phloem.shared.transfer.config import NVLINK_CHUNK_BYTES
 from phloem.shared.transfer.events import ChannelLost, ChannelOpened
+from phloem.shared.transfer.link_terms import describe_link, link_terms
 from phloem.shared.transfer.listener import MAX_UNAUTHENTICATED
 from tests.support.transfer import (
     DECODE,
@@ -216,6 +218,42 @@ def test_too_many_channels_are_refused_for_now() -> None:
     assert refusal(open_request(), config, 0, MAX_CHANNELS - 1) is None
     refused = refusal(open_request(), config, 0, MAX_CHANNELS)
     assert refused is not None and refused.code == "overloaded"
+
+
+def test_nccl_that_cuts_messages_otherwise_is_refused_with_both_terms() -> None:
+    ours, theirs = (
+        describe_link((2, 28, 9), 16, {"NCCL_P2P_NVL_CHUNKSIZE": chunk}) for chunk in ("65536", "524288")
+    )
+    config = msgspec.structs.replace(transfer_config(DECODE, accepts=True), link=ours)
+    assert refusal(open_request(link=ours), config, 0, 0) is None
+    assert refusal(open_request(), config, 0, 0) is None, "an older worker does not say"
+    refused = refusal(open_request(link=theirs), config, 0, 0)
+    assert refused is not None and refused.code == "link_mismatch"
+    assert ours in refused.message and theirs in refused.message
+
+
+def test_terms_of_a_link_are_those_that_must_be_equal() -> None:
+    plain = describe_link((2, 28, 9), 16, {"HOME": "/root"})
+    assert plain == f"NCCL 2.28.9, --transfer-max-ctas 16, NCCL_P2P_NVL_CHUNKSIZE={NVLINK_CHUNK_BYTES}"
+    others = [
+        describe_link((2, 27, 3), 16, {}),
+        describe_link((2, 28, 9), 8, {}),
+        describe_link((2, 28, 9), 16, {"NCCL_BUFFSIZE": "1048576"}),
+    ]
+    assert len({plain, *others}) == 4
+    assert link_terms("cpu", 16) == ""
+
+
+def test_refusal_for_the_link_ends_dialing() -> None:
+    decode = Recorded(msgspec.structs.replace(transfer_config(DECODE, accepts=True), link="NCCL 1"))
+    prefill = Recorded(msgspec.structs.replace(transfer_config(PREFILL), link="NCCL 2"))
+    try:
+        prefill.endpoint.peer_up(DECODE, decode.endpoint.address)
+        lost = prefill.next(ChannelLost)
+        assert (lost.error.code, lost.error.retryable) == ("link_mismatch", False)
+    finally:
+        prefill.endpoint.close(0.0)
+        decode.endpoint.close(0.0)
 
 
 def test_seen_epochs_keep_the_newest_and_forget_the_oldest_worker() -> None:

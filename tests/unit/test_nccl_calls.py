@@ -1,0 +1,75 @@
+"""What NCCL is called with, without NCCL."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from phloem.shared.errors import PhloemError
+from phloem.shared.transfer.nccl_calls import NcclCalls
+
+COMMUNICATOR, PEER, STREAM = 0x1230, 1, 0x4560
+
+
+@dataclass
+class Library:
+    """Records calls; `result` is what they return."""
+
+    result: int = 0
+    calls: list[tuple[str, list[Any]]] = field(default_factory=list)
+
+    def ncclSend(self, *arguments: Any) -> int:
+        return self._called("send", arguments)
+
+    def ncclRecv(self, *arguments: Any) -> int:
+        return self._called("receive", arguments)
+
+    def _called(self, name: str, arguments: tuple[Any, ...]) -> int:
+        self.calls.append((name, [argument.value for argument in arguments]))
+        return self.result
+
+
+class _Tell:
+    restype: type | None = None
+
+    def __call__(self, result: ctypes.c_int) -> bytes:
+        assert result.value == 1 and self.restype is ctypes.c_char_p
+        return b"unhandled cuda error"
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    made = Library()
+    tell = _Tell()
+    loaded = SimpleNamespace(ncclSend=made.ncclSend, ncclRecv=made.ncclRecv, ncclGetErrorString=tell)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: loaded)
+    return made
+
+
+def stream() -> Any:
+    return SimpleNamespace(cuda_stream=STREAM)
+
+
+@pytest.mark.parametrize("name", ["send", "receive"])
+def test_address_count_type_peer_communicator_and_stream_are_given(library: Library, name: str) -> None:
+    data = torch.zeros(4096, dtype=torch.uint8)[64:1064]
+    getattr(NcclCalls(COMMUNICATOR, PEER), name)(data, stream())
+    assert library.calls == [(name, [data.data_ptr(), 1000, 1, PEER, COMMUNICATOR, STREAM])]
+
+
+def test_failure_is_told_in_nccls_words(library: Library) -> None:
+    library.result = 1
+    with pytest.raises(PhloemError, match="unhandled cuda error") as caught:
+        NcclCalls(COMMUNICATOR, PEER).send(torch.zeros(8, dtype=torch.uint8), stream())
+    assert caught.value.code == "channel_lost"
+
+
+def test_group_without_a_communicator_makes_no_channel(library: Library) -> None:
+    with pytest.raises(PhloemError) as caught:
+        NcclCalls(0, PEER)
+    assert caught.value.code == "channel_lost" and not library.calls
