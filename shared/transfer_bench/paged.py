@@ -192,20 +192,24 @@ class ReceivingSide(PagedSide):
         deadline = self._deadline()
         for request in requests:
             _check([self._receiver.reserved(request)])
-        num_last = 0
+        num_last = num_admitted = 0
         while num_last < len(requests):
             num_last += self._take(self.next_event(deadline))
+            num_admitted += self._admit()
         # All is queued on the device: it is waited for as a plain receive is, not looked at now and then.
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        admitted = 0
-        while admitted < len(requests):
-            arrived, failed = self._receiver.poll()
-            _check(failed)
-            admitted += len(arrived)
-            if not arrived:
-                self._take(self.next_event(deadline, _LOOK_S))
+        while (num_admitted := num_admitted + self._admit()) < len(requests):
+            self._take(self.next_event(deadline, _LOOK_S))
         return time.monotonic()
+
+    def _admit(self) -> int:
+        """How many requests are there by now."""
+        if not self._receiver.has_news:
+            return 0
+        arrived, failed = self._receiver.poll()
+        _check(failed)
+        return len(arrived)
 
     def _take(self, event: TransferEvent | None) -> bool:
         """Whether it was the last of a request."""
