@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.engine import EngineFailed, EngineReady, Progress
 from phloem.shared.worker.engine_process import EngineProcess
-
-log = logging.getLogger(__name__)
-
-
-def log_progress(stage: str, done: int, total: int) -> None:
-    """The line that `phloem up` turns into a progress bar."""
-    log.info("progress", extra={"stage": stage, "done": done, "total": total})
+from phloem.shared.worker.progress_log import ProgressLog
 
 
 async def wait_until_ready(engine: EngineProcess, timeout_s: float) -> EngineReady:
-    """Returns what the engine is. Logs each step as `progress stage=... done=... total=...`.
+    """Returns what the engine is. Logs its progress.
 
     Raises `PhloemError`: what the engine reported, `engine_died`, or `engine_start_timeout`.
     """
@@ -34,6 +27,7 @@ async def wait_until_ready(engine: EngineProcess, timeout_s: float) -> EngineRea
 
 
 async def _first_ready(engine: EngineProcess) -> EngineReady:
+    progress = ProgressLog()
     while True:
         match await engine.receive():
             case EngineReady() as ready:
@@ -41,7 +35,7 @@ async def _first_ready(engine: EngineProcess) -> EngineReady:
             case EngineFailed(error):
                 raise PhloemError.from_info(error)
             case Progress(stage, done, total):
-                log_progress(stage, done, total)
+                progress(stage, done, total)
             case other:
                 name = type(other).__name__
                 raise PhloemError("bad_message", f"the engine sent {name} before it was ready")

@@ -28,7 +28,8 @@ from phloem.shared.worker.accelerator import claimed_gpu, host_gpus
 from phloem.shared.worker.config import WorkerConfig
 from phloem.shared.worker.engine_env import engine_environment
 from phloem.shared.worker.engine_process import ENGINE_COMMAND, EngineProcess
-from phloem.shared.worker.engine_start import log_progress, wait_until_ready
+from phloem.shared.worker.engine_start import wait_until_ready
+from phloem.shared.worker.progress_log import ProgressLog
 from phloem.shared.worker.serving import ServingWorker
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def _model_dir(options: EngineOptions) -> Path:
     return resolve_model(
         options.model_path,
         cache_dir=default_cache_dir(),
-        progress=log_progress,
+        progress=ProgressLog(),
         need_weights=options.load_format != "dummy",
     )
 

@@ -11,6 +11,7 @@ _LOAD_GAUGES = {
     "num_waiting": "requests that wait for a slot or pages",
     "queued_tokens": "prompt tokens accepted, not yet computed",
     "free_pages": "KV pages that are free or evictable",
+    "tree_pages": "KV pages of the radix tree",
     "total_pages": "KV pages of the pool",
     "prefill_tokens_per_s": "moving average of the prefill rate",
     "decode_step_s": "moving average of the duration of a decode step",
@@ -46,7 +47,13 @@ class WorkerMetrics:
         )
         self.index_blocks = counter("index_blocks_published", "block changes published", "change")
         self._cut_off = gauge("engine_cut_off_peers", "workers that this one can't hand KV over to now")
+        self._audits = counter("engine_page_audits", "times that the pages were audited, at rest")
+        self._problems = gauge("engine_page_audit_problems", "what the last audit found; 0: one owner each")
         self._load = {name: gauge(f"engine_{name}", text) for name, text in _LOAD_GAUGES.items()}
+
+    def audited(self, num_problems: int) -> None:
+        self._audits.inc()
+        self._problems.set(num_problems)
 
     def set_load(self, load: WorkerLoad) -> None:
         for name, metric in self._load.items():

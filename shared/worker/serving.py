@@ -21,6 +21,7 @@ from phloem.shared.worker.config import WorkerConfig
 from phloem.shared.worker.engine_calls import EngineCalls
 from phloem.shared.worker.engine_link import EngineLink
 from phloem.shared.worker.engine_process import EngineProcess
+from phloem.shared.worker.idle_audit import IdleAudit
 from phloem.shared.worker.index_publisher import IndexPublisher
 from phloem.shared.worker.metrics import WorkerMetrics
 from phloem.shared.worker.peers import Peers
@@ -101,6 +102,7 @@ class ServingWorker:
                     tasks.create_task(link.watch_loop(self._config.engine_hang_timeout_s)),
                     tasks.create_task(registration.run()),
                     tasks.create_task(self._publisher.run()),
+                    tasks.create_task(IdleAudit(self._calls.audit, self._sessions, self._metrics).run()),
                     tasks.create_task(self._watch_cluster(Peers(registration.record))),
                 ]
                 self._log_ready(registration.record, metrics_port)

@@ -54,6 +54,7 @@ class Sessions:
         self._sessions: dict[int, GatewaySession] = {}
         self._next_number = 1
         self._num_requests = 0
+        self._num_taken = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._refusal: ErrorInfo | None = None
@@ -62,6 +63,11 @@ class Sessions:
     def num_requests(self) -> int:
         """Requests that were passed on to the engine and have not ended."""
         return self._num_requests
+
+    @property
+    def num_taken(self) -> int:
+        """Requests that were ever passed on to the engine."""
+        return self._num_taken
 
     async def wait_idle(self) -> None:
         """Returns when no request is in flight."""
@@ -166,6 +172,7 @@ class Sessions:
             self._send(session, 0, [Ended(*key, "failed", refusal)], "refusal")
             return
         session.requests[key] = False
+        self._num_taken += 1
         self._count(1)
 
     def _refusal_of(self, submit: Submit) -> ErrorInfo | None:

@@ -167,6 +167,20 @@ async def test_silent_worker_without_lease_is_given_up(client: ClusterClient, ne
             assert await consumer.result() == expected(4)
 
 
+async def test_a_request_that_nobody_takes_over_says_what_happened_and_what_is_missing(
+    client: ClusterClient, new_worker: NewWorker
+) -> None:
+    async with new_worker("u", "unified") as u:
+        consumer = Consumer(client, request())
+        submit = await u.next_submit()
+        u.send(u.tokens(submit, 0, 2))
+        await until(lambda: len(consumer.tokens) == 2)
+    error = await consumer.error()
+    assert error.retryable
+    assert "no other could go on with the request: the cluster has no decode or unified" in str(error)
+    assert "`phloem serve decode`" in str(error)
+
+
 async def test_worker_without_a_lease_that_still_speaks_finishes_its_requests(
     client: ClusterClient, new_worker: NewWorker
 ) -> None:

@@ -20,6 +20,7 @@ from phloem.shared.worker.config import WorkerConfig
 from phloem.shared.worker.engine_env import engine_environment, usable_cores
 from phloem.shared.worker.peers import Peers
 from phloem.shared.worker.pending_changes import PendingChanges
+from phloem.shared.worker.progress_log import INTERVAL_S, ProgressLog
 from tests.support.worker_records import new_record
 
 
@@ -155,3 +156,24 @@ def test_engine_threads_are_counted_and_wait_passively(num_threads: int, expecte
     env = engine_environment(num_threads, {"PATH": "/bin", "OMP_NUM_THREADS": "99"})
     assert (env["PATH"], env["OMP_NUM_THREADS"], env["MKL_NUM_THREADS"]) == ("/bin", expected, expected)
     assert env["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_progress_is_logged_where_a_stage_begins_and_ends_and_seldom_between(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    now = 0.0
+    progress = ProgressLog(lambda: now)
+    for done in range(101):
+        progress("weights", done, 100)
+        now += INTERVAL_S / 32
+    progress("warmup", 0, 1)
+    lines = [vars(record) for record in caplog.records]
+    assert [(line["stage"], line["done"]) for line in lines] == [
+        ("weights", 0),
+        ("weights", 32),
+        ("weights", 64),
+        ("weights", 96),
+        ("weights", 100),
+        ("warmup", 0),
+    ]

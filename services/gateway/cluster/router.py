@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 
+import msgspec
+
 from phloem.services.gateway.cluster.index_client import IndexClient
 from phloem.services.gateway.cluster.live_request import LiveRequest
 from phloem.services.gateway.cluster.membership import Membership
 from phloem.services.gateway.cluster.options import ClusterOptions
 from phloem.services.gateway.cluster.recent_placements import RecentPlacements
+from phloem.services.gateway.cluster.request import AttemptFailure
 from phloem.services.gateway.cluster.request_table import RequestTable
 from phloem.services.gateway.cluster.route_log import RouteLog
 from phloem.services.gateway.cluster.routing import Candidate, Decision, RoutingRequest, route
@@ -134,10 +137,15 @@ class Router:
             async with asyncio.timeout(max(0.0, give_up_at - time.monotonic())):
                 await self._changed.wait()
         except TimeoutError:
-            failure = live.state.failure
-            if failure is not None:
-                raise PhloemError.from_info(failure.error) from None
-            raise self._no_workers() from None
+            raise self._nobody_left(live.state.failure) from None
+
+    def _nobody_left(self, failure: AttemptFailure | None) -> PhloemError:
+        """Why a request that no worker takes ends: also what became of it before."""
+        missing = self._no_workers()
+        if failure is None:
+            return missing
+        message = f"{failure.error.message}; no other could go on with the request: {missing}"
+        return PhloemError.from_info(msgspec.structs.replace(failure.error, message=message))
 
     def _no_workers(self) -> PhloemError:
         roles = [session.record.role for session in self._membership.live]
