@@ -16,6 +16,7 @@ from phloem.services.gateway.api.health_routes import health, health_generate, m
 from phloem.services.gateway.api.native_routes import flush_cache, generate, get_model_info
 from phloem.services.gateway.api.openai_routes import chat_completions, completions, get_model, list_models
 from phloem.services.gateway.api.route_header import RouteHeaderLayer
+from phloem.services.gateway.api.schema_page import SchemaPage
 from phloem.services.gateway.gateway import Gateway
 
 
@@ -49,7 +50,9 @@ def create_app(gateway: Gateway, cluster_secret: bytes, *, on_loopback: bool) ->
         guards=[authenticator.guard],
         exception_handlers=exception_handlers(),
         state=State({"gateway": gateway}),
-        openapi_config=OpenAPIConfig(title="Phloem", version=phloem.__version__),
+        openapi_config=OpenAPIConfig(
+            title="Phloem", version=phloem.__version__, render_plugins=[SchemaPage()]
+        ),
         # Bodies are read by the handlers, who bound them; logs are set up by the process.
         request_max_body_size=None,
         logging_config=None,

@@ -336,15 +336,6 @@ async def test_health_generate_sends_one_token_through(
     assert (response.status_code, response.json()["error"]["message"]) == (503, "no worker")
 
 
-async def test_openapi_page_describes_the_bodies(raw: httpx.AsyncClient) -> None:
-    schema = (await raw.get("/schema/openapi.json")).json()
-    operation = schema["paths"]["/v1/chat/completions"]["post"]
-    body = operation["requestBody"]["content"]["application/json"]["schema"]
-    assert "messages" in body["properties"]
-    assert "200" in operation["responses"]
-    assert (await raw.get("/schema")).status_code == 200
-
-
 async def test_timeline_comes_on_request(raw: httpx.AsyncClient, generator: FakeGenerator) -> None:
     generator.script = lambda request: [
         GeneratedTokens([50], timeline={"prefilled": 0.5}, finish_reason="length")

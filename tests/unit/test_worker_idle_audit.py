@@ -81,7 +81,7 @@ class Worker:
         await until(lambda: self.sessions.num_taken > taken)
 
     def end(self, name: str) -> None:
-        self.sessions.deliver(StepReport(1, [GatewayOutputs(1, [Ended(name, 1, "stop")])]))
+        self.sessions.deliver(StepReport(1, [GatewayOutputs(1, [Ended(name, 1, "finished")])]))
 
     def metric(self, name: str) -> float | None:
         return self._registry.get_sample_value(f"phloem_engine_page_{name}")
