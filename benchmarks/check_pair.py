@@ -9,18 +9,16 @@ peaky attention: small enough to start in seconds, exact enough that two ways to
 where something is wrong (`phloem.shared.transfer_bench.equality` says why not bfloat16). Exits with 1 when a
 proof fails.
 
-kills: a survivor keeps its peers for so many losses in mid-transfer, SIGKILL but for `--stop` SIGSTOPs; one
-half is survived by a decode engine, the other by a prefill engine. The next request starts with the signal,
-on a peer that lives on and has ordinary staging slots (who is killed has small ones, so that a transfer has a
-middle). Bars: it gives a token within 2 s; tokens are right; audits are clean; memory does not grow.
+kills: `--count` peers get a SIGKILL in mid-transfer and `--stop` a SIGSTOP; one half is survived by a decode
+engine, the other by a prefill engine. The next request starts with the signal, on a peer that lives on and
+has ordinary staging slots (who is killed has small ones, so that a transfer has a middle). Bars: it gives a
+token within 2 s; tokens are right; audits are clean; memory does not grow.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import signal
 import sys
 import tempfile
 import time
@@ -29,74 +27,31 @@ from pathlib import Path
 
 import msgspec
 
-from phloem.cli.up.devices import count_gpus
+from benchmarks.pair.kills import lose_peers
+from benchmarks.pair.setting import Setting, make_setting
 from phloem.shared.bench.bars import Bar, all_met, bar_lines
-from phloem.shared.engine.config import EngineOptions
 from phloem.shared.engine.fault_injection import Faults
 from phloem.shared.errors import PhloemError
-from phloem.shared.protocol.cluster import Role
 from phloem.shared.protocol.session import SamplingParams
-from phloem.shared.transfer_bench.engine_client import EngineClient
 from phloem.shared.transfer_bench.equality import compare, explain, make_questions
 from phloem.shared.transfer_bench.lab import Lab, hand_over, open_lab, prove_channel, whole
-from phloem.shared.transfer_bench.losses import Loss, LossPlan, LossRun
-from phloem.shared.transfer_bench.memory import gpu_used_mib, growth_mib, resident_mib
-from phloem.shared.transfer_bench.models import ModelShape, write_model, write_weights
-
-VOCABULARY: dict[ModelShape, int] = {"exact": 512, "tiny": 256}
-MAX_NEXT_REQUEST_S = 2.0
-MAX_GROWTH_MIB = 64.0
-TRANSFER_TIMEOUT_S = 2.0
-# A layer of a page has 64 KiB: small slots make a transfer last long enough to be interrupted.
-_SLOW_STAGING = ((131_072, 1), (2**20, 1))
-
-
-class Setting(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the engines run; `gpus` of the prefill and the decode side, or None for CPUs."""
-
-    shape: ModelShape
-    gpus: tuple[int, int] | None
-    options: EngineOptions
-
-    @property
-    def vocabulary(self) -> int:
-        return VOCABULARY[self.shape]
-
-    def gpu(self, role: Role) -> int | None:
-        """A unified engine sits beside the decode engine."""
-        return None if self.gpus is None else self.gpus[role != "prefill"]
-
-
-def make_setting(device: str, gpus: str, folder: Path) -> Setting:
-    cuda = device == "cuda" or (device == "auto" and count_gpus(os.environ) >= 2)
-    first, second = (int(number) for number in gpus.split(","))
-    shape: ModelShape = "exact" if cuda else "tiny"
-    model = write_weights(write_model(shape, folder / "model"))
-    options = EngineOptions(
-        model_path=str(model),
-        dtype="float32",
-        num_threads=4 if cuda else 1,
-        max_total_tokens=131_072 if cuda else 16_384,
-        max_running_requests=32,
-        cuda_graph_max_bs=16,
-        transfer_timeout_s=TRANSFER_TIMEOUT_S,
-    )
-    return Setting(shape=shape, gpus=(first, second) if cuda else None, options=options)
-
 
 # -- equality ----------------------------------------------------------------------------------------------
 
 
 async def equality(setting: Setting, lab: Lab, arguments: argparse.Namespace) -> list[Bar]:
+    began_s = time.monotonic()
     prefill, decode, unified = await asyncio.gather(
         lab.start("prefill", setting.gpu("prefill")),
         lab.start("decode", setting.gpu("decode")),
         lab.start("unified", setting.gpu("unified")),
     )
     await prefill.peer_up(decode)
+    await prove_channel(prefill, decode, "first")
+    print(f"engines serve after {time.monotonic() - began_s:.0f} s", flush=True)
     questions = make_questions(
         arguments.requests,
-        longest_prompt=arguments.longest,
+        longest_prompt=arguments.longest or setting.longest_prompt,
         most_tokens=arguments.tokens,
         vocabulary=setting.vocabulary,
         seed=arguments.seed,
@@ -107,6 +62,7 @@ async def equality(setting: Setting, lab: Lab, arguments: argparse.Namespace) ->
         Bar("requests whose tokens differ from the unified worker's", len(report.differing), "", 0),
         Bar("requests that failed", len(report.failed), "", 0),
         Bar("requests compared to the end", report.num_complete, "", 0.5 * len(questions), ">="),
+        Bar("requests aborted", report.num_aborted, "", 0.1 * len(questions), ">="),
     ]
 
 
@@ -143,75 +99,8 @@ async def damage(setting: Setting, lab: Lab, arguments: argparse.Namespace) -> l
     ]
 
 
-# -- kills -------------------------------------------------------------------------------------------------
-
-
 async def kills(setting: Setting, lab: Lab, arguments: argparse.Namespace) -> list[Bar]:
-    losses: list[Loss] = []
-    growths: list[float] = []
-    half, stops = arguments.count // 2, arguments.stop // 2
-    rounds: list[tuple[Role, signal.Signals, int]] = [
-        ("decode", signal.SIGKILL, arguments.count - half),
-        ("prefill", signal.SIGKILL, half),
-        ("decode", signal.SIGSTOP, arguments.stop - stops),
-        ("prefill", signal.SIGSTOP, stops),
-    ]
-    for survivor, how, count in rounds:
-        if count:
-            print(f"{count} x {how.name}, a {survivor} engine survives", flush=True)
-            found = await LossRun(
-                lab, _loss_plan(setting, survivor, how, count), _memory_of(setting, survivor), _tell
-            ).run()
-            await lab.close()
-            losses += found
-            growths.append(growth_mib([loss.memory_mib for loss in found]))
-    return _loss_bars(losses, growths)
-
-
-def _loss_plan(setting: Setting, survivor: Role, how: signal.Signals, count: int) -> LossPlan:
-    peer: Role = "prefill" if survivor == "decode" else "decode"
-    cuda = setting.gpus is not None
-    return LossPlan(
-        count=count,
-        survivor=survivor,
-        how=how,
-        prompt_tokens=12_000 if cuda else 1000,
-        vocabulary=setting.vocabulary,
-        survivor_gpu=setting.gpu(survivor),
-        peer_gpu=setting.gpu(peer),
-        staging=_SLOW_STAGING if cuda else ((65_536, 1),),
-        noticed_within_s=2.0 if how == signal.SIGKILL else TRANSFER_TIMEOUT_S + 1.5,
-        num_spares=6 if cuda else 2,
-    )
-
-
-def _memory_of(setting: Setting, survivor: Role) -> Callable[[EngineClient], float]:
-    """Of the survivor's whole GPU: nobody else is on it."""
-    gpu = setting.gpu(survivor)
-    return (lambda engine: resident_mib(engine.pid)) if gpu is None else (lambda engine: gpu_used_mib(gpu))
-
-
-def _loss_bars(losses: list[Loss], growths: list[float]) -> list[Bar]:
-    nan = float("nan")
-    return [
-        Bar("peers lost in mid-transfer, all answered rightly, audits clean", len(losses)),
-        Bar(
-            "next request's first token at the survivor, slowest",
-            max((loss.next_request_s for loss in losses), default=nan),
-            "s",
-            MAX_NEXT_REQUEST_S,
-        ),
-        Bar(
-            "loss noticed by the survivor, slowest",
-            max((loss.noticed_s for loss in losses), default=nan),
-            "s",
-        ),
-        Bar("survivor's memory, growth over a run", max(growths, default=nan), "MiB", MAX_GROWTH_MIB),
-    ]
-
-
-def _tell(text: str) -> None:
-    print(f"  {text}", flush=True)
+    return await lose_peers(setting, lab, kills=arguments.count, freezes=arguments.stop)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -226,7 +115,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--gpus", default="0,1", help="of the prefill and the decode side")
     parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--longest", type=int, default=16_000, help="tokens of the longest prompt")
+    parser.add_argument("--longest", type=int, help="tokens of the longest prompt: 16000, on a CPU 2000")
     parser.add_argument("--tokens", type=int, default=24, help="most tokens of an answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=50, help="kills")

@@ -19,11 +19,13 @@ from phloem.shared.transfer_bench.engine_client import EngineClient
 from phloem.shared.transfer_bench.lab import HandOver, hand_over, whole
 
 _LATEST_ABORT_S = 0.3  # after submission; later ones are drawn as a number of tokens
-_IN_FLIGHT = 16
+_IN_FLIGHT = 16  # on the pair, and as many on the unified worker
+_TOKENS_TIMEOUT_S = 120.0
 
 
 class Question(msgspec.Struct, frozen=True):
-    """One request, and when its client goes away: after so many seconds or tokens, or never (None)."""
+    """One request, and when its client goes away: after so many seconds or tokens, or never (None). After 0
+    tokens of the decode side means with token 0, when KV is on its way."""
 
     request_id: str
     token_ids: list[int]
@@ -39,14 +41,18 @@ class Question(msgspec.Struct, frozen=True):
 class EqualityReport(msgspec.Struct, frozen=True, kw_only=True):
     """`differing` names requests whose tokens are not those of the unified worker (of an aborted one: not a
     prefix of them); `failed` those that ended in an error. A request that its abort came too late for is
-    `complete`."""
+    `complete`. Of the aborted ones, `num_aborted_early` had no token and `num_aborted_between` had token 0
+    but none from the decode side: their KV was on its way."""
 
     num_requests: int
     num_complete: int
     num_aborted: int
+    num_aborted_early: int
+    num_aborted_between: int
     num_tokens: int
     num_bytes_moved: int
     longest_prompt: int
+    num_long_prompts: int  # of half of the longest and more
     differing: list[str]
     failed: list[str]
 
@@ -65,8 +71,10 @@ def make_questions(
     seed: int = 0,
 ) -> list[Question]:
     """Prompt lengths are drawn evenly over the powers of two from 1 to `longest_prompt`, both included; every
-    third prompt goes on from an earlier one, so that parts of it are cached. Half are greedy."""
+    third prompt goes on from an earlier one, so that parts of it are cached. Half are greedy; exactly
+    `abort_share` of them, rounded, are aborted."""
     rng = random.Random(seed)
+    aborted = frozenset(rng.sample(range(count), round(abort_share * count)))
     questions: list[Question] = []
     for index in range(count):
         length = {0: longest_prompt, 1: 1}.get(index) or round(longest_prompt ** rng.random())
@@ -77,7 +85,7 @@ def make_questions(
             token_ids=head + tail,
             sampling=_sampling(rng, most_tokens),
         )
-        questions.append(_with_abort(question, rng) if rng.random() < abort_share else question)
+        questions.append(_with_abort(question, rng) if index in aborted else question)
     return questions
 
 
@@ -87,20 +95,22 @@ async def compare(
     unified: EngineClient,
     questions: Sequence[Question],
 ) -> EqualityReport:
-    """Asks everything of `unified`, then of pairs of the others, taken in turn, aborting what wants to be.
-    Audits all of them at the end: raises `PhloemError` (`audit_failed`)."""
-    gate = asyncio.Semaphore(_IN_FLIGHT)
+    """Asks everything of `unified` and, at the same time, of pairs of the others, taken in turn, aborting
+    what wants to be. Audits all of them at the end: raises `PhloemError` (`audit_failed`)."""
+    gates = asyncio.Semaphore(_IN_FLIGHT), asyncio.Semaphore(_IN_FLIGHT)
 
     async def alone(question: Question) -> list[int]:
-        async with gate:
+        async with gates[0]:
             return await whole(unified, question.request_id, question.token_ids, question.sampling)
 
     async def apart(index: int, question: Question) -> HandOver:
-        async with gate:
+        async with gates[1]:
             return await _ask(prefill[index % len(prefill)], decode[index % len(decode)], question)
 
-    expected = await asyncio.gather(*(alone(question) for question in questions))
-    handed = await asyncio.gather(*(apart(index, question) for index, question in enumerate(questions)))
+    expected, handed = await asyncio.gather(
+        asyncio.gather(*(alone(question) for question in questions)),
+        asyncio.gather(*(apart(index, question) for index, question in enumerate(questions))),
+    )
     audits = [await engine.audit_idle() for engine in (*prefill, *decode, unified)]
     return report_of(questions, expected, handed, sum(audit.counters["bytes_received"] for audit in audits))
 
@@ -119,8 +129,8 @@ async def _wait_to_abort(handed: HandOver, question: Question) -> None:
     if question.abort_after_s is not None:
         await asyncio.sleep(question.abort_after_s)
     if question.abort_after_tokens is not None:
-        await handed.prefill.until_tokens(1, 120.0)
-        await handed.decode.until_tokens(question.abort_after_tokens, 120.0)
+        await handed.prefill.until_tokens(1, _TOKENS_TIMEOUT_S)
+        await handed.decode.until_tokens(question.abort_after_tokens, _TOKENS_TIMEOUT_S)
 
 
 def report_of(
@@ -136,14 +146,24 @@ def report_of(
             failed.append(f"{question.request_id}: {pair.error}")
         elif pair.token_ids != (tokens if pair.is_complete else tokens[: len(pair.token_ids)]):
             differing.append(_difference(question, pair.token_ids, tokens))
-    num_complete = sum(pair.is_complete for pair in handed)
+    aborted = [
+        pair
+        for question, pair in zip(questions, handed, strict=True)
+        if not pair.is_complete and not _went_wrong(question, pair)
+    ]
+    lengths = [len(question.token_ids) for question in questions]
     return EqualityReport(
         num_requests=len(questions),
-        num_complete=num_complete,
-        num_aborted=len(questions) - num_complete - len(failed),
+        num_complete=sum(pair.is_complete for pair in handed),
+        num_aborted=len(aborted),
+        num_aborted_early=sum(not pair.token_ids for pair in aborted),
+        num_aborted_between=sum(
+            len(pair.prefill.token_ids) > len(pair.decode.token_ids) == 0 for pair in aborted
+        ),
         num_tokens=sum(len(pair.token_ids) for pair in handed),
         num_bytes_moved=num_bytes,
-        longest_prompt=max(len(question.token_ids) for question in questions),
+        longest_prompt=max(lengths),
+        num_long_prompts=sum(2 * length >= max(lengths) for length in lengths),
         differing=differing,
         failed=failed,
     )
@@ -180,19 +200,22 @@ def _sampling(rng: random.Random, most_tokens: int) -> SamplingParams:
 
 
 def _with_abort(question: Question, rng: random.Random) -> Question:
-    if rng.random() < 0.6:
+    """Half by the clock, most of them early; a quarter with token 0; the rest in the first half of the
+    answer, since word of an abort takes a step or two."""
+    draw = rng.random()
+    if draw < 0.5:
         return msgspec.structs.replace(question, abort_after_s=_LATEST_ABORT_S * rng.random() ** 2)
-    return msgspec.structs.replace(
-        question, abort_after_tokens=rng.randrange(max(1, question.sampling.max_tokens))
-    )
+    latest = 0 if draw < 0.75 else question.sampling.max_tokens // 2
+    return msgspec.structs.replace(question, abort_after_tokens=rng.randint(0, latest))
 
 
 def explain(report: EqualityReport) -> list[str]:
     """What the report says, in lines."""
     lines = [
-        f"{report.num_requests} requests up to {report.longest_prompt} tokens: "
-        f"{report.num_complete} complete, {report.num_aborted} aborted, {report.num_tokens} tokens compared, "
-        f"{report.num_bytes_moved / 1e6:.0f} MB of KV moved"
+        f"{report.num_requests} requests up to {report.longest_prompt} tokens, {report.num_long_prompts} of "
+        f"half of that and more: {report.num_complete} complete, {report.num_aborted} aborted "
+        f"({report.num_aborted_early} before token 0, {report.num_aborted_between} between it and token 1), "
+        f"{report.num_tokens} tokens compared, {report.num_bytes_moved / 1e6:.0f} MB of KV moved"
     ]
     lines += [f"DIFFERS {line}" for line in report.differing]
     lines += [f"FAILED {line}" for line in report.failed]

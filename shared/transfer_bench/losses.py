@@ -1,11 +1,14 @@
 """Peers that die or freeze in the middle of a transfer, again and again, and what that does to the survivor.
 
-One engine survives all of it. Each loss takes a victim, a peer whose few small staging slots make transfers
-last; others have been started ahead. The next request goes to a peer with ordinary slots that holds a channel
-all the time, as a cluster's other workers do; it is short, so that its time is the survivor's and not that of
-a long prefill beside engines that start. Then the lost prompt is asked again, for its tokens. A loss counts
-as *in mid-transfer* when some but not all KV of a hand-over had crossed: only those are counted, what came
-too early or too late is repeated.
+    survivor  ----- steady peer      ordinary staging slots; takes the next request, and the lost one again
+              ----- victim           few and small slots: its transfer lasts long enough to have a middle
+              ----- the next victim  joins while this one is lost, as workers do
+
+One engine survives all of it. The next request starts with the signal; it is short, so that its time is the
+survivor's and not that of a long prefill beside engines that start. Then the lost prompt is asked again, for
+its tokens. A loss counts as *in mid-transfer* when some but not all KV of a hand-over had crossed: only those
+are counted, what came too early or too late is repeated. Memory is read when the survivor holds just the
+channels of the steady peer and of the next victim, so that readings can be compared.
 """
 
 from __future__ import annotations
@@ -24,107 +27,132 @@ from phloem.shared.protocol.cluster import Role
 from phloem.shared.protocol.session import SamplingParams
 from phloem.shared.transfer_bench.engine_client import EngineClient
 from phloem.shared.transfer_bench.lab import HandOver, Lab, hand_over, prove_channel, whole
+from phloem.shared.transfer_bench.loss_peers import PeerPlan, Peers
 
 _GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 _MAX_TRIES_PER_LOSS = 4
 _NEXT_TOKENS = 512  # of the request after a loss
 _POLL_S = 0.001
+_LATEST_BLOW_S = 0.2  # after the first bytes have crossed,
+_LATEST_BLOW_SHARE = 0.5  # or once this share of them has
+_CHANNELS_BETWEEN = 2  # the steady peer's and the next victim's
+_SETTLE_TIMEOUT_S = 10.0
 # Codes by which a hand-over may end when its peer is lost: all retryable, the gateway submits anew.
 LOSS_CODES = ("channel_lost", "peer_gone", "transfer_timeout", "handover_cancelled")
 
 
 class LossPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is done to whom. `staging` are (bytes, slots) of the victims in turn: small ones make a transfer
-    last. `noticed_within_s`: the survivor must give the lost request up in this time."""
+    """What is done to whom: `kills` peers get a SIGKILL, then `freezes` a SIGSTOP. The survivor must give the
+    lost request up within `killed_within_s` or `frozen_within_s`. Memory is read at every `memory_every`th
+    loss."""
 
-    count: int
+    kills: int
+    freezes: int = 0
     survivor: Role = "decode"
-    how: signal.Signals = signal.SIGKILL
+    survivor_gpu: int | None = None
+    peers: PeerPlan
     prompt_tokens: int
     vocabulary: int
-    survivor_gpu: int | None = None
-    peer_gpu: int | None = None
-    staging: tuple[tuple[int, int], ...]
-    noticed_within_s: float
-    num_spares: int = 3  # victims that start while others are lost
+    killed_within_s: float
+    frozen_within_s: float
+    memory_every: int = 1
     seed: int = 0
+
+    @property
+    def count(self) -> int:
+        return self.kills + self.freezes
+
+    def blow(self, number: int) -> tuple[signal.Signals, float]:
+        """The signal of loss `number`, from 0, and within what time the survivor must notice."""
+        if number < self.kills:
+            return signal.SIGKILL, self.killed_within_s
+        return signal.SIGSTOP, self.frozen_within_s
 
 
 class Loss(msgspec.Struct, frozen=True):
     """One loss in mid-transfer. Seconds count from the signal; bytes are of the broken hand-over."""
 
+    how: str
     bytes_crossed: int
     bytes_in_all: int
     error_code: str
     noticed_s: float
     next_request_s: float
-    memory_mib: float
 
 
 @dataclass
 class LossRun:
-    """Carries a plan out. `memory_mib` reads the survivor's memory; called when nothing moves."""
+    """Carries a plan out: `prepare`, `run`, `close`. `memory_mib` reads the survivor's memory, on a thread,
+    when nothing moves; what it read is in `memories_mib`."""
 
     lab: Lab
     plan: LossPlan
     memory_mib: Callable[[EngineClient], float]
     tell: Callable[[str], None]
     losses: list[Loss] = field(default_factory=list)
+    memories_mib: list[float] = field(default_factory=list)
     num_tries: int = 0
 
-    async def run(self) -> list[Loss]:
-        """Raises `PhloemError` when a bound is not kept, a token is wrong, or an audit is not clean."""
+    def __post_init__(self) -> None:
+        self._rng = random.Random(self.plan.seed)
+        self._peers = Peers(self.lab, self.plan.peers)
+        self._next: asyncio.Task[EngineClient] | None = None
+
+    def start_ahead(self) -> None:
+        """Starts processes of the first victims, for a later `run`."""
+        self._peers.start_ahead(self.plan.count + 1)
+
+    async def prepare(self) -> None:
+        """The survivor and its steady peer serve. Raises `PhloemError` when one does not start."""
+        # Staging for the steady peer, two victims and one just lost.
+        changes = {"transfer_peers": _CHANNELS_BETWEEN + 2}
         plan = self.plan
-        self._rng = random.Random(plan.seed)
-        self._num_victims = 0
-        self._victims: list[asyncio.Task[EngineClient]] = []
-        peers = {"transfer_peers": plan.num_spares + 3}  # the steady one, the victim, and one just lost
-        survivor = self.lab.start(plan.survivor, plan.survivor_gpu, name="survivor", changes=peers)
-        self._starting = asyncio.create_task(survivor)
-        steady = asyncio.create_task(self._start_peer({}))
-        try:
-            self._top_up(plan.count)
-            self._survivor = await self._starting
-            other = await steady
-            while len(self.losses) < plan.count:
-                self.num_tries += 1
-                if self.num_tries > _MAX_TRIES_PER_LOSS * plan.count:
-                    raise PhloemError("bench_failed", "transfers end before they can be interrupted")
-                victim = await self._next_victim(plan.count - len(self.losses) - 1)
-                await self._lose(victim, other)
-        finally:
-            tasks = (self._starting, steady, *self._victims)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        name = f"survivor-{plan.survivor}"
+        self._survivor, self._steady = await asyncio.gather(
+            self.lab.start(plan.survivor, plan.survivor_gpu, name=name, changes=changes),
+            self._peers.start_ordinary(),
+        )
+        await self._join(self._steady)
+
+    async def run(self, nearly_over: Callable[[], None] = lambda: None) -> list[Loss]:
+        """After `prepare`. `nearly_over` is called once, when no more victims need to be started.
+
+        Raises `PhloemError` when a bound is not kept, a token is wrong, or an audit is not clean.
+        """
+        count, told = self.plan.count, False
+        self.start_ahead()
+        victim = await self._next_victim(count + 1)
+        while len(self.losses) < count:
+            left = count - len(self.losses)
+            if left <= self.plan.peers.num_ahead and not told:
+                nearly_over()
+                told = True
+            self.num_tries += 1
+            if self.num_tries > _MAX_TRIES_PER_LOSS * count:
+                raise PhloemError("bench_failed", "transfers end before they can be interrupted")
+            next_victim = await self._lose(victim, left)
+            victim = await next_victim
+            await self._read_memory()
         return self.losses
+
+    async def close(self) -> None:
+        """Gives up what is starting; engines that run are the lab's."""
+        if self._next is not None:
+            self._next.cancel()
+            await asyncio.gather(self._next, return_exceptions=True)
+        await self._peers.close()
 
     # -- peers ---------------------------------------------------------------------------------------------
 
-    def _top_up(self, wanted: int) -> None:
-        while len(self._victims) < min(wanted, self.plan.num_spares):
-            num_bytes, slots = self.plan.staging[self._num_victims % len(self.plan.staging)]
-            self._num_victims += 1
-            small = {"staging_bytes": num_bytes, "staging_slots": slots}
-            self._victims.append(asyncio.create_task(self._start_peer(small)))
+    async def _next_victim(self, wanted_after: int) -> EngineClient:
+        victim = await self._peers.take(wanted_after)
+        await self._join(victim)
+        return victim
 
-    async def _start_peer(self, staging: dict[str, int]) -> EngineClient:
-        """A peer whose channel works; `staging` are options other than the lab's."""
-        role: Role = "prefill" if self.plan.survivor == "decode" else "decode"
-        changes = {**staging, "disable_cuda_graph": True}
-        peer = await self.lab.start(role, self.plan.peer_gpu, changes=changes)
-        self._survivor = await self._starting
+    async def _join(self, peer: EngineClient) -> None:
         prefill, decode = self._sides(peer)
         await prefill.peer_up(decode)
         await prove_channel(prefill, decode, f"channel of {peer.ref.worker_id}")
-        return peer
-
-    async def _next_victim(self, wanted_after: int) -> EngineClient:
-        if not self._victims:
-            self._top_up(1)
-        victim = await self._victims.pop(0)
-        self._top_up(wanted_after)
-        return victim
 
     def _sides(self, peer: EngineClient) -> tuple[EngineClient, EngineClient]:
         """Prefill, decode."""
@@ -132,72 +160,91 @@ class LossRun:
 
     # -- one loss ------------------------------------------------------------------------------------------
 
-    async def _lose(self, victim: EngineClient, other: EngineClient) -> None:
-        """Interrupts a transfer; what the lost request would have said, the other peer's pair must say."""
+    async def _lose(self, victim: EngineClient, wanted_after: int) -> asyncio.Task[EngineClient]:
+        """Interrupts a transfer; what the steady peer says alone, it must say with the survivor too.
+        Returns the next victim, which joins meanwhile."""
         prompt, next_prompt = self._prompt(self.plan.prompt_tokens), self._prompt(_NEXT_TOKENS)
+        how, within_s = self.plan.blow(len(self.losses))
         name = f"loss-{self.num_tries}"
-        expected = await whole(other, f"{name}-whole", prompt, _GREEDY)
-        await other.flush()
-        before = await self._bytes_moved()
+        expected = await whole(self._steady, f"{name}-whole", prompt, _GREEDY)
+        await self._steady.flush()
+        total, before = self._bytes_of(len(prompt)), await self._bytes_moved()
         broken = await hand_over(*self._sides(victim), name, prompt, _GREEDY)
-        await self._wait_for_middle(broken, before)
+        crossed = await self._wait_for_middle(broken, before, total)
         struck_s = time.monotonic()
-        victim.signal(self.plan.how)
-        short = await hand_over(*self._sides(other), f"{name}-next", next_prompt, _GREEDY)
+        victim.signal(how)
+        short = await hand_over(*self._sides(self._steady), f"{name}-next", next_prompt, _GREEDY)
         await short.decode.until_tokens(1, 60.0)
         next_request_s = time.monotonic() - struck_s
-        again = await hand_over(*self._sides(other), f"{name}-again", prompt, _GREEDY)
-        ours = broken.decode if self.plan.survivor == "decode" else broken.prefill
-        await ours.until_end(self.plan.noticed_within_s + 5.0)
-        noticed_s = ours.ended_at_s - struck_s
+        self._next = asyncio.create_task(self._next_victim(wanted_after))
+        again = await hand_over(*self._sides(self._steady), f"{name}-again", prompt, _GREEDY)
         await short.completed()
         tokens = await again.completed()
+        ours = broken.decode if self.plan.survivor == "decode" else broken.prefill
+        await ours.until_end(within_s + 5.0)
+        noticed_s = ours.ended_at_s - struck_s
         await self._survivor.peer_down(victim.ref)
         await self.lab.kill(victim)
-        audit = await self._survivor.audit_idle()
-        crossed = self._moved(audit.counters) - before
-        total = self._bytes_of(len(prompt))
-        others = total + self._bytes_of(len(next_prompt))
-        await self._survivor.flush()
+        await self._survivor.audit_idle()
+        await asyncio.gather(self._survivor.flush(), self._steady.flush())
         if tokens != expected:
-            raise PhloemError("not_equal", f"{name}: {tokens} after the loss, {expected} before")
+            raise PhloemError("not_equal", f"{name}: {tokens} after the loss, {expected} by one engine")
         if ours.reason != "failed" or ours.error is None:
             self.tell(f"{name}: the transfer was over before the signal")
-            return
-        # `short` and `again` moved whole prompts: the survivor's tree was empty of both.
-        self._judge(Loss(crossed - others, total, ours.error.code, noticed_s, next_request_s, 0.0), name)
+        else:
+            loss = Loss(how.name, crossed, total, ours.error.code, noticed_s, next_request_s)
+            self._judge(loss, within_s, name)
+        return self._next
 
-    def _judge(self, loss: Loss, name: str) -> None:
+    def _judge(self, loss: Loss, within_s: float, name: str) -> None:
         if loss.error_code not in LOSS_CODES:
             raise PhloemError("bench_failed", f"{name} ended with {loss.error_code}")
-        if loss.noticed_s > self.plan.noticed_within_s:
+        if loss.noticed_s > within_s:
             raise PhloemError("bench_failed", f"{name} was noticed after {loss.noticed_s:.1f} s")
         if not 0 < loss.bytes_crossed < loss.bytes_in_all:
-            self.tell(
-                f"{name}: {loss.bytes_crossed} of {loss.bytes_in_all} bytes had crossed: not the middle"
-            )
+            crossed = f"{loss.bytes_crossed} of {loss.bytes_in_all} bytes had crossed"
+            self.tell(f"{name}: {crossed}: not the middle")
             return
-        loss = msgspec.structs.replace(loss, memory_mib=self.memory_mib(self._survivor))
         self.losses.append(loss)
         self.tell(
-            f"{name}: {loss.bytes_crossed / loss.bytes_in_all:.0%} had crossed; {loss.error_code} after "
-            f"{loss.noticed_s:.2f} s; next request served after {loss.next_request_s:.2f} s; "
-            f"{loss.memory_mib:.0f} MiB"
+            f"{name}: {loss.how}, {loss.bytes_crossed / loss.bytes_in_all:.0%} had crossed; "
+            f"{loss.error_code} after {loss.noticed_s:.2f} s; next request after {loss.next_request_s:.2f} s"
         )
 
-    async def _wait_for_middle(self, broken: HandOver, before: int) -> None:
-        """Until some bytes have moved, and then for a random while; or until all is over. The engine is
-        another process: it must be asked."""
-        while broken.decode.reason is None:
-            if await self._bytes_moved() != before:
-                break
+    async def _wait_for_middle(self, broken: HandOver, before: int, total: int) -> int:
+        """Until a random share of `total` bytes has crossed, or some have and a random while has passed, or
+        all is over; returns how many have. The engine is another process: it must be asked."""
+        share, while_s = self._rng.random() * _LATEST_BLOW_SHARE, self._rng.random() * _LATEST_BLOW_S
+        first_s: float | None = None
+        while True:
+            crossed = await self._bytes_moved() - before
+            now_s = time.monotonic()
+            if crossed and first_s is None:
+                first_s = now_s
+            if broken.decode.reason is not None or (
+                first_s is not None and (crossed >= share * total or now_s >= first_s + while_s)
+            ):
+                return crossed
             await asyncio.sleep(_POLL_S)
-        await asyncio.sleep(self._rng.random() * 0.01)
+
+    async def _read_memory(self) -> None:
+        if self.num_tries % self.plan.memory_every:
+            return
+        await self._until_settled()
+        found = await asyncio.to_thread(self.memory_mib, self._survivor)
+        self.memories_mib.append(found)
+        self.tell(f"the survivor's memory: {found:.0f} MiB")
+
+    async def _until_settled(self) -> None:
+        """Until the channels of lost peers are gone. Raises `PhloemError` when one stays."""
+        deadline = time.monotonic() + _SETTLE_TIMEOUT_S
+        while (channels := (await self._survivor.audit()).counters["channels"]) != _CHANNELS_BETWEEN:
+            if time.monotonic() > deadline:
+                raise PhloemError("bench_failed", f"{channels} channels are open after a loss")
+            await asyncio.sleep(10 * _POLL_S)
 
     async def _bytes_moved(self) -> int:
-        return self._moved((await self._survivor.audit()).counters)
-
-    def _moved(self, counters: dict[str, int]) -> int:
+        counters = (await self._survivor.audit()).counters
         return counters["bytes_received"] + counters["bytes_sent"]
 
     def _bytes_of(self, num_tokens: int) -> int:

@@ -29,10 +29,12 @@ def gpu_used_mib(index: int) -> float:
 
 
 def growth_mib(samples: list[float]) -> float:
-    """How much the later samples lie above the early ones: medians of the last and of the first third, less
-    the very first sample, which pays for what is made once."""
-    rest = sorted(samples[1 : 1 + max(1, len(samples) // 3)])
-    last = sorted(samples[-max(1, len(samples) // 3) :])
-    if not rest:
-        return 0.0
-    return last[len(last) // 2] - rest[len(rest) // 2]
+    """How much the later samples lie above the early ones: the lowest of the last third less the lowest of
+    the first, without the very first sample, which pays for what is made once.
+
+    The lowest, since a channel that was just lost may hold its buffers for a moment more; what is leaked
+    lifts the lowest, too. Samples are to be taken with the same channels open.
+    """
+    third = max(1, len(samples) // 3)
+    rest = samples[1 : 1 + third]
+    return min(samples[-third:]) - min(rest) if rest else 0.0
