@@ -12,11 +12,8 @@ touches requests, pages and the radix tree.
 from __future__ import annotations
 
 import logging
-import queue
-from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
 
 from phloem.shared.engine.engine_parts import EngineParts
 from phloem.shared.engine.engine_socket import FrontGone
@@ -25,6 +22,7 @@ from phloem.shared.engine.grammar.desk import GrammarReady
 from phloem.shared.engine.grammar.grammars import Grammars
 from phloem.shared.engine.handover_receive import HandoverReceiver
 from phloem.shared.engine.handover_send import HandoverSender
+from phloem.shared.engine.inbox import Inbox, InboxItem
 from phloem.shared.engine.intake import Intake
 from phloem.shared.engine.outbox import Outbox
 from phloem.shared.engine.rates import Rates
@@ -40,7 +38,6 @@ from phloem.shared.protocol.engine import (
     AuditRequest,
     DumpTree,
     EngineAbort,
-    EngineMessage,
     EngineSubmit,
     FlushCache,
     PeerDown,
@@ -49,16 +46,10 @@ from phloem.shared.protocol.engine import (
     Stop,
     TreeDump,
 )
-from phloem.shared.transfer.events import (
-    ReadyReceived,
-    SlotAvailable,
-    TransferEvent,
-)
+from phloem.shared.transfer.events import ReadyReceived, SlotAvailable
 from phloem.shared.transfer.pending import Pending
 
 log = logging.getLogger(__name__)
-
-InboxItem: TypeAlias = EngineMessage | TransferEvent | GrammarReady | FrontGone
 
 _TICK_S = 0.25  # how often deadlines are looked at while nothing else happens
 _POLL_S = 0.000_05  # how often the device is looked at while no message comes
@@ -74,8 +65,7 @@ class Engine:
         self._scheduler = Scheduler(parts.limits, parts.account)
         self._outbox = Outbox(parts.send)
         self._rates = Rates()
-        self._inbox: queue.SimpleQueue[InboxItem] = queue.SimpleQueue()
-        self._deferred: deque[InboxItem] = deque()  # taken from the inbox in the course of a launch
+        self._inbox = Inbox()
         self._sender = HandoverSender(
             parts.channels,
             parts.store,
@@ -114,7 +104,7 @@ class Engine:
 
     def deliver(self, item: InboxItem) -> None:
         """Hands the loop a message; the one method that other threads may call."""
-        self._inbox.put(item)
+        self._inbox.deliver(item)
 
     def run(self) -> None:
         """Turns until stopped. Raises what the device or the front's socket raises."""
@@ -160,15 +150,14 @@ class Engine:
         and so do KV that was computed or has arrived: a request to launch behind the running step, or pages
         to send, must not wait for a whole step. Nor must deadlines, on a device that is slow or hangs."""
         while not self._steps.oldest_is_ready():
-            if self._deferred or self._sender.has_news or self._receiver.has_news:
+            if self._inbox.has_passed_over or self._sender.has_news or self._receiver.has_news:
                 return False
             if self._clock() >= self._next_tick_s:
                 return False
-            try:
-                self._handle(self._inbox.get(timeout=_POLL_S))
-            except queue.Empty:
-                continue
-            return False
+            item = self._inbox.next(_POLL_S)
+            if item is not None:
+                self._handle(item)
+                return False
         return True
 
     def _take_arrived(self) -> None:
@@ -193,12 +182,8 @@ class Engine:
     def _reached(self, tell: Callable[[int, Pending], None], layer_end: int, mark: Pending) -> None:
         """In the course of a launch, which takes as long as the step where launches are synchronous: KV must
         not wait for its end because decode's go-ahead, or a staging slot, came after its beginning."""
-        while not self._deferred and not self._inbox.empty():
-            item = self._inbox.get_nowait()
-            if isinstance(item, ReadyReceived | SlotAvailable):
-                self._handle(item)
-            else:
-                self._deferred.append(item)  # as is all that comes after it, in its order
+        for item in self._inbox.urgent((ReadyReceived, SlotAvailable)):
+            self._handle(item)
         tell(layer_end, mark)
 
     def _launch(self) -> bool:
@@ -254,17 +239,10 @@ class Engine:
 
     def _take_inbox(self, *, wait: bool) -> None:
         """Handles all that is there; with `wait`, sleeps until something is or a deadline may be due."""
-        while self._deferred and not self._stopped:
-            wait = False
-            self._handle(self._deferred.popleft())
-        try:
-            until_s = _POLL_S if self._receiver.is_moving else _TICK_S
-            item = self._inbox.get(timeout=until_s) if wait else self._inbox.get_nowait()
+        wait_s = (_POLL_S if self._receiver.is_moving else _TICK_S) if wait else 0.0
+        while not self._stopped and (item := self._inbox.next(wait_s)) is not None:
             self._handle(item)
-            while not self._stopped:
-                self._handle(self._inbox.get_nowait())
-        except queue.Empty:
-            return
+            wait_s = 0.0
 
     def _handle(self, item: InboxItem) -> None:
         match item:
