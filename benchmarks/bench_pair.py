@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.pair.clusters import cluster
-from benchmarks.pair.loads import Loads, figure, gaps_while_all_run
+from benchmarks.pair.loads import Loads, figure, finished, gaps_while_all_run
 from benchmarks.pair.tables import OpenLoop, Table, cpu_table, gpu_table
 from phloem.cli.up.devices import count_gpus
 from phloem.shared.bench.bars import Bar, all_met, bar_lines
@@ -48,7 +48,7 @@ async def streams_alone_and_beside(loads: Loads, table: Table) -> tuple[list[Sum
             if beside:
                 result = await loads.run_beside(what, streams)
             else:
-                result = loads.keep(what, await streams.run())
+                result = loads.keep(what, await finished(what, streams.run()))
             summary = summarize(gaps_while_all_run(result.targets[0].records))
             if summary is None:
                 raise PhloemError("bench_failed", f"{what}: the streams never ran together")

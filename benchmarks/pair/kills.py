@@ -19,7 +19,7 @@ from phloem.shared.transfer_bench.memory import gpu_used_mib, growth_mib, reside
 MAX_NEXT_REQUEST_S = 2.0
 MAX_GROWTH_MIB = 64.0
 # A layer of a page has 64 KiB: small slots make a transfer last long enough to be interrupted.
-_SLOW_STAGING = ((131_072, 1), (2**20, 1))
+_SLOW_STAGING = ((65_536, 1), (131_072, 1))
 
 
 async def lose_peers(setting: Setting, lab: Lab, *, kills: int, freezes: int) -> list[Bar]:

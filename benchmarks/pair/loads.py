@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 from benchmarks.pair.tables import Table
 from phloem.shared.bench.controller import Controller
@@ -16,6 +16,8 @@ from phloem.shared.bench.result import RunResult, SavedRecord
 from phloem.shared.errors import PhloemError
 
 _BESIDE_TIMEOUT_S = 60.0  # until the second client's first answer
+_REQUEST_TIMEOUT_S = 60.0
+_LOAD_TIMEOUT_S = 150.0  # the longest takes 25 s; a cluster that hangs would cost a request's timeout each
 _LAG_LIMIT_MS = 5.0  # the client's own; over it the run says that its figures are coarse
 
 
@@ -57,14 +59,13 @@ class Loads:
             token_ids=self._table.token_ids,
             seed=1000 * len(self._target.name) + self._seed,
             max_lag_ms=_LAG_LIMIT_MS,
-            timeout_s=120.0,
+            timeout_s=_REQUEST_TIMEOUT_S,
         )
         return Controller(options, watcher or Begun(), sys.argv)
 
     async def run(self, what: str, input_tokens: int, output_tokens: int, load: LoadOptions) -> RunResult:
-        """Raises `PhloemError` when a request failed."""
-        result = await self.controller(input_tokens, output_tokens, load).run()
-        return self.keep(what, result)
+        """Raises `PhloemError` when a request failed, or it does not end."""
+        return self.keep(what, await finished(what, self.controller(input_tokens, output_tokens, load).run()))
 
     async def run_beside(self, what: str, streams: Controller) -> RunResult:
         """`streams`, while a second client sends long prompts one after another: from before the first token
@@ -76,12 +77,12 @@ class Loads:
         try:
             async with asyncio.timeout(_BESIDE_TIMEOUT_S):
                 await begun.event.wait()
-            result = await streams.run()
+            result = await finished(what, streams.run())
         except TimeoutError as error:
             raise PhloemError("bench_failed", f"{what}: no answer to a long prompt in time") from error
         finally:
             others.stop()
-            other = await beside
+            other = await finished(f"{what}: the others", beside)
         self.keep(f"{what}: the others", other)
         return self.keep(what, result)
 
@@ -94,6 +95,15 @@ class Loads:
             print(f"  {what}: {problem}")
         self.runs[what] = result
         return result
+
+
+async def finished(what: str, load: Awaitable[RunResult]) -> RunResult:
+    """Its result. Raises `PhloemError` when it does not end; it is cancelled then."""
+    try:
+        async with asyncio.timeout(_LOAD_TIMEOUT_S):
+            return await load
+    except TimeoutError as error:
+        raise PhloemError("bench_failed", f"{what}: not over after {_LOAD_TIMEOUT_S:.0f} s") from error
 
 
 def figure(result: RunResult, name: str) -> float:
