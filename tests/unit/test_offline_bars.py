@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from phloem.cli.bench.offline import print_bars
+from phloem.cli.bench.offline_table import print_bars, print_report
 from phloem.shared.engine.offline.bars import (
     LIMITS,
     SHAPE,
@@ -109,6 +109,14 @@ def test_bars_are_printed_and_decide_the_exit_code(rows: list[Measurement], code
     assert print_bars(report(rows), Console(file=out, width=120)) == code
     assert ("MISSED" in out.getvalue()) == (code == 1)
     assert ("not measured" in out.getvalue()) == (len(rows) < len(GOOD))
+
+
+def test_no_figure_is_cut_off_on_a_narrow_terminal() -> None:
+    row = Measurement("decode, grammars", 256, 131_072, 12345.67, 2345.67, 23456.78, 765.43, 12.3)
+    out = io.StringIO()
+    print_report(report([row]), Console(file=out, width=80))
+    for figure in ("131072", "12345.67", "2345.67", "5.26", "23456.78", "765.43", "12.3"):
+        assert figure in out.getvalue()
 
 
 def test_a_run_that_the_bars_are_not_about_is_refused() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,21 +102,48 @@ class _Work(NamedTuple):
     progress: Callable[[str], None]
 
 
+class _Bench(NamedTuple):
+    """An engine that is ready, and what its figures are compared with."""
+
+    driver: Driver
+    timer: TimedRunner
+    cost: ModelCost
+    ceilings: Ceilings
+
+
 def _run(options: EngineOptions, work: _Work) -> OfflineReport:
-    progress = work.progress
     device = find_device(options.device)
     model_dir = Path(options.model_path)
     config = load_model_config(model_dir)
     dtype = resolve_dtype(options.dtype, model_dir, device)
-    progress("ceilings")
+    work.progress("ceilings")
     ceilings = measure_ceilings(device, dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    progress("engine")
+    work.progress("engine")
     began_s = time.perf_counter()
+    with _built(options, Driver(config.vocab_size)) as (driver, timer):
+        start_s = time.perf_counter() - began_s
+        bench = _Bench(driver, timer, model_cost(config, dtype.itemsize), ceilings)
+        measurements = list(_measure(bench, work))
+    return OfflineReport(
+        model=options.model_path,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        dtype=str(dtype),
+        torch_version=str(torch.__version__),
+        read_gb_per_s=ceilings.read_bytes_per_s / 1e9,
+        matmul_tflops=ceilings.flops_per_s / 1e12,
+        start_s=start_s,
+        measurements=measurements,
+        shape=model_shape(config),
+    )
+
+
+@contextlib.contextmanager
+def _built(options: EngineOptions, driver: Driver) -> Iterator[tuple[Driver, TimedRunner]]:
+    """A unified engine in this process, driven by `driver`, and its runner's times."""
     # Batches are static: their prompts need not be gentle with those that decode already.
     options = msgspec.structs.replace(options, max_mixed_prefill_tokens=1 << 20)
-    driver = Driver(config.vocab_size)
     timers: list[TimedRunner] = []
 
     def observe(runner: StepRunner, at: torch.device) -> StepRunner:
@@ -134,48 +162,38 @@ def _run(options: EngineOptions, work: _Work) -> OfflineReport:
         driver.receive,
         observe,
     )
-    start_s = time.perf_counter() - began_s
-    gc.collect()
-    gc.freeze()  # as the engine's own process does
-    driver.attach(engine)
-    cost = model_cost(config, dtype.itemsize)
-    measurements = []
     try:
-        if work.grammar_share:
-            progress("grammar")
-            progress(f"grammar ready after {driver.prepare_grammar():.1f} s")
-        for length in work.prefill_lengths:
-            progress(f"prefill {length}")
-            measurements.append(_prefill(driver, cost, ceilings, length))
-        for shape in work.decode_shapes:
-            progress(f"decode {shape[0]} x {shape[1]}")
-            plain = _DecodeRun(*shape, work.decode_steps, work.temperature)
-            measurements.append(_decode(driver, timers[0], cost, ceilings, plain))
-            if work.grammar_share:
-                progress(f"decode {shape[0]} x {shape[1]}, grammars")
-                masked = plain._replace(grammar_share=work.grammar_share)
-                measurements.append(_decode(driver, timers[0], cost, ceilings, masked))
+        gc.collect()
+        gc.freeze()  # as the engine's own process does
+        driver.attach(engine)
+        yield driver, timers[0]
     finally:
         engine.close()
         endpoint.close()
-    return OfflineReport(
-        model=options.model_path,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        dtype=str(dtype),
-        torch_version=str(torch.__version__),
-        read_gb_per_s=ceilings.read_bytes_per_s / 1e9,
-        matmul_tflops=ceilings.flops_per_s / 1e12,
-        start_s=start_s,
-        measurements=measurements,
-        shape=model_shape(config),
-    )
 
 
-def _prefill(driver: Driver, cost: ModelCost, ceilings: Ceilings, length: int) -> Measurement:
+def _measure(bench: _Bench, work: _Work) -> Iterator[Measurement]:
+    if work.grammar_share:
+        work.progress("grammar")
+        work.progress(f"grammar ready after {bench.driver.prepare_grammar():.1f} s")
+    for length in work.prefill_lengths:
+        work.progress(f"prefill {length}")
+        yield _prefill(bench, length)
+    for batch, context in work.decode_shapes:
+        work.progress(f"decode {batch} x {context}")
+        plain = _DecodeRun(batch, context, work.decode_steps, work.temperature)
+        yield _decode(bench, plain)
+        if work.grammar_share:
+            work.progress(f"decode {batch} x {context}, grammars")
+            yield _decode(bench, plain._replace(grammar_share=work.grammar_share))
+
+
+def _prefill(bench: _Bench, length: int) -> Measurement:
     """From submission to the first token, one prompt at a time; the median of a few."""
+    driver = bench.driver
     driver.run_batch(1, length, 1)
     times = [driver.timed(lambda: driver.run_batch(1, length, 1)) for _ in range(5)]
-    floor_s = prefill_floor_s(cost, ceilings, length)
+    floor_s = prefill_floor_s(bench.cost, bench.ceilings, length)
     return Measurement("prefill", 1, length, 1e3 * statistics.median(times), 1e3 * floor_s, 1e3 * max(times))
 
 
@@ -187,14 +205,13 @@ class _DecodeRun(NamedTuple):
     grammar_share: float = 0.0
 
 
-def _decode(
-    driver: Driver, timer: TimedRunner, cost: ModelCost, ceilings: Ceilings, run: _DecodeRun
-) -> Measurement:
+def _decode(bench: _Bench, run: _DecodeRun) -> Measurement:
     """The median time between reports of full decode steps; the first few after prefill are left out.
 
     Prompts differ by a few tokens, so that rows need new pages in different steps, as in service. The host's
     work per step is the wall time of half of the steps less what was spent waiting, and on measuring.
     """
+    driver, timer = bench.driver, bench.timer
     batch, context, num_steps, temperature, grammar_share = run
     # Early prompts decode while later ones prefill: leave room for that before the batch is complete.
     lead = 8 + (batch * context) // 4096
@@ -227,7 +244,7 @@ def _decode(
         batch,
         context,
         measured_ms=1e3 * statistics.median(gaps),
-        floor_ms=1e3 * decode_floor_s(cost, ceilings, batch, context),
+        floor_ms=1e3 * decode_floor_s(bench.cost, bench.ceilings, batch, context),
         p99_ms=1e3 * sorted(gaps)[min(len(gaps) - 1, int(0.99 * len(gaps)))],
         host_ms=1e3 * host_s / max(1, num_launches),
         idle_percent=idle_percent,
