@@ -6,14 +6,20 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx
 import pytest
+from litestar.types import ASGIApp
 
+from phloem.services.gateway.app import create_app
 from phloem.services.gateway.cluster.client import ClusterClient
+from phloem.services.gateway.gateway import Gateway
 from phloem.shared.discovery.registry import Registry
 from phloem.shared.protocol.cluster import Role
 from tests.support.cluster_client import NewWorker, running_client
 from tests.support.fake_worker import FakeWorker, fake_worker
-from tests.support.gateway import REPLY, FakeGenerator, encode, make_model_dir, reply_script
+from tests.support.gateway import REPLY, FakeGenerator, encode, in_process, make_model_dir, reply_script
+from tests.support.gateway import SECRET as GATEWAY_SECRET
+from tests.support.gateway_errors import bounded_gateway
 from tests.support.valkey import ValkeyServer, running_valkey
 from tests.support.waiting import until
 from tests.support.worker_front import SECRET
@@ -44,6 +50,24 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def generator(model_dir: Path) -> FakeGenerator:
     """In place of a cluster: answers `REPLY` to everything."""
     return FakeGenerator(reply_script(encode(model_dir, REPLY)))
+
+
+@pytest.fixture(scope="session")
+def bounded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Gateway, ASGIApp]:
+    """A gateway with low limits and its application, made once."""
+    gateway = bounded_gateway(make_model_dir(tmp_path_factory.mktemp("model")))
+    return gateway, create_app(gateway, GATEWAY_SECRET, on_loopback=True)
+
+
+@pytest.fixture
+async def bounded_client(
+    bounded: tuple[Gateway, ASGIApp], generator: FakeGenerator
+) -> AsyncIterator[httpx.AsyncClient]:
+    """Of the gateway with low limits, in front of `generator`."""
+    gateway, app = bounded
+    gateway.generator = generator
+    async with in_process(gateway, app) as client:
+        yield client
 
 
 @pytest.fixture

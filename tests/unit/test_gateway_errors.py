@@ -8,34 +8,17 @@ from typing import Any
 
 import httpx
 import pytest
-from litestar.types import ASGIApp
 
-from phloem.services.gateway.app import create_app
 from phloem.services.gateway.config import GatewayConfig
-from phloem.services.gateway.gateway import Gateway
 from phloem.services.gateway.generation import GeneratedTokens
 from phloem.shared.errors import invalid_request, overloaded
-from tests.support.gateway import MODEL, SECRET, FakeGenerator, in_process, make_gateway, make_model_dir
-from tests.support.gateway_errors import CHAT, COMPLETE, INVALID, USER, bounded_gateway, error_of
-
-
-@pytest.fixture(scope="module")
-def gateway(model_dir: Path) -> Gateway:
-    return bounded_gateway(model_dir)
-
-
-@pytest.fixture(scope="module")
-def app(gateway: Gateway) -> ASGIApp:
-    return create_app(gateway, SECRET, on_loopback=True)
+from tests.support.gateway import MODEL, FakeGenerator, in_process, make_gateway, make_model_dir
+from tests.support.gateway_errors import CHAT, COMPLETE, INVALID, USER, error_of
 
 
 @pytest.fixture
-async def client(
-    gateway: Gateway, app: ASGIApp, generator: FakeGenerator
-) -> AsyncIterator[httpx.AsyncClient]:
-    gateway.generator = generator
-    async with in_process(gateway, app) as client:
-        yield client
+def client(bounded_client: httpx.AsyncClient) -> httpx.AsyncClient:
+    return bounded_client
 
 
 @pytest.mark.parametrize(

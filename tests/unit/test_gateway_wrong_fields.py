@@ -3,37 +3,18 @@ cluster."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from litestar.types import ASGIApp
 
-from phloem.services.gateway.app import create_app
-from phloem.services.gateway.gateway import Gateway
-from tests.support.gateway import CONTEXT_LENGTH, MODEL, SECRET, FakeGenerator, in_process
-from tests.support.gateway_errors import CHAT, COMPLETE, INVALID, USER, bounded_gateway, error_of
-
-
-@pytest.fixture(scope="module")
-def gateway(model_dir: Path) -> Gateway:
-    return bounded_gateway(model_dir)
-
-
-@pytest.fixture(scope="module")
-def app(gateway: Gateway) -> ASGIApp:
-    return create_app(gateway, SECRET, on_loopback=True)
+from tests.support.gateway import CONTEXT_LENGTH, MODEL, FakeGenerator
+from tests.support.gateway_errors import CHAT, COMPLETE, INVALID, USER, error_of
 
 
 @pytest.fixture
-async def client(
-    gateway: Gateway, app: ASGIApp, generator: FakeGenerator
-) -> AsyncIterator[httpx.AsyncClient]:
-    gateway.generator = generator
-    async with in_process(gateway, app) as client:
-        yield client
+def client(bounded_client: httpx.AsyncClient) -> httpx.AsyncClient:
+    return bounded_client
 
 
 WRONG_CHAT: list[tuple[dict[str, Any], int, str | None, str]] = [
