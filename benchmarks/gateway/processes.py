@@ -123,7 +123,7 @@ class Bench:
 
     def load_bare(self, num_tokens: int, repeats: int, interval_s: float = 0.0) -> Sample:
         target = f"/events?count={num_tokens}&interval_s={interval_s}"
-        return self._load(self.bare, f"GET {target} HTTP/1.1\r\nhost: bench\r\n\r\n", repeats)
+        return self._load(self.bare, f"GET {target} HTTP/1.1\r\nhost: localhost\r\n\r\n", repeats)
 
     def _load(self, server: Server, request: str, repeats: int) -> Sample:
         load = Load(server.port, request, self.options.streams, repeats)
@@ -190,6 +190,6 @@ def chat_request(num_tokens: int, words: int) -> str:
     }
     data = json.dumps(body)
     return (
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         f"content-length: {len(data)}\r\n\r\n{data}"
     )

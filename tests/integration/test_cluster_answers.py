@@ -106,7 +106,7 @@ def test_client_that_disconnects_aborts_on_both_workers(pair: Cluster) -> None:
         | {"ignore_eos": True}
     )
     with socket.create_connection(("127.0.0.1", pair.port), timeout=20) as client:
-        request = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        request = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         client.sendall(f"{request}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         received = b""
         while received.count(b"data:") < 3:

@@ -147,7 +147,7 @@ async def in_process(
     """A client that calls the application without a socket; streams arrive whole. Making an `app` takes a
     while: tests that share a gateway share it."""
     transport = httpx.ASGITransport(app or create_app(gateway, SECRET, on_loopback=True))  # type: ignore[arg-type]
-    async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as client:
         yield client
 
 

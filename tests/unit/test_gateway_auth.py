@@ -188,6 +188,27 @@ async def test_foreign_web_pages_have_no_use_of_a_gateway_without_keys(
     assert generator.num_flushes == 0
 
 
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:30000", "127.0.0.1.evil.example", "[::"])
+async def test_names_that_came_to_mean_this_machine_are_no_way_in(
+    model_dir: Path, generator: FakeGenerator, host: str
+) -> None:
+    async with in_process(make_gateway(model_dir, generator), headers={"host": host}) as client:
+        for path in ("/v1/models", "/metrics", "/debug/requests/x"):
+            refused = await client.get(path)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "foreign_origin")
+            assert "Host header" in refused.json()["error"]["message"]
+        assert (await client.get("/health")).status_code == 200
+    anybody = make_gateway(model_dir, generator, GatewayConfig(allow_anonymous=True))
+    async with in_process(anybody, headers={"host": host}) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["localhost:30000", "127.0.0.1:30000", "[::1]:30000", "phloem.localhost"])
+async def test_names_of_this_machine_are_let_in(model_dir: Path, generator: FakeGenerator, host: str) -> None:
+    async with in_process(make_gateway(model_dir, generator), headers={"host": host}) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+
+
 @pytest.mark.parametrize("origin", OWN_PAGES)
 async def test_pages_of_this_machine_use_it(model_dir: Path, generator: FakeGenerator, origin: str) -> None:
     gateway = make_gateway(model_dir, generator)

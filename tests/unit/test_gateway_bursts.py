@@ -75,7 +75,7 @@ async def streaming(port: int, max_tokens: int) -> AsyncIterator[asyncio.StreamR
     reader, writer = await asyncio.open_connection(sock=raw, limit=SOCKET_BYTES)
     body = {"prompt": "x", "max_tokens": max_tokens, "stream": True}
     data = json.dumps(body | {"stream_options": {"include_usage": True}})
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n\r\n"
     writer.write((head + data).encode())
     await writer.drain()
     yield reader

@@ -58,7 +58,7 @@ async def connect(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 async def send_json(writer: asyncio.StreamWriter, path: str, body: object) -> None:
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n\r\n"
     writer.write(head.encode() + data)
     await writer.drain()
 
@@ -197,7 +197,7 @@ async def test_a_body_that_stalls_is_a_408() -> None:
 
 async def test_a_client_that_leaves_before_its_body_is_not_an_error(gateway: Gateway, url: str) -> None:
     _, writer = await connect(url)
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nabc")
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\nabc")
     await writer.drain()
     writer.close()
     await writer.wait_closed()

@@ -11,7 +11,7 @@ from typing import Any
 from litestar.connection import ASGIConnection
 from litestar.handlers.base import BaseRouteHandler
 
-from phloem.services.gateway.api.origin import is_foreign
+from phloem.services.gateway.api.origin import foreign_header
 from phloem.services.gateway.api.route_header import asks_why
 from phloem.services.gateway.tenant import Tenant, tenant_of_key
 from phloem.shared.errors import PhloemError
@@ -53,27 +53,26 @@ class Authenticator:
             return
         shown = _bearer(connection.headers.get("authorization"))
         explain = asks_why(connection.scope["headers"])  # it tells of workers and of others' load
-        is_page = is_foreign(connection.headers.get("origin"))
-        if access == "admin" or explain:
-            tenant = self._admin_only(shown, is_page)
-        else:
-            tenant = self._any_key(shown, is_page)
+        page = foreign_header(connection.headers.get("origin"), connection.headers.get("host"))
+        is_admins = access == "admin" or explain
+        tenant = self._admin_only(shown, page) if is_admins else self._any_key(shown, page)
         connection.scope["state"]["tenant"] = tenant
 
-    def _any_key(self, shown: str | None, is_page: bool) -> Tenant:
+    def _any_key(self, shown: str | None, page: str | None) -> Tenant:
+        """`page`: the header that names a web page from elsewhere."""
         if not self._tenants:
-            if is_page and self._refuses_pages:
-                raise _foreign_page("--api-key, or --allow-anonymous")
+            if page is not None and self._refuses_pages:
+                raise _foreign_page(page, "--api-key, or --allow-anonymous")
             return Tenant()
         tenant = self._find(shown)
         if tenant is None:
             raise _unauthorized()
         return tenant
 
-    def _admin_only(self, shown: str | None, is_page: bool) -> Tenant:
+    def _admin_only(self, shown: str | None, page: str | None) -> Tenant:
         if self._admin_is_open:
-            if is_page:
-                raise _foreign_page("--admin-api-key")
+            if page is not None:
+                raise _foreign_page(page, "--admin-api-key")
             return Tenant()
         tenant = self._find(shown)
         if tenant is None and (self._tenants or self._admin is not None):
@@ -112,10 +111,10 @@ def _unauthorized() -> PhloemError:
     )
 
 
-def _foreign_page(remedy: str) -> PhloemError:
+def _foreign_page(header: str, remedy: str) -> PhloemError:
     return PhloemError(
         "foreign_origin",
-        "The request's Origin header names a web page from elsewhere, and this gateway asks for no key as it "
-        f"serves its own machine only: start it with {remedy} to let such pages in.",
+        f"The request's {header} header names a web page from elsewhere, and this gateway asks for no key as "
+        f"it serves its own machine only: start it with {remedy} to let such pages in.",
         http_status=403,
     )
