@@ -75,7 +75,8 @@ def _noisy_best_of_block_kernel(
             token = tl.program_id(1) * block + tl.arange(0, block)
             keep = token < vocab
             logit = tl.load(logits + row * row_stride + token, mask=keep, other=float("-inf")).to(tl.float32)
-            score = (logit - best) / heat
+            # Rounded as torch rounds the thresholds: the last token of a nucleus must equal its own.
+            score = tl.div_rn(logit - best, heat)
             if has_threshold:
                 keep = keep & (score >= tl.load(threshold + row))
             key = _splitmix64(tl.load(seed + row), golden, mix_1, mix_2).to(tl.int64, bitcast=True)

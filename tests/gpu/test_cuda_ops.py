@@ -187,6 +187,19 @@ def test_sampled_tokens_are_those_of_the_cpu(rows: int, vocab: int, filters: boo
     assert torch.equal(out.cpu(), expected)
 
 
+def test_the_last_of_a_nucleus_stays_in_it() -> None:
+    """Its score is found twice, by torch for the threshold and by the kernel: both must round alike."""
+    rows, draws = 4096, 64
+    logits, temperature = torch.randn(rows, 512, device=CUDA) * 0.1, torch.rand(rows, device=CUDA) + 0.3
+    second = logits.topk(2).indices[:, 1]  # sampled in every third draw at least
+    ones, position = torch.ones(rows, device=CUDA), torch.zeros(rows, dtype=torch.int64, device=CUDA)
+    seen = torch.zeros(rows, dtype=torch.bool, device=CUDA)
+    for seed in range(draws):
+        out = ops.sample(logits, temperature, position + 2, ones, ones * 0, position + seed, position)
+        seen |= out == second
+    assert seen.all()
+
+
 def test_greedy_takes_the_first_of_equal_tokens() -> None:
     logits = torch.zeros(3, 128_256, device=CUDA)
     logits[1, 100_321] = logits[1, 77] = 2.0
