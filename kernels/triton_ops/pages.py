@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phloem.kernels.cuda_driver import CudaDriver
 from phloem.kernels.reference.pages import COLUMN_STEP, ROW_STEP, ROW_WORDS
 from phloem.kernels.types import PagedKV
 
@@ -81,33 +83,40 @@ def _move_kernel(
     tl.atomic_add(cells, tl.sum(total, axis=0), sem="relaxed")
     num_done = tl.atomic_add(cells + 1, 1, sem="acq_rel")
     if num_done == num_programs - 1:
-        tl.store(told, tl.atomic_xchg(cells, 0, sem="relaxed"))
+        digest = tl.atomic_xchg(cells, 0, sem="relaxed")
         tl.store(cells + 1, 0)
+        tl.store(told, digest)  # last: who sees it may give the cells to another move
 
 
 class PageMover:
     """Moves pages of one KV pool on a CUDA device with as little work for the host as may be: the kernels are
-    compiled here, and launched without a look at their arguments, which are addresses."""
+    compiled here, and the driver launches them without a look at their arguments, which are addresses.
 
-    def __init__(self, kv: PagedKV, addresses: Tensor) -> None:
-        """`addresses` (`ops.plane_addresses`) are kept."""
+    For one thread."""
+
+    def __init__(self, kv: PagedKV, addresses: Tensor, driver: CudaDriver) -> None:
+        """`addresses` (`ops.plane_addresses`) are kept; `driver` is that of their device."""
         page_bytes = kv.k[0].stride(0) * kv.k[0].element_size()
         assert page_bytes % 8 == 0, "a page is whole 8-byte words"
+        assert page_bytes > 8, "a page of one word would be another kernel"
         assert all(plane.data_ptr() % 16 == 0 for plane in (*kv.k, *kv.v)), (
             "the kernel reads 16 bytes at a time"
         )
         self._planes = addresses
         self._first_plane: int = addresses.data_ptr()
-        self._page_words = page_bytes // 8
         self._most_programs = _most_programs(addresses.device)
-        block, num_warps = _block(self._page_words)
-        self._constants = (ROW_WORDS, ROW_STEP, COLUMN_STEP)
-        self._block = block
+        page_words = page_bytes // 8
+        block, num_warps = _block(page_words)
         cells = self.new_cells()
-        common = (addresses, cells, cells, cells, cells, 1, 1, self._page_words, *self._constants)
+        common = (addresses, cells, cells, cells, cells, 1, 1, page_words, ROW_WORDS, ROW_STEP, COLUMN_STEP)
         # Any: triton does not type its kernels.
-        self._gather: Any = _move_kernel.warmup(*common, True, block, grid=(1,), num_warps=num_warps)
-        self._scatter: Any = _move_kernel.warmup(*common, False, block, grid=(1,), num_warps=num_warps)
+        gather: Any = _move_kernel.warmup(*common, True, block, grid=(1,), num_warps=num_warps)
+        scatter: Any = _move_kernel.warmup(*common, False, block, grid=(1,), num_warps=num_warps)
+        self._arguments = _Arguments(page_words=page_words)
+        self._gather, self._scatter = (
+            _Launch(gather, driver, self._arguments),
+            _Launch(scatter, driver, self._arguments),
+        )
 
     def new_cells(self) -> Tensor:
         """Cleared cells for the digest of one move at a time."""
@@ -125,24 +134,58 @@ class PageMover:
         stream: int,
     ) -> None:
         """Launches, in `stream`, what `gather_pages` or `scatter_pages` do. Everything else is an address, a
-        multiple of 16: of `num_pages` int64 page ids and of the int64 where the digest will be, both maybe in
-        pinned memory, of staging, and of cells that no other move uses until this one is over."""
+        multiple of 16: of `num_pages` int64 page ids and of the int64 where the digest will be when all has
+        moved, both maybe in pinned memory, of staging, and of cells that no other move uses until then."""
         layer_start, layer_end = layers
-        num_planes = 2 * (layer_end - layer_start)
-        kernel = self._gather if gathers else self._scatter
-        kernel[(min(self._most_programs, num_pages * num_planes), 1, 1)](
-            self._first_plane + 16 * layer_start,
-            page_ids,
-            staging,
-            cells,
-            told,
-            num_pages,
-            num_planes,
-            self._page_words,
-            *self._constants,
-            gathers,
-            self._block,
-            stream=stream,
+        arguments = self._arguments
+        arguments.planes = self._first_plane + 16 * layer_start
+        arguments.page_ids, arguments.staging = page_ids, staging
+        arguments.cells, arguments.told = cells, told
+        arguments.num_pages, arguments.num_planes = num_pages, 2 * (layer_end - layer_start)
+        launch = self._gather if gathers else self._scatter
+        launch(min(self._most_programs, num_pages * arguments.num_planes), stream)
+
+
+class _Arguments(ctypes.Structure):
+    """Of `_move_kernel` as compiled, constants left out; Triton adds two addresses of scratch memory, which
+    the kernel has no use for."""
+
+    _fields_ = (
+        ("planes", ctypes.c_void_p),
+        ("page_ids", ctypes.c_void_p),
+        ("staging", ctypes.c_void_p),
+        ("cells", ctypes.c_void_p),
+        ("told", ctypes.c_void_p),
+        ("num_pages", ctypes.c_int32),
+        ("num_planes", ctypes.c_int32),
+        ("page_words", ctypes.c_int32),
+        ("global_scratch", ctypes.c_void_p),
+        ("profile_scratch", ctypes.c_void_p),
+    )
+
+    def addresses(self) -> ctypes.Array[ctypes.c_void_p]:
+        """As the driver wants them. They are this structure's, whose values may change."""
+        start = ctypes.addressof(self)
+        offsets = [getattr(type(self), name).offset for name, _ in self._fields_]
+        return (ctypes.c_void_p * len(offsets))(*[start + offset for offset in offsets])
+
+
+class _Launch:
+    """Of one compiled kernel."""
+
+    def __init__(self, kernel: Any, driver: CudaDriver, arguments: _Arguments) -> None:
+        """`kernel` is Triton's, which does not type it. Its module is loaded here."""
+        assert not kernel.metadata.global_scratch_size, "the kernel wants no scratch memory"
+        kernel[(1, 1, 1)]  # loads it
+        self._function: int = kernel.function
+        self._num_threads = 32 * kernel.metadata.num_warps
+        self._shared_bytes: int = kernel.metadata.shared
+        self._driver = driver
+        self._arguments = arguments.addresses()
+
+    def __call__(self, num_programs: int, stream: int) -> None:
+        self._driver.launch(
+            self._function, num_programs, self._num_threads, self._shared_bytes, stream, self._arguments
         )
 
 

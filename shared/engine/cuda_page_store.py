@@ -4,9 +4,9 @@ Pages move beside the steps, on streams with a high priority: a gather need not 
 step that runs, nor a decode step for a scatter. Gathers have a stream of their own; a scatter is queued in
 its channel's, behind the bytes that it scatters. The digest goes to pinned memory, and nobody waits for it.
 
-A call costs the host a launch and an event. Each call into CUDA lets another thread have the interpreter,
-and a hand-over's pieces wait for four of them: so there are no tensor operations here, and what a move needs
-(a `_Lane`) is used again.
+A call costs the host a launch and an event, for which it keeps the interpreter (`kernels.cuda_driver`). There
+are no tensor operations, and what a move needs (a `_Lane`) is used again. That it is over is read from pinned
+memory, where its digest is then.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ import torch
 from torch import Tensor
 
 from phloem.kernels import ops
+from phloem.kernels.cuda_driver import CudaDriver, CudaEvent, cuda_driver
 from phloem.kernels.triton_ops.pages import PageMover
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.page_store import layer_page_bytes
 from phloem.shared.transfer.device_event import HIGH_PRIORITY, RecordedEvent
+from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.pending import Incoming, Moved
 
 _MOVES_UNDER_WAY = 24  # as a rule; more cost an allocation each
 _USUAL_PAGES = 2048  # of one move: 128 MiB of single layers
 _IDS_AT = 8  # words: page ids begin where a cache line does, behind the digest
 _NO_PAGE = -1
+_UNTOLD = -0x5E11_1A57_0B5E_55ED  # where a digest will be; one that happens to equal it waits for the event
 
 
 class CudaPageStore:
@@ -44,7 +47,8 @@ class CudaPageStore:
         self.num_layers = len(kv.k)
         self.layer_page_bytes = layer_page_bytes(kv)
         with torch.cuda.device(device):
-            self._mover = PageMover(kv, ops.plane_addresses(kv))
+            self._driver = cuda_driver(torch.cuda.current_device())
+            self._mover = PageMover(kv, ops.plane_addresses(kv), self._driver)
             self._free: deque[_Lane] = deque(self._new_lane(_USUAL_PAGES) for _ in range(_MOVES_UNDER_WAY))
             self._warm_up()
 
@@ -105,56 +109,55 @@ class CudaPageStore:
         after: Incoming | None,
     ) -> _Moved:
         num_pages = len(page_ids)
-        assert staging.data_ptr() % 16 == 0, "the kernel reads 16 bytes at a time"
-        with torch.cuda.device(self._device):
-            lane = self._take_lane(num_pages, stream)
-            lane.ids[:num_pages] = page_ids
-            lane.staging = staging
-            if after is not None:
-                after.hold_back(stream)
-            address, cells = lane.address, lane.cells.data_ptr()
-            self._mover.move(
-                gathers,
-                address + 8 * _IDS_AT,
-                num_pages,
-                layers,
-                staging.data_ptr(),
-                cells,
-                address,
-                stream.cuda_stream,
-            )
-            lane.event.record(stream)
-            lane.is_over = False
+        address = staging.data_ptr()
+        assert address % 16 == 0, "the kernel reads 16 bytes at a time"
+        lane = self._take_lane(num_pages, stream)
+        lane.ids[:num_pages] = page_ids
+        lane.staging = staging
+        lane.told[0] = _UNTOLD
+        if after is not None:
+            after.hold_back(stream)
+        ids, told = lane.address + 8 * _IDS_AT, lane.address
+        self._mover.move(
+            gathers, ids, num_pages, layers, address, lane.cells_address, told, stream.cuda_stream
+        )
+        lane.event.record(stream)
+        lane.is_over = False
         return _Moved(lane, after, self._free)
 
     def _take_lane(self, num_pages: int, stream: Any) -> _Lane:
         """The one that was given back first, if the device is done with it."""
         for _ in range(len(self._free)):
             lane = self._free.popleft()
-            if len(lane.ids) >= num_pages and (lane.is_over or lane.event.query()):
+            if len(lane.ids) >= num_pages and lane.sees_its_end():
                 return lane
             self._free.append(lane)
         with torch.cuda.stream(stream):  # where its cells are cleared, before the move
             return self._new_lane(max(_USUAL_PAGES, num_pages))
 
     def _new_lane(self, num_pages: int) -> _Lane:
-        return _Lane(self._mover.new_cells(), num_pages)
+        return _Lane(self._mover.new_cells(), num_pages, self._driver)
 
 
 class _Lane:
     """What one move at a time needs: pinned memory `on_host` for [digest, .., page ids], which the device
     reads and writes where it is, cells for the digest, and the event behind it."""
 
-    def __init__(self, cells: Tensor, num_pages: int) -> None:
+    def __init__(self, cells: Tensor, num_pages: int, driver: CudaDriver) -> None:
         self.cells = cells
+        self.cells_address = cells.data_ptr()
         self.on_host = torch.zeros(_IDS_AT + num_pages, dtype=torch.int64, pin_memory=True)
         self.address = self.on_host.data_ptr()
         self.told = self.on_host.numpy()[:1]
         self.ids = self.on_host.numpy()[_IDS_AT:]
-        # Any: torch does not type its events.
-        self.event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.is_over = True  # seen to be; otherwise the event knows
+        self.event = CudaEvent(driver)
+        self.is_over = True  # seen to be; otherwise the digest or the event tells
         self.staging: Tensor | None = None  # kept until the device is done with it
+
+    def sees_its_end(self) -> bool:
+        """Of the latest move. Raises `RuntimeError` when the device failed."""
+        self.is_over = self.is_over or bool(self.told[0] != _UNTOLD) or self.event.query()
+        return self.is_over
 
 
 class _Moved(RecordedEvent):
@@ -170,8 +173,10 @@ class _Moved(RecordedEvent):
         self._free.append(self._lane)  # from any thread
 
     def done(self) -> bool:
-        self._lane.is_over = self._lane.is_over or super().done()
-        return self._lane.is_over
+        try:
+            return self._lane.sees_its_end()
+        except RuntimeError as error:
+            raise channel_lost(f"the device failed: {error}") from error
 
     def digest(self) -> int:
         return int(self._lane.told[0])

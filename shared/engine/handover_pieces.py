@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from phloem.shared.engine.handover import Channels, PageStore
 from phloem.shared.engine.layer_groups import next_piece_bytes
@@ -14,8 +15,20 @@ from phloem.shared.transfer.pending import Pending
 from phloem.shared.transfer.staging import StagingSlot
 
 
+class _Ready(NamedTuple):
+    """A piece that goes now."""
+
+    piece: Piece
+    span: Span
+    slot: StagingSlot
+
+
 class PieceSender:
-    """Called from the engine's thread only, which launches gathers and posts sends ahead of the device."""
+    """Called from the engine's thread only, which launches gathers and posts sends ahead of the device.
+
+    Whatever of a hand-over may go is announced at once, then gathered and posted piece by piece: decode's
+    host prepares for all of it while the device gathers the first piece.
+    """
 
     def __init__(self, channels: Channels, store: PageStore, clock: Callable[[], float]) -> None:
         self._channels = channels
@@ -36,56 +49,69 @@ class PieceSender:
         for plan in plans:
             if plan.gone is not None and plan.error is None:
                 try:
-                    self._send_chunks(plan, plan.gone)
+                    self._send(plan, self._take_computed(plan, plan.gone))
                 except PhloemError as error:
                     plan.error = error.info
 
-    def _send_chunks(self, plan: SendPlan, gone: PageLayers) -> None:
+    def _take_computed(self, plan: SendPlan, gone: PageLayers) -> list[_Ready]:
+        """What goes now; it counts as gone."""
+        ready: list[_Ready] = []
         while plan.chunks:
             chunk = plan.chunks[0]
             if plan.request.num_computed_tokens < chunk.num_tokens:
-                return  # retracted: its pages are gone
-            self._send_groups(plan, gone, chunk)
+                break  # retracted: its pages are gone
+            self._take_groups(plan, gone, chunk, ready)
             if not chunk.is_sent:
-                return
+                break
             plan.chunks.popleft()
+        return ready
 
-    def _send_groups(self, plan: SendPlan, gone: PageLayers, chunk: Chunk) -> None:
-        """Sends the groups of layers that are computed, while there are staging slots."""
+    def _take_groups(self, plan: SendPlan, gone: PageLayers, chunk: Chunk, ready: list[_Ready]) -> None:
+        """The groups of layers that are computed, while there are staging slots."""
         while chunk.marks:
             layer_end, mark = chunk.marks[0]
             if not mark.done():
                 self._awaited.append(mark)
                 return
-            if not self._send_pages(plan, gone, chunk.num_pages, layer_end):
+            if not self._take_pages(plan, gone, chunk.num_pages, layer_end, ready):
                 return
             chunk.marks.popleft()
             chunk.is_sent = layer_end == self._store.num_layers
 
-    def _send_pages(self, plan: SendPlan, gone: PageLayers, num_pages: int, layer_end: int) -> bool:
-        """Whether layers below `layer_end` of the first pages have gone; otherwise a slot is missing."""
+    def _take_pages(
+        self, plan: SendPlan, gone: PageLayers, num_pages: int, layer_end: int, ready: list[_Ready]
+    ) -> bool:
+        """Whether layers below `layer_end` of the first pages are gone; otherwise a slot is missing."""
         layer_page_bytes = self._store.layer_page_bytes
         while (run := gone.next_run(num_pages, layer_end)) is not None:
             slot = self._channels.acquire_slot(plan.peer)
             if slot is None:
                 return False
+            is_first = not plan.num_pieces and not ready
             size = next_piece_bytes(
-                run.layers_of_pages() * layer_page_bytes, slot.tensor.numel(), is_first=not plan.num_pieces
+                run.layers_of_pages() * layer_page_bytes, slot.tensor.numel(), is_first=is_first
             )
             span = run.head(size, layer_page_bytes)
-            self._send_piece(plan, span, slot)
             gone.note(span)
+            num_bytes = span.layers_of_pages() * layer_page_bytes
+            piece = Piece(plan.request.request_id, plan.request.attempt, *span, num_bytes)
+            ready.append(_Ready(piece, span, slot))
         return True
 
-    def _send_piece(self, plan: SendPlan, span: Span, slot: StagingSlot) -> None:
-        request, num_bytes = plan.request, span.layers_of_pages() * self._store.layer_page_bytes
-        gathered = self._store.gather(
-            span.of(request.page_ids), span.layer_start, span.layer_end, slot.tensor[:num_bytes]
-        )
-        piece = Piece(request.request_id, request.attempt, *span, num_bytes)
-        self._channels.send_piece(plan.peer, piece, slot, gathered)
-        plan.num_pieces += 1
-        plan.times.last_piece_s = self._clock()
-        plan.times.first_piece_s = plan.times.first_piece_s or plan.times.last_piece_s
-        self.num_bytes_sent += num_bytes
-        self.num_pages_sent += span.num_pages if span.layer_end == self._store.num_layers else 0
+    def _send(self, plan: SendPlan, ready: list[_Ready]) -> None:
+        if not ready:
+            return
+        self._channels.announce(plan.peer, [item.piece for item in ready])
+        for piece, span, slot in ready:
+            gathered = self._store.gather(
+                span.of(plan.request.page_ids),
+                span.layer_start,
+                span.layer_end,
+                slot.tensor[: piece.num_bytes],
+            )
+            self._channels.send_piece(plan.peer, piece, slot, gathered)
+            plan.num_pieces += 1
+            plan.times.last_piece_s = self._clock()
+            plan.times.first_piece_s = plan.times.first_piece_s or plan.times.last_piece_s
+            self.num_bytes_sent += piece.num_bytes
+            self.num_pages_sent += span.num_pages if span.layer_end == self._store.num_layers else 0

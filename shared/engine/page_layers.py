@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 
 
 class Span(NamedTuple):
@@ -46,39 +43,48 @@ class PageLayers:
 
     def __init__(self, num_pages: int, num_layers: int, num_held: int) -> None:
         self.num_layers = num_layers
-        self._gone: npt.NDArray[np.int32] = np.zeros(num_pages, dtype=np.int32)
-        self._gone[:num_held] = num_layers
+        self._num_pages = num_pages
+        # Neighbours that have come equally far are one run, and there are few of them: (first page, layers).
+        self._runs: list[tuple[int, int]] = []
+        _append(self._runs, 0, min(num_held, num_pages), num_layers)
+        _append(self._runs, num_held, num_pages, 0)
         self._latest: Span | None = None
 
     @property
     def is_complete(self) -> bool:
-        return bool((self._gone == self.num_layers).all())
+        return all(gone == self.num_layers for _, gone in self._runs)
 
     def next_run(self, num_pages: int, layer_end: int) -> Span | None:
         """Of the layers below `layer_end` of the first `num_pages` pages what goes next, in one or several
         spans: neighbouring pages that have come equally far. None: all have gone."""
-        gone = self._gone[:num_pages]
-        lacking = gone < layer_end
-        if not lacking.any():
-            return None
-        page = int(lacking.argmax())
-        first = int(gone[page])
-        unlike = gone[page:] != first
-        count = int(unlike.argmax()) or len(unlike)
-        return Span(page, count, first, layer_end)
+        for start, end, gone in self._bounded():
+            if start >= num_pages:
+                break
+            if gone < layer_end:
+                return Span(start, min(end, num_pages) - start, gone, layer_end)
+        return None
 
     def accepts(self, span: Span) -> bool:
         """Whether the span is just what its pages lack next."""
-        if span.num_pages < 1 or span.page_start < 0 or span.page_start + span.num_pages > len(self._gone):
+        if span.num_pages < 1 or span.page_start < 0 or span.page_start + span.num_pages > self._num_pages:
             return False
         if not 0 <= span.layer_start < span.layer_end <= self.num_layers:
             return False
-        return self._is_in_order(span) and bool((self._range(span) == span.layer_start).all())
+        return self._is_in_order(span) and any(
+            start <= span.page_start and span.page_start + span.num_pages <= end and gone == span.layer_start
+            for start, end, gone in self._bounded()
+        )
 
     def note(self, span: Span) -> None:
         """The span has gone."""
         assert self.accepts(span), "a layer of a page goes once, and in order"
-        self._range(span)[:] = span.layer_end
+        span_end = span.page_start + span.num_pages
+        runs: list[tuple[int, int]] = []
+        for start, end, gone in self._bounded():
+            _append(runs, start, min(end, span.page_start), gone)
+            _append(runs, max(start, span.page_start), min(end, span_end), span.layer_end)
+            _append(runs, max(start, span_end), end, gone)
+        self._runs = runs
         self._latest = span
 
     def _is_in_order(self, span: Span) -> bool:
@@ -88,7 +94,18 @@ class PageLayers:
             latest.page_start + latest.num_pages,
         ):
             return True
-        return span.page_start == int((self._gone < self.num_layers).argmax())
+        return span.page_start == next(
+            (start for start, gone in self._runs if gone < self.num_layers), self._num_pages
+        )
 
-    def _range(self, span: Span) -> npt.NDArray[np.int32]:
-        return self._gone[span.page_start : span.page_start + span.num_pages]
+    def _bounded(self) -> Iterator[tuple[int, int, int]]:
+        """The runs with their ends."""
+        runs = self._runs
+        for index, (start, gone) in enumerate(runs):
+            yield start, runs[index + 1][0] if index + 1 < len(runs) else self._num_pages, gone
+
+
+def _append(runs: list[tuple[int, int]], start: int, end: int, gone: int) -> None:
+    """To what comes before `start`; nothing when the run is empty."""
+    if start < end and (not runs or runs[-1][1] != gone):
+        runs.append((start, gone))

@@ -2,7 +2,7 @@
 
 The engine's thread writes and posts by itself, in the order of its calls, and waits for nothing:
 
-    engine    sends messages; posts what prefill sends behind its gather, and tells its header
+    engine    sends messages; announces pieces, and posts what prefill sends behind its gather
     run       reads control frames; posts what decode receives
     complete  waits for what was posted, in order; tells digests, or the engine that bytes came
     beat      says now and then that this side lives; writes what the connection did not take at once
@@ -70,12 +70,12 @@ class Channel(ABC):
     def is_open(self) -> bool:
         return self._is_open
 
-    def send(self, message: TransferMessage) -> None:
-        """Never waits. Raises `channel_lost`."""
+    def send(self, *messages: TransferMessage) -> None:
+        """In one go. Never waits. Raises `channel_lost`."""
         if not self._is_open:
             raise not_open(self.peer)
         try:
-            if not self._frames.post(transfer_message.encode(message)):
+            if not self._frames.post(*map(transfer_message.encode, messages)):
                 self._wakes_beat.set()
         except PhloemError as error:
             self.fail(error)

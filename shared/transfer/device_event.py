@@ -22,7 +22,8 @@ class RecordedEvent:
     Polls: `cudaEventSynchronize` knows no deadline.
     """
 
-    def __init__(self, event: Any) -> None:  # torch does not type its events
+    def __init__(self, event: Any) -> None:
+        """`event`: a `CudaEvent`, or torch's own, which is not typed."""
         self._event = event
 
     def done(self) -> bool:
@@ -41,7 +42,7 @@ class RecordedEvent:
 
     def hold_back(self, stream: torch.cuda.Stream) -> None:
         """What `stream` is given from now on begins after this, on the device."""
-        stream.wait_event(self._event)
+        self._event.wait(stream)
 
 
 class DeviceEvent(RecordedEvent):

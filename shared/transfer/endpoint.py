@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from phloem.shared.errors import PhloemError
 from phloem.shared.host_port import split_host_port
@@ -130,9 +130,14 @@ class TransferEndpoint:
         if channel is not None:
             channel.give_back(slot)
 
+    def announce(self, peer: PeerRef, pieces: Sequence[Piece]) -> None:
+        """Tells decode at once of pieces that are sent next, in this order, so that it posts their receives.
+        Not long before: a receive that waits for bytes takes a part of decode's device."""
+        self._open_prefill_channel(peer).announce(pieces)
+
     def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
-        """Sends the header, `slot.tensor[:piece.num_bytes]` once `gathered` is done, and its digest. The slot
-        is the endpoint's again."""
+        """Sends `slot.tensor[:piece.num_bytes]` once `gathered` is done, its digest, and its header if that
+        was not announced. The slot is the endpoint's again."""
         self._open_prefill_channel(peer).send_piece(piece, slot, gathered)
 
     def send_last(self, peer: PeerRef, message: Last) -> None:

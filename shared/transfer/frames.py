@@ -6,7 +6,6 @@ A frame is a 4-byte big-endian length and as many bytes. An empty frame says onl
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import socket
 import struct
@@ -14,10 +13,10 @@ import threading
 import time
 
 from phloem.shared.transfer.errors import channel_lost, protocol_violation, transfer_timeout
+from phloem.shared.transfer.socket_calls import SocketCalls
 
 _LENGTH = struct.Struct(">I")
 KEEPALIVE = b""
-_READ_BYTES = 65_536
 _MAX_UNSENT_BYTES = 4 * 1024 * 1024
 _TIMEOUT_S = 10.0  # until one is set
 
@@ -27,6 +26,7 @@ class FrameSocket:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._calls = SocketCalls()
         self._ahead = bytearray()  # read, but not asked for yet: a frame rarely comes alone, nor in parts
         self._writing = threading.Lock()  # guards the next one; nobody waits for the peer with it
         self._unsent = bytearray()
@@ -43,10 +43,12 @@ class FrameSocket:
         """The system has all that was written."""
         return not self._unsent
 
-    def post(self, payload: bytes) -> bool:
-        """Writes a frame without waiting for the peer; False: some of it is left, and `flush` is due."""
+    def post(self, *payloads: bytes) -> bool:
+        """Writes frames, at once, without waiting for the peer; False: something is left, and `flush` is
+        due."""
         with self._writing:
-            self._unsent += _LENGTH.pack(len(payload)) + payload
+            for payload in payloads:
+                self._unsent += _LENGTH.pack(len(payload)) + payload
             if len(self._unsent) > _MAX_UNSENT_BYTES:
                 raise transfer_timeout("the peer takes no control messages")
             return self._send_some()
@@ -63,8 +65,7 @@ class FrameSocket:
         self.flush()
 
     def read(self, max_bytes: int, deadline: float | None = None) -> bytes:
-        """One frame. `deadline` (of `time.monotonic`) bounds all of it, instead of each silence; only while
-        no other thread writes.
+        """One frame. `deadline` (of `time.monotonic`) bounds all of it, instead of each silence.
 
         Raises `channel_lost` when the peer closed, `transfer_timeout` when it is silent for too long,
         `transfer_protocol` when the frame is longer than `max_bytes`.
@@ -87,19 +88,30 @@ class FrameSocket:
         """As much as the system takes now; whether that was all."""
         try:
             while self._unsent:
-                del self._unsent[: os.write(self._socket.fileno(), self._unsent)]
-        except BlockingIOError:
-            return False
+                taken = self._calls.send(self._socket.fileno(), bytes(self._unsent))
+                if not taken:
+                    return False
+                del self._unsent[:taken]
         except OSError as error:
             raise channel_lost(f"control connection broke: {error}") from error
         return True
 
     def _wait_for_room(self) -> None:
+        if not self._wait(select.POLLOUT, self._socket.gettimeout() or _TIMEOUT_S):
+            raise transfer_timeout("the peer takes no control messages")
+
+    def _wait_for_bytes(self, deadline: float | None) -> None:
+        silence_s = self._socket.gettimeout() or _TIMEOUT_S
+        wait_s = silence_s if deadline is None else max(deadline - time.monotonic(), 0.001)
+        if not self._wait(select.POLLIN, wait_s):
+            raise transfer_timeout("the peer is silent")
+
+    def _wait(self, kind: int, timeout_s: float) -> bool:
+        """Until the socket is ready for it, or has failed; whether that is so."""
         poll = select.poll()
         try:
-            poll.register(self._socket, select.POLLOUT)
-            if not poll.poll(1e3 * (self._socket.gettimeout() or _TIMEOUT_S)):
-                raise transfer_timeout("the peer takes no control messages")
+            poll.register(self._socket, kind)
+            return bool(poll.poll(1e3 * timeout_s))
         except (OSError, ValueError) as error:  # ValueError: closed by now
             raise channel_lost(f"control connection broke: {error}") from error
 
@@ -112,11 +124,8 @@ class FrameSocket:
 
     def _read_some(self, deadline: float | None) -> bytes:
         try:
-            if deadline is not None:
-                self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
-            data = self._socket.recv(_READ_BYTES)
-        except TimeoutError as error:
-            raise transfer_timeout("the peer is silent") from error
+            while (data := self._calls.receive(self._socket.fileno())) is None:
+                self._wait_for_bytes(deadline)
         except OSError as error:
             raise channel_lost(f"control connection broke: {error}") from error
         if not data:

@@ -3,6 +3,11 @@
 torch's `send` makes a work object, records and awaits events of several streams, and takes the host some 50
 us; `ncclSend` is what remains of it when the caller keeps streams and events itself. Only these two are
 called so: torch makes the communicator, and aborts it.
+
+The first call connects to the peer, and waits for it: other threads have the interpreter meanwhile. Those
+after it only queue a kernel, and keep the interpreter, as `kernels.cuda_driver` does and for the same reason.
+NCCL itself has room for thousands of operations that the device has not begun; a channel has one for each
+slot.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ class NcclCalls:
         if not communicator:
             raise channel_lost("torch has no NCCL communicator for the channel")
         try:
-            library = ctypes.CDLL(_LIBRARY)
+            library, keeping = ctypes.CDLL(_LIBRARY), ctypes.PyDLL(_LIBRARY)
         except OSError as error:
             raise channel_lost(f"torch's NCCL can't be called: {error}") from error
         self._communicator = ctypes.c_void_p(communicator)
@@ -35,16 +40,19 @@ class NcclCalls:
         self._type = ctypes.c_int(_UINT8)
         # The address, count, type, peer, communicator and stream are given as such: no types are declared.
         self._send, self._receive = library.ncclSend, library.ncclRecv
+        self._send_at_once, self._receive_at_once = keeping.ncclSend, keeping.ncclRecv
         self._tell = library.ncclGetErrorString
         self._tell.restype = ctypes.c_char_p
 
     def send(self, data: Tensor, stream: torch.cuda.Stream) -> None:
         """Queues the sending of `data` (uint8, contiguous) in `stream`. Raises `channel_lost`."""
         self._call(self._send, data, stream)
+        self._send = self._send_at_once
 
     def receive(self, data: Tensor, stream: torch.cuda.Stream) -> None:
         """Queues the receiving of just as many bytes. Raises `channel_lost`."""
         self._call(self._receive, data, stream)
+        self._receive = self._receive_at_once
 
     def _call(self, function: ctypes._NamedFuncPointer, data: Tensor, stream: torch.cuda.Stream) -> None:
         result = function(

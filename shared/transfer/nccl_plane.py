@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from phloem.kernels.cuda_driver import CudaEvent, cuda_driver
 from phloem.shared.transfer.device_event import ArrivalEvent, RecordedEvent
 from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.nccl_calls import NcclCalls
@@ -18,6 +20,12 @@ from phloem.shared.transfer.pending import Incoming, Moved, Pending
 from phloem.shared.transfer.planes import RANKS, PlaneSpec
 from phloem.shared.transfer.rendezvous import ControlStore
 
+if TYPE_CHECKING:
+    from torch.cuda import Stream
+
+log = logging.getLogger(__name__)
+
+_LONG_ABORT_S = 1.0
 _ABORT_WAIT_S = 1.0  # for who is posting: it does so in some microseconds, or never
 
 
@@ -28,52 +36,47 @@ class NcclPlane:
     """
 
     def __init__(self, spec: PlaneSpec, store: ControlStore) -> None:
-        self._device = torch.device(spec.device)
+        device = torch.device(spec.device)
         self._group = join_group(spec, store)
-        with torch.cuda.device(self._device):
+        self._store = store  # torch asks it again, and keeps its C++ half only
+        with torch.cuda.device(device):
+            self._driver = cuda_driver(torch.cuda.current_device())
             self._calls = NcclCalls(self._group._comm_ptr(), 1 - RANKS[spec.side])
         take = spec.streams.take
-        self._link, self._readers = take(self._device), take(self._device)
-        self._posting_lock = threading.Lock()  # guards the next one, and the communicator
+        self._link, self._readers = take(device), take(device)
+        self._posting = threading.Lock()  # guards the next one, and the communicator
         self._aborted = False
 
     def post_send(self, data: Tensor, after: Moved | None = None) -> Pending:
-        with self._posting():
-            self._hold_back(after)
-            self._calls.send(data, self._link)
-            return RecordedEvent(self._end())
+        return RecordedEvent(self._post(self._calls.send, data, after))
 
     def post_receive(self, slot: Tensor, num_bytes: int, after: Moved | None = None) -> Incoming:
-        with self._posting():
-            self._hold_back(after)
-            self._calls.receive(slot[:num_bytes], self._link)
-            return ArrivalEvent(self._end(), self._readers)
+        return ArrivalEvent(self._post(self._calls.receive, slot[:num_bytes], after), self._readers)
 
     def abort(self) -> None:
-        got_it = self._posting_lock.acquire(timeout=_ABORT_WAIT_S)
+        """Returns when NCCL has let go of everything: before, nobody else may have the staging memory."""
+        began = time.monotonic()
+        got_it = self._posting.acquire(timeout=_ABORT_WAIT_S)
         self._aborted = True
         try:
             self._group.abort()
         finally:
             if got_it:
-                self._posting_lock.release()
+                self._posting.release()
+            if (took_s := time.monotonic() - began) > _LONG_ABORT_S:
+                log.warning("NCCL took %.1f s to give a channel up", took_s)
 
-    @contextmanager
-    def _posting(self) -> Iterator[None]:
-        with self._posting_lock, torch.cuda.device(self._device):
+    def _post(self, call: Callable[[Tensor, Stream], None], data: Tensor, after: Moved | None) -> CudaEvent:
+        """The event behind what was posted."""
+        with self._posting:
             if self._aborted:
                 raise channel_lost("the channel is being taken apart")
             try:
-                yield
+                if after is not None and not after.done():
+                    after.hold_back(self._link)
+                event = CudaEvent(self._driver)
+                call(data, self._link)
+                event.record(self._link)
             except RuntimeError as error:
                 raise channel_lost(f"the device failed: {error}") from error
-
-    def _hold_back(self, after: Moved | None) -> None:
-        if after is not None and not after.done():
-            after.hold_back(self._link)
-
-    def _end(self) -> Any:
-        """The event behind what was posted."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch does not type its events
-        event.record(self._link)
-        return event
+            return event

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,7 @@ from phloem.shared.transfer.planes import DataPlane, PlaneSpec
 from phloem.shared.transfer.staging import SendRing, StagingSlot
 from phloem.shared.transfer.stats import PeerMeter
 
-_NEXT_PIECE_S = 0.000_3  # within which the next piece of a hand-over is posted
+_NEXT_PIECE_S = 0.000_3  # within which a piece is posted that was announced with others
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,7 @@ class PrefillChannel(Channel):
         super().__init__(peer, name, plane_spec, frames, deliver, meter)
         self._ring = SendRing(slots, credits)
         self._sendings: Mailbox[_Sending] = Mailbox(len(slots))
+        self._announced: deque[Piece] = deque()  # and not posted yet
 
     def acquire(self) -> StagingSlot | None:
         if not self.is_open:
@@ -78,21 +79,28 @@ class PrefillChannel(Channel):
         if slot.channel_name == self.name:
             self._tell_if(self._ring.give_back(slot))
 
+    def announce(self, pieces: Sequence[Piece]) -> None:
+        """Sends their headers, in one go: decode posts its receives while they are gathered. Each has a slot
+        by now, and is sent next, in their order. Raises `channel_lost`."""
+        self._announced.extend(pieces)
+        self.send(*pieces)
+
     def send_piece(self, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
-        """Posts the bytes, to leave when the device has gathered them, and sends the header. Raises
-        `channel_lost`, also when the slot is of an older channel."""
+        """Posts the bytes, to leave when the device has gathered them; sends the header, if it was not
+        announced. Raises `channel_lost`, also when the slot is of an older channel."""
         plane = self._plane
         if slot.channel_name != self.name or plane is None:
             raise not_open(self.peer)
         assert 0 < piece.num_bytes <= slot.tensor.numel(), "the piece doesn't fit into the slot"
+        if not self._announced:
+            self.announce([piece])
+        assert self._announced.popleft() == piece, "what was announced is sent next"
         self._ring.sending(slot)
         try:
             pending = plane.post_send(slot.tensor[: piece.num_bytes], gathered)
         except PhloemError as error:
             self.fail(error)
             raise not_open(self.peer) from error
-        # Behind the post, where it costs nothing: what leaves first waits at the peer.
-        self.send(piece)
         self._sendings.put(_Sending(gathered, pending, slot, piece.num_bytes, time.monotonic()))
 
     @property
@@ -134,17 +142,27 @@ class PrefillChannel(Channel):
             self._tell_if(self._ring.sent(sending.slot))
 
     def _tell_digests(self, leaving: deque[tuple[_Sending, float]]) -> None:
-        """Of all that was posted by now, or soon; there is something then. They must not wait for the bytes
-        of the piece before."""
-        more_s = 0.0 if leaving else None
-        while (sending := self._sendings.get(more_s)) is not None:
+        """Of all that was posted by now, or is announced; there is something then. They must not wait for
+        the bytes of the piece before. Those that the device has by now go at once."""
+        digests: list[PieceDigest] = []
+        sending = self._sendings.get(0.0 if leaving else None)
+        while sending is not None:
             began_at = sending.posted_at
             if not sending.gathered.done():
+                self._send_all(digests)
                 sending.gathered.wait(self._deadline_from(began_at))
                 began_at = time.monotonic()  # until then the link was not what it waited for
-            self.send(PieceDigest(sending.gathered.digest()))
+            digests.append(PieceDigest(sending.gathered.digest()))
             leaving.append((sending, began_at))
-            more_s = more_s if more_s == 0.0 else _NEXT_PIECE_S
+            sending = self._sendings.get(0.0)
+            if sending is None:
+                self._send_all(digests)
+                sending = self._sendings.get(_NEXT_PIECE_S) if self._announced else None
+
+    def _send_all(self, digests: list[PieceDigest]) -> None:
+        if digests:
+            self.send(*digests)
+            digests.clear()
 
     def _close_completions(self) -> None:
         self._sendings.close()

@@ -143,7 +143,8 @@ class Wire:
         self.unreleased: list[PieceReceived] = []  # delivered to the decode side
         self._epoch = 0
         self._free: list[StagingSlot] = []
-        self._acquired: StagingSlot | None = None
+        self._acquired: deque[StagingSlot] = deque()
+        self._announced: deque[Piece] = deque()
         self._starved = False  # an acquire failed since the last `SlotAvailable`
         self._reset()
 
@@ -199,13 +200,18 @@ class Wire:
         if not self._free:
             self._starved = True
             return None
-        self._acquired = self._free.pop()
-        return self._acquired
+        self._acquired.append(self._free.pop())
+        return self._acquired[-1]
+
+    def announce(self, pieces: Sequence[Piece]) -> None:
+        assert not self._announced, "what was announced is sent before anything else is"
+        assert len(pieces) == len(self._acquired), "each has a slot"
+        self._announced.extend(pieces)
 
     def send_piece(self, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
-        assert slot is self._acquired, "a slot is acquired for exactly one piece"
+        assert piece == self._announced.popleft()
+        assert slot is self._acquired.popleft(), "a slot is acquired for exactly one piece"
         assert piece.num_bytes <= slot.tensor.numel()
-        self._acquired = None
         piece = msgspec.structs.replace(piece, digest=gathered.digest())
         self.to_decode.append(PieceReceived(P, piece, slot.tensor[: piece.num_bytes].clone(), slot))
 
@@ -223,7 +229,8 @@ class Wire:
         self.to_decode.clear()
         self.unreleased.clear()
         self._starved = False
-        self._acquired = None
+        self._acquired.clear()
+        self._announced.clear()
         self._free = [
             StagingSlot(index, str(self._epoch), torch.zeros(self.slot_bytes, dtype=torch.uint8))
             for index in range(self.num_slots)
@@ -246,6 +253,10 @@ class WireEnd:
     def acquire_slot(self, peer: PeerRef) -> StagingSlot | None:
         self._check(peer, "prefill")
         return self._wire.acquire()
+
+    def announce(self, peer: PeerRef, pieces: Sequence[Piece]) -> None:
+        self._check(peer, "prefill")
+        self._wire.announce(pieces)
 
     def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
         self._check(peer, "prefill")

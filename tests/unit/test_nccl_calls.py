@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -18,19 +19,23 @@ COMMUNICATOR, PEER, STREAM = 0x1230, 1, 0x4560
 
 @dataclass
 class Library:
-    """Records calls; `result` is what they return."""
+    """Records calls, and whether they keep the interpreter; `result` is what they return."""
 
     result: int = 0
     calls: list[tuple[str, list[Any]]] = field(default_factory=list)
+    kept: list[bool] = field(default_factory=list)
 
-    def ncclSend(self, *arguments: Any) -> int:
-        return self._called("send", arguments)
+    def loaded(self, *, keeps: bool) -> Any:
+        def called(name: str) -> Callable[..., int]:
+            return lambda *arguments: self._called(name, keeps, arguments)
 
-    def ncclRecv(self, *arguments: Any) -> int:
-        return self._called("receive", arguments)
+        return SimpleNamespace(
+            ncclSend=called("send"), ncclRecv=called("receive"), ncclGetErrorString=_Tell()
+        )
 
-    def _called(self, name: str, arguments: tuple[Any, ...]) -> int:
+    def _called(self, name: str, keeps: bool, arguments: tuple[Any, ...]) -> int:
         self.calls.append((name, [argument.value for argument in arguments]))
+        self.kept.append(keeps)
         return self.result
 
 
@@ -45,9 +50,8 @@ class _Tell:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     made = Library()
-    tell = _Tell()
-    loaded = SimpleNamespace(ncclSend=made.ncclSend, ncclRecv=made.ncclRecv, ncclGetErrorString=tell)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: loaded)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: made.loaded(keeps=False))
+    monkeypatch.setattr(ctypes, "PyDLL", lambda name: made.loaded(keeps=True))
     return made
 
 
@@ -60,6 +64,18 @@ def test_address_count_type_peer_communicator_and_stream_are_given(library: Libr
     data = torch.zeros(4096, dtype=torch.uint8)[64:1064]
     getattr(NcclCalls(COMMUNICATOR, PEER), name)(data, stream())
     assert library.calls == [(name, [data.data_ptr(), 1000, 1, PEER, COMMUNICATOR, STREAM])]
+
+
+@pytest.mark.parametrize("name", ["send", "receive"])
+def test_only_the_call_that_connects_lets_go_of_the_interpreter(library: Library, name: str) -> None:
+    calls, data = NcclCalls(COMMUNICATOR, PEER), torch.zeros(8, dtype=torch.uint8)
+    library.result = 1
+    with pytest.raises(PhloemError):
+        getattr(calls, name)(data, stream())
+    library.result = 0
+    for _ in range(3):
+        getattr(calls, name)(data, stream())
+    assert library.kept == [False, False, True, True]
 
 
 def test_failure_is_told_in_nccls_words(library: Library) -> None:

@@ -1,0 +1,137 @@
+"""The few calls of CUDA's driver that a hand-over's pieces wait for, made without a word to other threads.
+
+Whoever calls CUDA through torch, Triton or `cuda.bindings` lets go of Python's interpreter meanwhile, and
+gets it back when the thread that took it is done or has had its turn: 50 to 700 us for a call of 3 us, in a
+process whose threads all have a little to do. The calls here keep the interpreter. They may, since none of
+them waits for the device or a peer:
+
+- To record or query an event, or to make a stream wait for one, is to write or read a queue's end.
+- A launch waits when its stream's queue is full, after a thousand entries; a channel has a handful of pieces
+  under way, of three entries each, and steps are launched two ahead.
+- All take the driver's lock of the context. Others hold it for microseconds, but for allocations and the
+  loading of kernels, which are over before a worker serves, and which need no interpreter to end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from typing import Any
+
+_LIBRARY = "libcuda.so.1"
+_SUCCESS = 0
+_NOT_READY = 600  # CUDA_ERROR_NOT_READY
+_DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+
+_INT, _UINT, _POINTER = ctypes.c_int, ctypes.c_uint, ctypes.c_void_p
+_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "cuInit": (_UINT,),
+    "cuDeviceGet": (_POINTER, _INT),
+    "cuDevicePrimaryCtxRetain": (_POINTER, _INT),
+    "cuCtxSetCurrent": (_POINTER,),
+    "cuEventCreate": (_POINTER, _UINT),
+    "cuEventDestroy_v2": (_POINTER,),
+    "cuEventRecord": (_POINTER, _POINTER),
+    "cuEventQuery": (_POINTER,),
+    "cuStreamWaitEvent": (_POINTER, _POINTER, _UINT),
+    "cuLaunchKernel": (_POINTER, *[_UINT] * 7, _POINTER, _POINTER, _POINTER),
+    "cuGetErrorName": (_INT, _POINTER),
+}
+
+
+class CudaDriver:
+    """Of one device, in its primary context, which torch uses too. Thread-safe: a thread that calls has this
+    device from then on, for torch's calls as well. Streams, events and kernels are handles. All raise
+    `RuntimeError` when the driver refuses, also for what it failed at before."""
+
+    def __init__(self, library: Any, device: int) -> None:
+        """`library`: the driver's, whose functions keep the interpreter; `device`: as torch counts them."""
+        for name, arguments in _ARGUMENTS.items():
+            getattr(library, name).argtypes = arguments
+        self._library = library
+        self._here = threading.local()  # whether the thread has the context
+        handle, context = ctypes.c_int(), ctypes.c_void_p()
+        self._checked(library.cuInit(0))
+        self._checked(library.cuDeviceGet(ctypes.byref(handle), device))
+        self._checked(library.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle))
+        self._context = context
+
+    def new_event(self) -> int:
+        self._enter()
+        event = ctypes.c_void_p()
+        self._checked(self._library.cuEventCreate(ctypes.byref(event), _DISABLE_TIMING))
+        assert event.value is not None
+        return event.value
+
+    def drop_event(self, event: int) -> None:
+        """What waits for it on the device still does. A driver that ends, as a process does, may refuse."""
+        self._enter()
+        self._library.cuEventDestroy_v2(event)
+
+    def record(self, event: int, stream: int) -> None:
+        self._enter()
+        self._checked(self._library.cuEventRecord(event, stream))
+
+    def is_done(self, event: int) -> bool:
+        self._enter()
+        result = self._library.cuEventQuery(event)
+        if result != _NOT_READY:
+            self._checked(result)
+        return bool(result == _SUCCESS)
+
+    def hold_back(self, stream: int, event: int) -> None:
+        """What `stream` is given from now on begins, on the device, when `event` is done."""
+        self._enter()
+        self._checked(self._library.cuStreamWaitEvent(stream, event, 0))
+
+    def launch(
+        self, function: int, num_blocks: int, num_threads: int, shared_bytes: int, stream: int, arguments: Any
+    ) -> None:
+        """`arguments`: a ctypes array of the addresses of the kernel's arguments. They are read at once."""
+        self._enter()
+        self._checked(
+            self._library.cuLaunchKernel(
+                function, num_blocks, 1, 1, num_threads, 1, 1, shared_bytes, stream, arguments, None
+            )
+        )
+
+    def _enter(self) -> None:
+        if not hasattr(self._here, "entered"):
+            self._checked(self._library.cuCtxSetCurrent(self._context))
+            self._here.entered = True
+
+    def _checked(self, result: int) -> None:
+        if result != _SUCCESS:
+            name = ctypes.c_char_p()
+            self._library.cuGetErrorName(result, ctypes.byref(name))
+            raise RuntimeError(f"CUDA's driver fails: {(name.value or b'').decode() or result}")
+
+
+class CudaEvent:
+    """A place in a stream, of torch's `Event` what a hand-over needs; streams are torch's."""
+
+    def __init__(self, driver: CudaDriver) -> None:
+        self._driver = driver
+        self._handle = driver.new_event()
+        self._drop = driver.drop_event  # a module's names may be gone when the interpreter ends
+
+    def __del__(self) -> None:
+        if hasattr(self, "_drop"):
+            self._drop(self._handle)
+
+    def record(self, stream: Any) -> None:
+        self._driver.record(self._handle, stream.cuda_stream)
+
+    def query(self) -> bool:
+        return self._driver.is_done(self._handle)
+
+    def wait(self, stream: Any) -> None:
+        """What `stream` is given from now on begins, on the device, when this is done."""
+        self._driver.hold_back(stream.cuda_stream, self._handle)
+
+
+@functools.cache
+def cuda_driver(device: int) -> CudaDriver:
+    """The `device`-th of those that the process sees. Raises `OSError` where there is no driver."""
+    return CudaDriver(ctypes.PyDLL(_LIBRARY), device)
