@@ -3,11 +3,18 @@ cluster."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from phloem.services.gateway.api.refusals import (
+    CHAT_REFUSALS,
+    COMPLETION_REFUSALS,
+    NATIVE_REFUSALS,
+    NATIVE_SAMPLING_REFUSALS,
+)
 from tests.support.gateway import CONTEXT_LENGTH, MODEL, FakeGenerator
 from tests.support.gateway_errors import CHAT, COMPLETE, INVALID, USER, error_of
 
@@ -167,6 +174,13 @@ async def test_completion_field_that_would_be_lost_is_refused(
 ) -> None:
     response = await client.post(COMPLETE, json={"model": MODEL, "prompt": "x"} | wrong)
     assert error_of(response) == (400, INVALID, next(iter(wrong)), "unsupported_parameter")
+
+
+def test_every_refused_field_stands_in_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "gateway.md").read_text()
+    taken = {"spaces_between_special_tokens", "stream_interval"}  # whatever their value
+    refused = {*CHAT_REFUSALS, *COMPLETION_REFUSALS, *NATIVE_REFUSALS, *NATIVE_SAMPLING_REFUSALS} - taken
+    assert [name for name in sorted(refused) if f"`{name}`" not in page] == []
 
 
 async def test_unknown_and_harmless_fields_are_accepted(client: httpx.AsyncClient) -> None:
