@@ -17,7 +17,15 @@ from phloem.shared.discovery.registry import Registry
 from phloem.shared.protocol.cluster import Role
 from tests.support.cluster_client import NewWorker, running_client
 from tests.support.fake_worker import FakeWorker, fake_worker
-from tests.support.gateway import REPLY, FakeGenerator, encode, in_process, make_model_dir, reply_script
+from tests.support.gateway import (
+    REPLY,
+    FakeGenerator,
+    encode,
+    in_process,
+    make_gateway,
+    make_model_dir,
+    reply_script,
+)
 from tests.support.gateway import SECRET as GATEWAY_SECRET
 from tests.support.gateway_errors import bounded_gateway
 from tests.support.valkey import ValkeyServer, running_valkey
@@ -50,6 +58,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def generator(model_dir: Path) -> FakeGenerator:
     """In place of a cluster: answers `REPLY` to everything."""
     return FakeGenerator(reply_script(encode(model_dir, REPLY)))
+
+
+@pytest.fixture
+async def raw(model_dir: Path, generator: FakeGenerator) -> AsyncIterator[httpx.AsyncClient]:
+    """Plain HTTP to a gateway of its own in front of `generator`."""
+    async with in_process(make_gateway(model_dir, generator)) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

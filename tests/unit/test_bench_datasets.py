@@ -16,26 +16,16 @@ from phloem.shared.bench.datasets.options import DatasetOptions
 from phloem.shared.bench.datasets.registry import make_sessions
 from phloem.shared.bench.lengths import LengthRange, parse_lengths
 from phloem.shared.bench.prompt_source import DEFAULT_TOKEN_IDS, make_source
-from phloem.shared.bench.session import PromptKind, Session
+from phloem.shared.bench.session import PromptKind
 from phloem.shared.bench.token_counter import TokenCounter
 from phloem.shared.errors import ConfigError
+from tests.support.bench_sessions import MOONCAKE, take
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
 2023-11-16 18:15:50.9951690,396,109
 2023-11-16 18:15:51.2222830,5000,55
 """
-MOONCAKE = [
-    {"timestamp": 0, "input_length": 1100, "output_length": 50, "hash_ids": [0, 1, 2]},
-    {"timestamp": 2000, "input_length": 700, "output_length": 3, "hash_ids": [0, 3]},
-    {"timestamp": 3000, "input_length": 600, "output_length": 9, "hash_ids": [0]},
-]
-
-
-def take(
-    options: DatasetOptions, number: int, kind: PromptKind = "tokens", *, seed: int = 0
-) -> list[Session]:
-    return list(itertools.islice(make_sessions(options, make_source(kind, None), seed), number))
 
 
 def ids(added: bytes) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,9 @@ from phloem.shared.bench.options import LoadOptions
 from phloem.shared.bench.plan import SessionSupply, requests_of_round, schedule, warmup_sessions
 from phloem.shared.bench.prompt_source import make_source
 from phloem.shared.bench.protocol import ApiName, TargetSpec
-from phloem.shared.bench.session import PromptKind, Session, join_pieces, text_json
+from phloem.shared.bench.session import PromptKind, join_pieces, text_json
 from phloem.shared.errors import ConfigError
-
-MOONCAKE = [
-    {"timestamp": 0, "input_length": 1100, "output_length": 50, "hash_ids": [0, 1, 2]},
-    {"timestamp": 2000, "input_length": 700, "output_length": 3, "hash_ids": [0, 3]},
-    {"timestamp": 3000, "input_length": 600, "output_length": 9, "hash_ids": [0]},
-]
-
-
-def take(
-    options: DatasetOptions, number: int, kind: PromptKind = "tokens", *, seed: int = 0
-) -> list[Session]:
-    return list(itertools.islice(make_sessions(options, make_source(kind, None), seed), number))
+from tests.support.bench_sessions import MOONCAKE, take
 
 
 def test_rounds_share_out_all_requests() -> None:

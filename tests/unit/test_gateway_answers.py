@@ -41,12 +41,6 @@ async def client(model_dir: Path, generator: FakeGenerator) -> AsyncIterator[ope
         yield client
 
 
-@pytest.fixture
-async def raw(model_dir: Path, generator: FakeGenerator) -> AsyncIterator[httpx.AsyncClient]:
-    async with in_process(make_gateway(model_dir, generator)) as client:
-        yield client
-
-
 def decode(model_dir: Path, ids: list[int]) -> str:
     return Tokenizer.from_file(str(model_dir / "tokenizer.json")).decode(ids)
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
-import pytest
 
 from phloem.services.gateway.generation import GeneratedTokens
 from phloem.shared.errors import unavailable
@@ -18,15 +16,7 @@ from tests.support.gateway import (
     FakeGenerator,
     encode,
     events_of,
-    in_process,
-    make_gateway,
 )
-
-
-@pytest.fixture
-async def raw(model_dir: Path, generator: FakeGenerator) -> AsyncIterator[httpx.AsyncClient]:
-    async with in_process(make_gateway(model_dir, generator)) as client:
-        yield client
 
 
 async def test_generate_answers_as_sglang_does(

@@ -12,27 +12,15 @@ from prometheus_client import CollectorRegistry
 from phloem.shared.batch_queue import BatchQueue
 from phloem.shared.errors import unavailable
 from phloem.shared.protocol.engine import AuditReply, EngineMessage, GatewayOutputs, StepReport
-from phloem.shared.protocol.session import Ended, Hello, PeerRef, SamplingParams, SessionDown, Submit
+from phloem.shared.protocol.session import Ended, Hello, PeerRef, SessionDown
 from phloem.shared.worker.idle_audit import IdleAudit
 from phloem.shared.worker.metrics import WorkerMetrics
 from phloem.shared.worker.sessions import Sessions
+from tests.support.submits import EPOCH, submit
 from tests.support.waiting import until
 
 REST_S = 0.02
 CLEAN = AuditReply(1, [], 10, 10, 0, 0, 0, 0)
-
-
-def submit(name: str) -> Submit:
-    sampling = SamplingParams(max_tokens=5)
-    return Submit(
-        request_id=name,
-        attempt=1,
-        epoch=7,
-        phase="both",
-        token_ids=[1],
-        num_prompt_tokens=1,
-        sampling=sampling,
-    )
 
 
 class Worker:
@@ -43,7 +31,7 @@ class Worker:
         self._registry = CollectorRegistry()
         metrics = WorkerMetrics(self._registry)
         outbox: BatchQueue[EngineMessage] = BatchQueue(1000)
-        self.sessions = Sessions(PeerRef("w", 7), "unified", outbox, metrics, max_queued_messages=100)
+        self.sessions = Sessions(PeerRef("w", EPOCH), "unified", outbox, metrics, max_queued_messages=100)
         self._down: asyncio.Queue[SessionDown] = asyncio.Queue()
         self._audit = IdleAudit(self._answer, self.sessions, metrics, rest_s=REST_S)
         self.num_audits = 0

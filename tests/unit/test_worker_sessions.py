@@ -23,31 +23,18 @@ from phloem.shared.protocol.session import (
     Hello,
     LoadReport,
     PeerRef,
-    SamplingParams,
     SessionDown,
     StepMessage,
-    Submit,
     TokensOut,
     Welcome,
 )
 from phloem.shared.worker.gateway_session import MAX_BEFORE_LOAD
 from phloem.shared.worker.metrics import WorkerMetrics
 from phloem.shared.worker.sessions import Sessions
+from tests.support.submits import EPOCH, submit
 from tests.support.waiting import until
 
-ME = PeerRef("w1", 7)
-
-
-def submit(request_id: str) -> Submit:
-    return Submit(
-        request_id=request_id,
-        attempt=1,
-        epoch=7,
-        phase="both",
-        token_ids=[1],
-        num_prompt_tokens=1,
-        sampling=SamplingParams(max_tokens=5),
-    )
+ME = PeerRef("w1", EPOCH)
 
 
 def tokens(request_id: str) -> TokensOut:
