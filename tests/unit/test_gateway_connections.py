@@ -177,7 +177,7 @@ async def test_the_log_line_has_the_clients_own_name_of_the_request_within_bound
     caplog.set_level("INFO")
     async with in_process(gateway) as client:
         await client.get("/v1/models", headers={"x-request-id": "bench-0-1-2"})
-        await client.get("/v1/models", headers={"x-request-id": b"\x9b" + b"x" * 1000})
+        await client.get("/v1/models", headers={b"x-request-id": b"\x9b" + b"x" * 1000})
         answered = await client.get("/v1/models")
     lines = [vars(record) for record in caplog.records if record.message == "request"]
     assert lines[0]["client_request_id"] == "bench-0-1-2"
