@@ -32,6 +32,8 @@ def chat(
     conversation = Conversation(
         lambda messages: client.stream(name, messages, temperature=temperature, max_tokens=max_tokens), system
     )
+    with contextlib.suppress(ImportError):  # not every Python was built with it
+        import readline  # noqa: F401 - gives `input` line editing and a history
     answered = True
     with contextlib.suppress(EOFError):
         while (line := _prompt()) != "/exit":

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
+import select
+import subprocess
+import sys
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
@@ -15,6 +21,8 @@ from phloem.cli.chat import Conversation, choose_model
 from phloem.cli.chat_client import ChatClient
 from phloem.cli.main import run
 from phloem.shared.errors import PhloemError
+
+DEADLINE_S = 20.0
 
 
 class Script:
@@ -172,3 +180,32 @@ def test_chat_exits_with_1_when_the_last_question_failed(
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     script.status, script.body = 200, events("Paris")
     assert run(["chat", "--url", url]) == 0
+
+
+def test_earlier_questions_come_back_with_the_arrow_keys(server: tuple[str, Script]) -> None:
+    url, script = server
+    script.body = events("Paris")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "phloem.cli.main", "chat", "--url", url]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True) as child:
+        os.close(theirs)
+        try:
+            for line, num_asked in ((b"capital?\n", 1), (b"\x1b[A\n", 2)):
+                os.write(ours, line)
+                _read_until(ours, lambda wanted=num_asked: len(script.asked) == wanted)  # type: ignore[misc]
+            os.write(ours, b"/exit\n")
+            assert child.wait(DEADLINE_S) == 0
+        finally:
+            child.kill()
+            os.close(ours)
+    questions = [asked["messages"][-1]["content"] for asked in script.asked]  # type: ignore[index]
+    assert questions == ["capital?", "capital?"]
+
+
+def _read_until(terminal: int, done: Callable[[], bool]) -> None:
+    """Reads what the child writes, so that it never waits for a full terminal."""
+    give_up_at = time.monotonic() + DEADLINE_S
+    while not done():
+        assert time.monotonic() < give_up_at
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 4096)
