@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from phloem.shared.engine.handover import Channels, PageStore
@@ -49,54 +49,45 @@ class PieceSender:
         for plan in plans:
             if plan.gone is not None and plan.error is None:
                 try:
-                    self._send(plan, self._take_computed(plan, plan.gone))
+                    self._send(plan, list(self._computed(plan, plan.gone)))
                 except PhloemError as error:
                     plan.error = error.info
 
-    def _take_computed(self, plan: SendPlan, gone: PageLayers) -> list[_Ready]:
-        """What goes now; it counts as gone."""
-        ready: list[_Ready] = []
+    def _computed(self, plan: SendPlan, gone: PageLayers) -> Iterator[_Ready]:
+        """What may go now; it counts as gone."""
         while plan.chunks:
             chunk = plan.chunks[0]
             if plan.request.num_computed_tokens < chunk.num_tokens:
-                break  # retracted: its pages are gone
-            self._take_groups(plan, gone, chunk, ready)
+                return  # retracted: its pages are gone
+            yield from self._computed_groups(plan, gone, chunk)
             if not chunk.is_sent:
-                break
+                return
             plan.chunks.popleft()
-        return ready
 
-    def _take_groups(self, plan: SendPlan, gone: PageLayers, chunk: Chunk, ready: list[_Ready]) -> None:
+    def _computed_groups(self, plan: SendPlan, gone: PageLayers, chunk: Chunk) -> Iterator[_Ready]:
         """The groups of layers that are computed, while there are staging slots."""
         while chunk.marks:
             layer_end, mark = chunk.marks[0]
             if not mark.done():
                 self._awaited.append(mark)
                 return
-            if not self._take_pages(plan, gone, chunk.num_pages, layer_end, ready):
-                return
+            while (run := gone.next_run(chunk.num_pages, layer_end)) is not None:
+                slot = self._channels.acquire_slot(plan.peer)
+                if slot is None:
+                    return
+                yield self._ready(plan, gone, run, slot)
             chunk.marks.popleft()
             chunk.is_sent = layer_end == self._store.num_layers
 
-    def _take_pages(
-        self, plan: SendPlan, gone: PageLayers, num_pages: int, layer_end: int, ready: list[_Ready]
-    ) -> bool:
-        """Whether layers below `layer_end` of the first pages are gone; otherwise a slot is missing."""
-        layer_page_bytes = self._store.layer_page_bytes
-        while (run := gone.next_run(num_pages, layer_end)) is not None:
-            slot = self._channels.acquire_slot(plan.peer)
-            if slot is None:
-                return False
-            is_first = not plan.num_pieces and not ready
-            size = next_piece_bytes(
-                run.layers_of_pages() * layer_page_bytes, slot.tensor.numel(), is_first=is_first
-            )
-            span = run.head(size, layer_page_bytes)
-            gone.note(span)
-            num_bytes = span.layers_of_pages() * layer_page_bytes
-            piece = Piece(plan.request.request_id, plan.request.attempt, *span, num_bytes)
-            ready.append(_Ready(piece, span, slot))
-        return True
+    def _ready(self, plan: SendPlan, gone: PageLayers, run: Span, slot: StagingSlot) -> _Ready:
+        layer_page_bytes, is_first = self._store.layer_page_bytes, not gone.has_begun
+        size = next_piece_bytes(
+            run.layers_of_pages() * layer_page_bytes, slot.tensor.numel(), is_first=is_first
+        )
+        span = run.head(size, layer_page_bytes)
+        gone.note(span)
+        num_bytes = span.layers_of_pages() * layer_page_bytes
+        return _Ready(Piece(plan.request.request_id, plan.request.attempt, *span, num_bytes), span, slot)
 
     def _send(self, plan: SendPlan, ready: list[_Ready]) -> None:
         if not ready:

@@ -26,9 +26,9 @@ class Span(NamedTuple):
         """Its first pages, as many as `num_bytes` hold; of a page that is larger its first layers."""
         num_pages = num_bytes // (layer_page_bytes * (self.layer_end - self.layer_start))
         if num_pages:
-            return self._replace(num_pages=min(num_pages, self.num_pages))
+            return Span(self.page_start, min(num_pages, self.num_pages), self.layer_start, self.layer_end)
         num_layers = max(1, num_bytes // layer_page_bytes)
-        return self._replace(num_pages=1, layer_end=self.layer_start + num_layers)
+        return Span(self.page_start, 1, self.layer_start, self.layer_start + num_layers)
 
 
 class PageLayers:
@@ -54,6 +54,11 @@ class PageLayers:
     def is_complete(self) -> bool:
         return all(gone == self.num_layers for _, gone in self._runs)
 
+    @property
+    def has_begun(self) -> bool:
+        """Something has gone."""
+        return self._latest is not None
+
     def next_run(self, num_pages: int, layer_end: int) -> Span | None:
         """Of the layers below `layer_end` of the first `num_pages` pages what goes next, in one or several
         spans: neighbouring pages that have come equally far. None: all have gone."""
@@ -76,14 +81,17 @@ class PageLayers:
         )
 
     def note(self, span: Span) -> None:
-        """The span has gone."""
-        assert self.accepts(span), "a layer of a page goes once, and in order"
+        """The span has gone: one that is accepted, such as the head of a next run."""
         span_end = span.page_start + span.num_pages
         runs: list[tuple[int, int]] = []
         for start, end, gone in self._bounded():
-            _append(runs, start, min(end, span.page_start), gone)
+            if end <= span.page_start or start >= span_end:
+                _append(runs, start, end, gone)
+                continue
+            assert gone == span.layer_start, "a layer of a page goes once, and in order"
+            _append(runs, start, span.page_start, gone)
             _append(runs, max(start, span.page_start), min(end, span_end), span.layer_end)
-            _append(runs, max(start, span_end), end, gone)
+            _append(runs, span_end, end, gone)
         self._runs = runs
         self._latest = span
 

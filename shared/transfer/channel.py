@@ -131,6 +131,10 @@ class Channel(ABC):
         """Raises `transfer_protocol` for what this side must not be sent."""
 
     @abstractmethod
+    def _on_silence(self) -> None:
+        """All that the peer has sent by now is handled."""
+
+    @abstractmethod
     def _on_end_of_stream(self, error: PhloemError) -> None:
         """Nothing more can be read: sees to it that the channel fails."""
 
@@ -157,6 +161,8 @@ class Channel(ABC):
                 self._on_message(message, plane)
 
     def _read(self) -> bytes | None:
+        if not self._frames.has_frame:
+            self._on_silence()
         try:
             return self._frames.read(MAX_FRAME_BYTES)
         except PhloemError as error:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import msgspec
 import torch
@@ -33,6 +33,7 @@ from phloem.shared.transfer.stats import PeerMeter
 
 _MAX_ARRIVALS = 256  # messages and pieces that wait for bytes before them; CUDA queues a thousand launches
 _LAST_BYTES_S = 1.0  # that posted receives get once the peer has left
+_WATCH_S = 0.000_5  # between two looks at bytes that the engine waits for as well
 _ONE_CREDIT = Credit(1)
 
 
@@ -65,6 +66,7 @@ class DecodeChannel(Channel):
         self._staging_bytes = slots[0].tensor.numel()
         self._ring = ReceiveRing(slots)
         self._arrivals: Mailbox[_Arrival] = Mailbox(_MAX_ARRIVALS)
+        self._posted: deque[_Receiving] = deque()  # and not given to the completing thread yet
         self._untold: deque[SentDigest] = deque()  # of the pieces whose digests have not come
         self._runs_ahead = False  # the device waits for bytes, the engine does not
 
@@ -110,6 +112,7 @@ class DecodeChannel(Channel):
         if self._runs_ahead:
             self._tell(message)
         else:
+            self._on_silence()
             self._arrivals.put(message, self._timeout_s)
 
     def _tell(self, message: Last | Cancel) -> None:
@@ -125,16 +128,23 @@ class DecodeChannel(Channel):
         posted_at = time.monotonic()
         pending = plane.post_receive(slot.tensor, header.num_bytes, after)
         data = slot.tensor[: header.num_bytes]
-        if isinstance(pending, Incoming):
-            piece = PieceReceived(self.peer, header, data, slot, pending, sent_digest)
+        if self._runs_ahead:
+            incoming = cast(Incoming, pending)
+            piece = PieceReceived(self.peer, header, data, slot, incoming, sent_digest)
             self._emit(piece)
         else:
             piece = PieceReceived(self.peer, header, data, slot)
-        self._arrivals.put(_Receiving(piece, sent_digest, pending, posted_at), self._timeout_s)
+        self._posted.append(_Receiving(piece, sent_digest, pending, posted_at))
+
+    def _on_silence(self) -> None:
+        """Only now does the completing thread wake up: it would take the interpreter from the engine's."""
+        while self._posted:
+            self._arrivals.put(self._posted.popleft(), self._timeout_s)
 
     def _on_end_of_stream(self, error: PhloemError) -> None:
         # What came before the end is good: a peer that drains hands its last request over and leaves. Its
         # bytes are on their way, or the peer is dead and NCCL would wait for them until the deadline.
+        self._on_silence()
         self._arrivals.put(error.info, self._timeout_s)
         if not self._failed.wait(_LAST_BYTES_S):
             self.fail(error)
@@ -153,6 +163,8 @@ class DecodeChannel(Channel):
                     raise AssertionError("get without a timeout gives an item")
 
     def _receive(self, arrival: _Receiving) -> None:
+        if self._runs_ahead:
+            _watch(arrival.pending, self._deadline_from(arrival.posted_at))
         arrival.pending.wait(self._deadline_from(arrival.posted_at))
         self._meter.received(arrival.piece.header.num_bytes, arrival.posted_at, time.monotonic())
         digest = arrival.sent_digest.wait(max(0.0, self._deadline_from(arrival.posted_at)))
@@ -164,6 +176,14 @@ class DecodeChannel(Channel):
 
     def _close_completions(self) -> None:
         self._arrivals.close()
+
+
+def _watch(pending: Pending, timeout_s: float) -> None:
+    """Until it is done, or the time is over. The engine looks by itself, and often; this looks so seldom that
+    it is not in the way."""
+    deadline = time.monotonic() + timeout_s
+    while not pending.done() and time.monotonic() < deadline:
+        time.sleep(_WATCH_S)
 
 
 def check_header(piece: Piece, staging_bytes: int) -> None:

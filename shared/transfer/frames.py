@@ -64,6 +64,12 @@ class FrameSocket:
         self.post(payload)
         self.flush()
 
+    @property
+    def has_frame(self) -> bool:
+        """For who reads: `read` returns at once."""
+        ahead = self._ahead
+        return len(ahead) >= _LENGTH.size and len(ahead) - _LENGTH.size >= _LENGTH.unpack_from(ahead)[0]
+
     def read(self, max_bytes: int, deadline: float | None = None) -> bytes:
         """One frame. `deadline` (of `time.monotonic`) bounds all of it, instead of each silence.
 

@@ -83,6 +83,7 @@ class PrefillChannel(Channel):
         """Sends their headers, in one go: decode posts its receives while they are gathered. Each has a slot
         by now, and is sent next, in their order. Raises `channel_lost`."""
         self._announced.extend(pieces)
+        self._ring.announcing(len(pieces))
         self.send(*pieces)
 
     def send_piece(self, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
@@ -128,6 +129,9 @@ class PrefillChannel(Channel):
                 self._emit(CancelReceived(self.peer, self.side, message))
             case _:
                 raise protocol_violation(f"decode sent {type(message).__name__}")
+
+    def _on_silence(self) -> None:
+        pass
 
     def _on_end_of_stream(self, error: PhloemError) -> None:
         self.fail(error)

@@ -42,7 +42,7 @@ class SendRing:
         self._acquired: set[int] = set()
         self._credits = credits
         self._num_leaving = 0  # pieces whose bytes are still in their slots
-        self._num_uncredited = 0  # pieces sent for which no Credit came yet
+        self._num_uncredited = 0  # pieces announced for which no Credit came yet
         self._starved = False
         self._lock = threading.Lock()
 
@@ -65,12 +65,16 @@ class SendRing:
             self._credits += 1
             return self._relieved()
 
+    def announcing(self, num_pieces: int) -> None:
+        """The peer is told of pieces, and may give their credits back before they are sent."""
+        with self._lock:
+            self._num_uncredited += num_pieces
+
     def sending(self, slot: StagingSlot) -> None:
         """An acquired slot goes on its way."""
         with self._lock:
             self._leave(slot)
             self._num_leaving += 1
-            self._num_uncredited += 1
 
     def sent(self, slot: StagingSlot) -> bool:
         """The bytes have left the slot."""
@@ -86,7 +90,7 @@ class SendRing:
             return self._num_leaving == 0 and self._num_uncredited == 0
 
     def credit(self, num_slots: int) -> bool:
-        """Raises `transfer_protocol` when the peer credits what was never sent."""
+        """Raises `transfer_protocol` when the peer credits what it was never told of."""
         with self._lock:
             if not 1 <= num_slots <= self._num_uncredited:
                 raise protocol_violation(f"{num_slots} credits for {self._num_uncredited} pieces")

@@ -242,7 +242,9 @@ def test_mailbox_is_idle_only_when_the_getter_came_back() -> None:
 @given(
     num_slots=st.integers(1, 4),
     credits=st.integers(1, 6),
-    choices=st.lists(st.sampled_from(["acquire", "give_back", "send", "sent", "credit"]), max_size=60),
+    choices=st.lists(
+        st.sampled_from(["acquire", "give_back", "announce", "send", "sent", "credit"]), max_size=60
+    ),
 )
 def test_send_ring_never_has_more_out_than_slots_and_credits(
     num_slots: int, credits: int, choices: list[str]
@@ -250,35 +252,43 @@ def test_send_ring_never_has_more_out_than_slots_and_credits(
     slots = make_slots(num_slots, 1)
     ring = SendRing(slots, credits)
     acquired: list[StagingSlot] = []
+    announced: list[StagingSlot] = []
     sending: list[StagingSlot] = []
     uncredited = 0
+
+    def can_acquire() -> bool:
+        num_out = len(acquired) + len(announced) + len(sending)
+        return num_out < num_slots and len(acquired) + uncredited < credits
+
     starved = False
     for choice in choices:
         relieved = False
         if choice == "acquire":
+            can = can_acquire()
             slot = ring.acquire()
-            can = len(acquired) + len(sending) < num_slots and len(acquired) + uncredited < credits
             assert (slot is not None) == can
             starved = starved or slot is None
             if slot is not None:
-                assert slot not in acquired and slot not in sending
+                assert slot not in acquired and slot not in announced and slot not in sending
                 acquired.append(slot)
         elif choice == "give_back" and acquired:
             relieved = ring.give_back(acquired.pop())
-        elif choice == "send" and acquired:
-            sending.append(acquired.pop(0))
-            ring.sending(sending[-1])
+        elif choice == "announce" and acquired:
+            announced.append(acquired.pop(0))
+            ring.announcing(1)
             uncredited += 1
+        elif choice == "send" and announced:
+            sending.append(announced.pop(0))
+            ring.sending(sending[-1])
         elif choice == "sent" and sending:
             relieved = ring.sent(sending.pop(0))
         elif choice == "credit" and uncredited:
             uncredited -= 1
             relieved = ring.credit(1)
-        can = len(acquired) + len(sending) < num_slots and len(acquired) + uncredited < credits
         if choice != "acquire":
-            assert relieved <= (starved and can)
+            assert relieved <= (starved and can_acquire())
             starved = starved and not relieved
-            assert not (starved and can), "a starved engine is told"
+            assert not (starved and can_acquire()), "a starved engine is told"
         assert ring.is_idle == (not uncredited and not sending)
 
 
