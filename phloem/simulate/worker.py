@@ -124,6 +124,7 @@ class SimWorker:
     # -- what comes in ---------------------------------------------------------------------------------
 
     def submit(self, submit: Submit) -> Request:
+        """Queues a request, as an engine's intake does."""
         self._order += 1
         request = Request(
             submit,

@@ -80,6 +80,8 @@ class IndexService:
             return Attached(await self._slots.attach(message.worker))
 
     async def on_publish(self, message: Publish) -> Published:
+        """Applies a worker's changes. Raises `PhloemError`: what is malformed, a gap in its sequence (it then
+        publishes everything), a slot that is not its own, Redis away."""
         with self._measured("Publish"):
             _check_worker_id(message.worker.worker_id)
             _check_slot(message.slot)

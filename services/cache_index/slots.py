@@ -74,6 +74,7 @@ class Slots:
         return slot
 
     async def table(self, timeout_s: float | None = None) -> SlotTable:
+        """Who has which slot now. Raises `PhloemError` (`redis_unavailable`)."""
         reply = await self._link.script(
             layout.READ_SLOTS, (layout.SLOTS, layout.VERSION), (), timeout_s=timeout_s
         )

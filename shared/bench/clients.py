@@ -80,7 +80,7 @@ class ClientGroup:
         await asyncio.gather(*(client.close() for client in self._clients), return_exceptions=True)
 
     async def run_block(self, start: StartBlock, sessions: Iterator[Session]) -> BlockResult:
-        """Runs one block to its end, `sessions` shared out in turn."""
+        """Runs one block to its end, `sessions` shared out in turn. Raises the first client's error."""
         feed = _Feed(sessions, self._num_clients)
         for client in self._clients:
             await client.prepare(_share(start, client.index, self._num_clients), feed)
@@ -186,7 +186,7 @@ class _Client:
             await self._feed(start.block, feed)
 
     async def run_block(self, begin: Begin, feed: _Feed) -> tuple[list[RequestRecord], LagSamples]:
-        """Begins the prepared block and feeds it to its end."""
+        """Begins the prepared block and feeds it to its end. Raises `PhloemError` when the client dies."""
         await self.send(begin)
         while True:
             match await self._events.get():

@@ -75,7 +75,10 @@ class RedisLink:
         self._client = aioredis.Redis.from_pool(pool)
 
     async def command(self, *args: Argument, timeout_s: float | None = None) -> Any:
-        """Any: the reply's type depends on the command; the caller narrows it."""
+        """The reply of one command. Any: its type depends on the command; the caller narrows it.
+
+        Raises `PhloemError` (`redis_unavailable`, retryable) past `timeout_s` (None: the link's own), and for
+        whatever else goes wrong."""
         try:
             async with asyncio.timeout(timeout_s or self.timeout_s):
                 return await self._client.execute_command(*args)  # type: ignore[no-untyped-call]
@@ -83,7 +86,7 @@ class RedisLink:
             raise self._unavailable(error) from error
 
     async def pipeline(self, commands: Sequence[Command], timeout_s: float | None = None) -> list[Any]:
-        """Sends all commands in one write; not a transaction."""
+        """Sends all commands in one write; not a transaction. Raises as `command` does."""
         try:
             async with (
                 asyncio.timeout(timeout_s or self.timeout_s),
@@ -102,7 +105,8 @@ class RedisLink:
         args: Sequence[Argument],
         timeout_s: float | None = None,
     ) -> Any:
-        """Runs a script atomically. Any: as for `command`."""
+        """Runs a script atomically; sends its source only where Redis doesn't have it. Any, and raises: as
+        for `command`."""
         tail = (len(keys), *keys, *args)
         try:
             async with asyncio.timeout(timeout_s or self.timeout_s):

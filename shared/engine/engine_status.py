@@ -34,6 +34,7 @@ class EngineStatus:
         self.transfer = TransferStatus()
 
     def load(self) -> WorkerLoad:
+        """For every report: counts and moving averages, nothing that takes a walk."""
         scheduler = self._scheduler
         return WorkerLoad(
             num_running=scheduler.num_running,
@@ -52,6 +53,7 @@ class EngineStatus:
         )
 
     def audit(self, tag: int) -> AuditReply:
+        """Walks over all pages and tree nodes: tens of milliseconds in a large pool."""
         requests = self._scheduler.requests()
         return AuditReply(
             tag,

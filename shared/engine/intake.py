@@ -37,6 +37,7 @@ class Intake:
         self._num_requests = 0
 
     def submit(self, message: EngineSubmit) -> None:
+        """Takes a request in, or answers at once why not."""
         submit = message.submit
         self._num_requests += 1
         request = Request(

@@ -174,7 +174,8 @@ class ModelLoading:
 
 @contextmanager
 def out_of_memory_as(explain: Callable[[], PhloemError]) -> Iterator[None]:
-    """Turns torch's out-of-memory errors, of a device or of the host, into what `explain` returns."""
+    """Turns torch's out-of-memory errors, of a device or of the host, into what `explain` returns, and
+    raises that."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError

@@ -30,6 +30,7 @@ class Codec(Generic[T]):
         return self._encoder.encode(message)
 
     def decode(self, data: bytes | bytearray | memoryview) -> T:
+        """Raises `PhloemError` (`bad_message`) when it is too long, or no such message."""
         if len(data) > self._max_bytes:
             raise PhloemError("bad_message", f"message of {len(data)} bytes is over {self._max_bytes}")
         try:

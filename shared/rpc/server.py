@@ -54,6 +54,9 @@ class RpcServer:
         response: Codec[Response],
         handler: Callable[[Request], Awaitable[Response]],
     ) -> None:
+        """Serves a call with one request and one response, to peers that show the token. A `PhloemError` of
+        the handler reaches the caller as it is; of anything else it learns no more than that."""
+
         async def call(data: bytes, context: Context) -> bytes:
             await self._authenticate(context)
             try:

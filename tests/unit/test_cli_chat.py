@@ -7,11 +7,13 @@ import json
 import os
 import pty
 import select
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
@@ -115,6 +117,19 @@ def test_unreachable_server_is_retryable_and_not_healthy() -> None:
     assert not client.is_healthy()
     with pytest.raises(PhloemError) as caught:
         client.models()
+    assert (caught.value.code, caught.value.retryable) == ("gateway_unreachable", True)
+
+
+def test_server_that_stops_in_the_middle_of_its_answer_is_unreachable_too() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = ChatClient(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout_s=0.2)
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(client.models)
+            accepted, _ = listener.accept()
+            with accepted:
+                accepted.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{")
+                with pytest.raises(PhloemError) as caught:
+                    asking.result(DEADLINE_S)
     assert (caught.value.code, caught.value.retryable) == ("gateway_unreachable", True)
 
 

@@ -104,6 +104,7 @@ class RequestState:
         }
 
     def on_tokens(self, worker: PeerRef, output: TokensOut) -> None:
+        """Merges what a worker made, by index; what came before, or of an earlier attempt, is dropped."""
         leg = self._open_leg(worker, output.attempt)
         if leg is None or self.decided:
             return
@@ -123,6 +124,7 @@ class RequestState:
             self._proof_needed = False
 
     def on_ended(self, worker: PeerRef, ended: Ended) -> None:
+        """A worker is done with its part: well, or so that the attempt fails."""
         leg = self._open_leg(worker, ended.attempt)
         if leg is None:
             return

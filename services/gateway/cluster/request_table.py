@@ -54,6 +54,7 @@ class RequestTable:
         self._new.pop(worker, None)
 
     def add(self, live: LiveRequest) -> None:
+        """From now on outputs for its id go to it. Raises `PhloemError` (400, `duplicate_request`)."""
         request_id = live.state.request.request_id
         if request_id in self._requests:
             raise invalid_request(f"request id {request_id!r} is in use", code="duplicate_request")

@@ -79,6 +79,8 @@ class SealedTokenizer:
         }
 
     def encode(self, rendered: str, shield: Shield) -> list[int]:
+        """Token ids of a rendered conversation; the control tokens that `shield` hid in it stay text. Raises
+        `PhloemError` (400, `control_token_in_text`) where the vocabulary leaves no way to do that."""
         sealed = self._control_tokens.replace(rendered, self._aliases.__getitem__)
         [encoding] = self._backend.encode_batch_fast([shield.reveal(sealed)], add_special_tokens=False)
         ids: list[int] = encoding.ids

@@ -43,7 +43,8 @@ def trace_rows(path: Path) -> Iterator[TraceRow]:
 
 
 def mooncake_rows(path: Path) -> Iterator[TraceRow]:
-    """One request per line; equal hash ids are equal content at equal places."""
+    """One request per line; equal hash ids are equal content at equal places. Raises `ConfigError` with the
+    line."""
     decoder = msgspec.json.Decoder(_MooncakeLine)
     with path.open("rb") as lines:
         for index, line in enumerate(lines):
@@ -55,7 +56,7 @@ def mooncake_rows(path: Path) -> Iterator[TraceRow]:
 
 
 def azure_rows(path: Path) -> Iterator[TraceRow]:
-    """One request per row; the trace knows lengths and times only."""
+    """One request per row; the trace knows lengths and times only. Raises `ConfigError` with the row."""
     first: datetime | None = None
     with path.open(encoding="utf-8", newline="") as rows:
         for index, row in enumerate(csv.DictReader(rows)):

@@ -44,6 +44,8 @@ class ProcessCompiler:
         self._child: _Child | None = None
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """Waits for the child, within its deadline. Raises `PhloemError` (400, `bad_grammar`) with the
+        compiler's words, or when the child had to be killed; the next grammar starts another."""
         if self._child is not None and self._child.process.poll() is not None:
             self.close()  # killed while it had nothing to do: not this grammar's fault
         child = self._child = self._child or self._start()

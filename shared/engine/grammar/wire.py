@@ -46,7 +46,8 @@ class CompilerSocket:
         self._socket = sock
 
     def send(self, message: Answer | Grammar, timeout_s: float | None = None) -> None:
-        """Waits for ever without a time-out."""
+        """Waits for ever without a time-out. Raises `TimeoutError`, and `EOFError` when the other side has
+        gone."""
         data = _encode(message)
         self._socket.settimeout(timeout_s)
         try:

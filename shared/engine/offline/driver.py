@@ -61,7 +61,8 @@ class Driver:
         self.noting_s += time.perf_counter() - start
 
     def note(self, message: EngineUp) -> None:
-        """Takes what a message says about the requests; no work of the engine."""
+        """Takes what a message says about the requests; no work of the engine. Raises `PhloemError`
+        (`bench_failed`) when one failed."""
         if not isinstance(message, StepReport):
             return
         num_tokens = 0

@@ -70,7 +70,8 @@ def resolve_dtype(name: str, model_dir: Path, device: torch.device) -> torch.dty
     """The dtype of weights and activations. `auto` is the model's own on a GPU, and float32 on a CPU.
 
     In bfloat16 the demo model's first answer is within rounding of another one, and which comes out depends
-    on how the prompt was cut into chunks; `bfloat16` is there for who prefers twice the speed.
+    on how the prompt was cut into chunks; `bfloat16` is there for who prefers twice the speed. Raises
+    `ConfigError` for a name that is none.
     """
     if name == "auto":
         stored = DTYPES.get(load_model_config(model_dir).dtype, torch.float32)
