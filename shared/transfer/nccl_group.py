@@ -15,6 +15,10 @@ from phloem.shared.transfer.link_terms import set_link_terms
 from phloem.shared.transfer.planes import RANKS, PlaneSpec
 from phloem.shared.transfer.rendezvous import ControlStore
 
+# For torch's abort alone, which waits until NCCL has freed its memory, and so for the device. The deadlines
+# of a channel are its own, and for everybody else it has ended when it is aborted.
+_ABORT_S = 60.0
+
 
 def join_group(spec: PlaneSpec, store: ControlStore) -> Any:
     """The group of one communicator, which serves both directions: the operations of a channel are in one
@@ -27,7 +31,7 @@ def join_group(spec: PlaneSpec, store: ControlStore) -> Any:
     _bind_nccl_to(spec.host)
     device = torch.device(spec.device)
     options = ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=spec.timeout_s)
+    options._timeout = timedelta(seconds=max(spec.timeout_s, _ABORT_S))
     options.config.max_ctas = spec.max_ctas
     options.is_high_priority_stream = True  # few and short, among matmuls that fill the device
     try:

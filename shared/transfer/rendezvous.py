@@ -51,7 +51,7 @@ class ControlStore(Store):
         return all(key in self._values for key in keys)
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        timeout_s = self._timeout_s if timeout is None else timeout.total_seconds()
+        timeout_s = self._timeout_s if timeout is None else min(self._timeout_s, timeout.total_seconds())
         deadline = time.monotonic() + timeout_s
         while not self.check(keys):
             self._read(deadline)
