@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -62,11 +62,9 @@ class PageLayers:
     def next_run(self, num_pages: int, layer_end: int) -> Span | None:
         """Of the layers below `layer_end` of the first `num_pages` pages what goes next, in one or several
         spans: neighbouring pages that have come equally far. None: all have gone."""
-        for start, end, gone in self._bounded():
-            if start >= num_pages:
-                break
-            if gone < layer_end:
-                return Span(start, min(end, num_pages) - start, gone, layer_end)
+        for index, (start, gone) in enumerate(self._runs):
+            if gone < layer_end and start < num_pages:
+                return Span(start, min(self._end(index), num_pages) - start, gone, layer_end)
         return None
 
     def accepts(self, span: Span) -> bool:
@@ -76,22 +74,25 @@ class PageLayers:
         if not 0 <= span.layer_start < span.layer_end <= self.num_layers:
             return False
         return self._is_in_order(span) and any(
-            start <= span.page_start and span.page_start + span.num_pages <= end and gone == span.layer_start
-            for start, end, gone in self._bounded()
+            start <= span.page_start
+            and span.page_start + span.num_pages <= self._end(index)
+            and gone == span.layer_start
+            for index, (start, gone) in enumerate(self._runs)
         )
 
     def note(self, span: Span) -> None:
         """The span has gone: one that is accepted, such as the head of a next run."""
-        span_end = span.page_start + span.num_pages
+        first, after = span.page_start, span.page_start + span.num_pages
         runs: list[tuple[int, int]] = []
-        for start, end, gone in self._bounded():
-            if end <= span.page_start or start >= span_end:
+        for index, (start, gone) in enumerate(self._runs):
+            end = self._end(index)
+            if end <= first or start >= after:
                 _append(runs, start, end, gone)
                 continue
             assert gone == span.layer_start, "a layer of a page goes once, and in order"
-            _append(runs, start, span.page_start, gone)
-            _append(runs, max(start, span.page_start), min(end, span_end), span.layer_end)
-            _append(runs, span_end, end, gone)
+            _append(runs, start, first, gone)
+            _append(runs, max(start, first), min(end, after), span.layer_end)
+            _append(runs, after, end, gone)
         self._runs = runs
         self._latest = span
 
@@ -106,11 +107,9 @@ class PageLayers:
             (start for start, gone in self._runs if gone < self.num_layers), self._num_pages
         )
 
-    def _bounded(self) -> Iterator[tuple[int, int, int]]:
-        """The runs with their ends."""
-        runs = self._runs
-        for index, (start, gone) in enumerate(runs):
-            yield start, runs[index + 1][0] if index + 1 < len(runs) else self._num_pages, gone
+    def _end(self, index: int) -> int:
+        """Of a run."""
+        return self._runs[index + 1][0] if index + 1 < len(self._runs) else self._num_pages
 
 
 def _append(runs: list[tuple[int, int]], start: int, end: int, gone: int) -> None:

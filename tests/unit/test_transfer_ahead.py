@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -21,12 +22,19 @@ from phloem.shared.protocol.transfer import (
     Credit,
     Last,
     PieceDigest,
+    Ready,
     TransferMessage,
     transfer_message,
 )
 from phloem.shared.transfer import channel
 from phloem.shared.transfer.errors import transfer_timeout
-from phloem.shared.transfer.events import CancelReceived, ChannelLost, LastReceived, PieceReceived
+from phloem.shared.transfer.events import (
+    CancelReceived,
+    ChannelLost,
+    LastReceived,
+    PieceReceived,
+    ReadyReceived,
+)
 from phloem.shared.transfer.pending import Moved, MovedNow, Pending
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec, open_plane
 from phloem.shared.transfer.rendezvous import ControlStore
@@ -259,3 +267,26 @@ def test_header_leaves_while_the_pages_are_gathered_and_the_digest_follows(prefi
         assert next_message(rogue) == PieceDigest(77)
         wait_until(lambda: prefill.endpoint.stats()[DECODE].pieces_sent == 1)
         assert prefill.endpoint.stats()[DECODE].send_s < 0.1
+
+
+def test_pieces_announced_together_are_credited_before_they_are_sent(prefill: Recorded) -> None:
+    """Decode's credit may overtake prefill's own posting."""
+    with rogue_decode(prefill) as rogue:
+        assert rogue.plane is not None
+        slots = [prefill.endpoint.acquire_slot(DECODE) for _ in range(2)]
+        headers = [GOOD, msgspec.structs.replace(GOOD, page_start=GOOD.page_start + GOOD.num_pages)]
+        prefill.endpoint.announce(DECODE, headers)
+        assert [next_message(rogue), next_message(rogue)] == headers
+        rogue.frames.write(transfer_message.encode(Credit(2)))
+        rogue.frames.write(transfer_message.encode(Ready("r", 1, 0)))
+        prefill.next(ReadyReceived)  # and so the credits before it
+        data = torch.zeros(GOOD.num_bytes, dtype=torch.uint8)
+        for fill, (header, slot) in enumerate(zip(headers, slots, strict=True), 1):
+            assert slot is not None
+            slot.tensor[: GOOD.num_bytes] = fill
+            prefill.endpoint.send_piece(DECODE, header, slot, MovedNow(fill))
+            rogue.plane.post_receive(data, GOOD.num_bytes).wait(5.0)
+            assert int(data.sum()) == fill * GOOD.num_bytes
+        assert [next_message(rogue), next_message(rogue)] == [PieceDigest(1), PieceDigest(2)]
+        wait_until(lambda: prefill.endpoint.stats()[DECODE].pieces_sent == 2)
+        assert prefill.endpoint.is_open(DECODE, "prefill")
