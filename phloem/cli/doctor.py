@@ -169,18 +169,17 @@ def check_port(port: int) -> Check:
     try:
         require_free_port("127.0.0.1", port, "--port")
     except PhloemError as error:
-        served = _served_at(port)
-        found = f"in use by a running gateway, which serves {served}" if served else str(error)
-        return Check(f"port {port}", "note", found)
+        return Check(f"port {port}", "note", _gateway_at(port) or str(error))
     return Check(f"port {port}", "ok", "free")
 
 
-def _served_at(port: int) -> str:
-    """The models of a gateway on `port` of this machine; "" when there is none that says so."""
+def _gateway_at(port: int) -> str:
+    """What is to be said of a gateway on `port` of this machine; "" when there is none."""
     try:
-        return ", ".join(ChatClient(f"http://127.0.0.1:{port}", timeout_s=_GATEWAY_TIMEOUT_S).models())
-    except PhloemError:
-        return ""
+        served = ChatClient(f"http://127.0.0.1:{port}", timeout_s=_GATEWAY_TIMEOUT_S).models()
+    except PhloemError as error:
+        return "in use by a running gateway, which asks for a key" if error.code == "invalid_api_key" else ""
+    return f"in use by a running gateway, which serves {', '.join(served)}"
 
 
 def check_redis(url: str) -> Check:

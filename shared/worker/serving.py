@@ -27,7 +27,7 @@ from phloem.shared.worker.metrics import WorkerMetrics
 from phloem.shared.worker.peers import Peers
 from phloem.shared.worker.registration import Registration
 from phloem.shared.worker.service import WorkerService
-from phloem.shared.worker.sessions import Sessions
+from phloem.shared.worker.sessions import WORKER_STOPPED, Sessions
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class ServingWorker:
 
 
 def _stopped() -> PhloemError:
-    return unavailable("the worker has stopped", code="worker_stopped")
+    return unavailable("the worker has stopped", code=WORKER_STOPPED)
 
 
 def _first(errors: BaseExceptionGroup[PhloemError]) -> PhloemError:

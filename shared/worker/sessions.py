@@ -27,6 +27,7 @@ from phloem.shared.worker.metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
 
+WORKER_STOPPED = "worker_stopped"  # as it was told to
 HELLO_TIMEOUT_S = 5.0
 
 
@@ -204,7 +205,8 @@ class Sessions:
             self._forget(session)
 
     def _end(self, session: GatewaySession, error: PhloemError) -> None:
-        log.warning("session ended: %s", error, extra={"gateway": session.gateway_id})
+        level = logging.INFO if error.code == WORKER_STOPPED else logging.WARNING
+        log.log(level, "session ended: %s", error, extra={"gateway": session.gateway_id})
         session.fail(error)
         self._forget(session)
 

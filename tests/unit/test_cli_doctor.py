@@ -11,6 +11,7 @@ import pytest
 from phloem.cli.doctor import Check, check_gpus, check_port, check_python, check_redis, describe_gpus
 from phloem.cli.main import run
 from phloem.cli.up.ports import bound_socket, free_port
+from phloem.services.gateway.config import GatewayConfig
 from phloem.shared.engine.gpu_report import GpuReport
 from tests.support.gateway import MODEL, FakeGenerator, make_gateway, over_http
 
@@ -33,6 +34,10 @@ async def test_a_port_that_a_gateway_has_says_so(model_dir: Path, generator: Fak
     async with over_http(make_gateway(model_dir, generator)) as url:
         check = await asyncio.to_thread(check_port, int(url.rpartition(":")[2]))
     assert check == Check(check.what, "note", f"in use by a running gateway, which serves {MODEL}")
+    closed = make_gateway(model_dir, generator, GatewayConfig(api_key=("key",)))
+    async with over_http(closed) as url:
+        check = await asyncio.to_thread(check_port, int(url.rpartition(":")[2]))
+    assert check.found == "in use by a running gateway, which asks for a key"
 
 
 def test_machine_without_a_gpu_is_no_problem() -> None:

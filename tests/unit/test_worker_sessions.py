@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterable
 
 import pytest
@@ -157,3 +158,16 @@ async def test_gateway_that_hangs_up_ends_its_session_without_an_error() -> None
 
     stream = sessions_with(BatchQueue(10)).serve(brief())
     assert [type(message) async for message in stream] == [Welcome]
+
+
+async def test_a_session_that_ends_with_its_worker_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for code, level in (("worker_stopped", "INFO"), ("engine_died", "WARNING")):
+        sessions = sessions_with(BatchQueue(10))
+        stream = sessions.serve(endless([Hello("g")]))
+        await anext(stream)
+        sessions.close(unavailable("gone", code=code))
+        with pytest.raises(PhloemError):
+            await anext(stream)
+        ended = [record for record in caplog.records if "session ended" in record.getMessage()]
+        assert ended[-1].levelname == level
