@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_event_is_done_or_not_ready(library: Library, driver: CudaDriver, result
 def test_failure_is_told_by_its_name(library: Library, driver: CudaDriver, name: str) -> None:
     library.results[name] = ILLEGAL_ADDRESS
     event = CudaEvent(driver)
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "cuEventQuery": event.query,
         "cuEventRecord": lambda: event.record(stream()),
         "cuStreamWaitEvent": lambda: event.wait(stream()),
