@@ -18,9 +18,9 @@ NVLINK_CHUNK_BYTES = 128 * 1024
 # The smallest pieces, with some room, that cross with all CTAs. Nothing crosses while the first piece of a
 # hand-over is gathered and while the last one is scattered.
 EDGE_PIECE_BYTES = 32 * (MAX_CTAS // 2) * NVLINK_CHUNK_BYTES + 4 * 2**20
-# A piece costs the interpreter of each side some 0.3 ms, spread over its threads (an estimate), and 128 MiB
-# cross in 0.38 ms. A slot and its credit are back 0.5 to 0.9 ms after its bytes have crossed, so that three
-# to four slots of 128 MiB keep the link busy.
+# 128 MiB cross in 0.4 ms. A credit is back when decode's host has queued the scatter, mostly before the bytes
+# have come; prefill's slot is free when the host has seen them leave, up to 0.2 ms late, and the engine then
+# posts the next piece. Two slots would do for the link, the others bear a host that is busy with a step.
 STAGING_BYTES = 128 * 1024 * 1024
 STAGING_SLOTS = 4
 MAX_PEERS = 8  # of a host of eight GPUs all others, on one side or the other
