@@ -99,7 +99,7 @@ class PieceSender:
     def _send(self, plan: SendPlan, ready: list[_Ready]) -> None:
         if not ready:
             return
-        self._channels.announce(plan.peer, [item.piece for item in ready])
+        self._channels.announce(plan.peer, [item.piece for item in ready], [item.slot for item in ready])
         for piece, span, slot in ready:
             gathered = self._store.gather(
                 span.of(plan.request.page_ids),

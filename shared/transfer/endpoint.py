@@ -130,10 +130,10 @@ class TransferEndpoint:
         if channel is not None:
             channel.give_back(slot)
 
-    def announce(self, peer: PeerRef, pieces: Sequence[Piece]) -> None:
-        """Tells decode at once of pieces that are sent next, in this order, so that it posts their receives.
-        Not long before: a receive that waits for bytes takes a part of decode's device."""
-        self._open_prefill_channel(peer).announce(pieces)
+    def announce(self, peer: PeerRef, pieces: Sequence[Piece], slots: Sequence[StagingSlot]) -> None:
+        """Tells decode at once of pieces that are sent next, in this order and these slots, so that it posts
+        their receives. Not long before: a receive that waits for bytes takes a part of decode's device."""
+        self._open_prefill_channel(peer).announce(pieces, slots)
 
     def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
         """Sends `slot.tensor[:piece.num_bytes]` once `gathered` is done, its digest, and its header if that

@@ -79,9 +79,11 @@ class PrefillChannel(Channel):
         if slot.channel_name == self.name:
             self._tell_if(self._ring.give_back(slot))
 
-    def announce(self, pieces: Sequence[Piece]) -> None:
-        """Sends their headers, in one go: decode posts its receives while they are gathered. Each has a slot
-        by now, and is sent next, in their order. Raises `channel_lost`."""
+    def announce(self, pieces: Sequence[Piece], slots: Sequence[StagingSlot]) -> None:
+        """Sends their headers, in one go: decode posts its receives while they are gathered. Each is sent
+        next, in its slot, in their order. Raises `channel_lost`, also when a slot is of an older channel."""
+        if any(slot.channel_name != self.name for slot in slots):
+            raise not_open(self.peer)
         self._announced.extend(pieces)
         self._ring.announcing(len(pieces))
         self.send(*pieces)
@@ -94,7 +96,7 @@ class PrefillChannel(Channel):
             raise not_open(self.peer)
         assert 0 < piece.num_bytes <= slot.tensor.numel(), "the piece doesn't fit into the slot"
         if not self._announced:
-            self.announce([piece])
+            self.announce([piece], [slot])
         assert self._announced.popleft() == piece, "what was announced is sent next"
         self._ring.sending(slot)
         try:

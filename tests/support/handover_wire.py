@@ -203,9 +203,9 @@ class Wire:
         self._acquired.append(self._free.pop())
         return self._acquired[-1]
 
-    def announce(self, pieces: Sequence[Piece]) -> None:
+    def announce(self, pieces: Sequence[Piece], slots: Sequence[StagingSlot]) -> None:
         assert not self._announced, "what was announced is sent before anything else is"
-        assert len(pieces) == len(self._acquired), "each has a slot"
+        assert len(pieces) == len(slots) and list(self._acquired) == list(slots), "each has a slot"
         self._announced.extend(pieces)
 
     def send_piece(self, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
@@ -254,9 +254,9 @@ class WireEnd:
         self._check(peer, "prefill")
         return self._wire.acquire()
 
-    def announce(self, peer: PeerRef, pieces: Sequence[Piece]) -> None:
+    def announce(self, peer: PeerRef, pieces: Sequence[Piece], slots: Sequence[StagingSlot]) -> None:
         self._check(peer, "prefill")
-        self._wire.announce(pieces)
+        self._wire.announce(pieces, slots)
 
     def send_piece(self, peer: PeerRef, piece: Piece, slot: StagingSlot, gathered: Moved) -> None:
         self._check(peer, "prefill")

@@ -273,16 +273,15 @@ def test_pieces_announced_together_are_credited_before_they_are_sent(prefill: Re
     """Decode's credit may overtake prefill's own posting."""
     with rogue_decode(prefill) as rogue:
         assert rogue.plane is not None
-        slots = [prefill.endpoint.acquire_slot(DECODE) for _ in range(2)]
+        slots = [slot for _ in range(2) if (slot := prefill.endpoint.acquire_slot(DECODE)) is not None]
         headers = [GOOD, msgspec.structs.replace(GOOD, page_start=GOOD.page_start + GOOD.num_pages)]
-        prefill.endpoint.announce(DECODE, headers)
+        prefill.endpoint.announce(DECODE, headers, slots)
         assert [next_message(rogue), next_message(rogue)] == headers
         rogue.frames.write(transfer_message.encode(Credit(2)))
         rogue.frames.write(transfer_message.encode(Ready("r", 1, 0)))
         prefill.next(ReadyReceived)  # and so the credits before it
         data = torch.zeros(GOOD.num_bytes, dtype=torch.uint8)
         for fill, (header, slot) in enumerate(zip(headers, slots, strict=True), 1):
-            assert slot is not None
             slot.tensor[: GOOD.num_bytes] = fill
             prefill.endpoint.send_piece(DECODE, header, slot, MovedNow(fill))
             rogue.plane.post_receive(data, GOOD.num_bytes).wait(5.0)

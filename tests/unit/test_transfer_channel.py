@@ -164,6 +164,8 @@ def test_slot_and_piece_of_an_older_channel_do_not_touch_the_new_one(pair: Pair)
 
     with pytest.raises(PhloemError):
         pair.prefill.endpoint.send_piece(DECODE, piece("r"), old_slot, MovedNow(0))
+    with pytest.raises(PhloemError):
+        pair.prefill.endpoint.announce(DECODE, [piece("r")], [old_slot])
     pair.prefill.endpoint.give_back(DECODE, old_slot)
     pair.decode.endpoint.release(old_piece)
     for page in range(NUM_SLOTS):
