@@ -6,6 +6,7 @@ Both through `cuda.bindings`, which PyTorch's CUDA builds bring with NVRTC itsel
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -76,13 +77,20 @@ def compile_cuda(
 ) -> bytes:
     """The machine code. headers: what `#include` finds, by name; `architecture` as NVRTC spells it: `sm_90a`.
 
-    Raises CudaError with the compiler's log.
+    What this process compiled before is returned at once. Raises CudaError with the compiler's log.
     """
+    return _compiled(source, tuple(headers.items()), tuple(defines.items()), architecture)
+
+
+@functools.cache
+def _compiled(
+    source: str, headers: tuple[tuple[str, str], ...], defines: tuple[tuple[str, int], ...], architecture: str
+) -> bytes:
     nvrtc = bindings("nvrtc")
-    names, texts = [name.encode() for name in headers], [text.encode() for text in headers.values()]
+    names, texts = [name.encode() for name, _ in headers], [text.encode() for _, text in headers]
     program = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"phloem.cu", len(names), texts, names))
     options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
-    options += [f"-D{name}={value}".encode() for name, value in defines.items()]
+    options += [f"-D{name}={value}".encode() for name, value in defines]
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
