@@ -5,8 +5,9 @@
 Random weights; the step in several launches beside it. The floor is the bytes of weights and KV over what a
 sum reads in the same run. The time line has medians over the middle layers, in us, counted from the end of
 the phase before (its last block): its span; when the first and the last block begin; when half of the blocks
-have their first unit, their last unit, have written; when the last block has its last unit. Attention has no
-units: there it is scores, and parts written.
+have their first unit, their last unit, have written, have told it; when the last block has its last unit, has
+written. Attention begins, in each block, when its queries are there: no block waits for all of qkv. It has no
+units: there it is scores, and parts written; half of the blocks have written when their parts are joined.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def traced(decoder: Decoder, kv: KVCache, plan: LaunchPlan, rows: DecodeRows) ->
 
 def show_time_line(times: Float64Array) -> None:
     layers = len(times) // len(PHASES)
-    names = ("span", "first", "last", "unit 1", "unit n", "written", "all n")
+    names = ("span", "first", "last", "unit 1", "unit n", "written", "told", "all n", "all w")
     print(f"{'us':10} " + " ".join(f"{name:>7}" for name in names))
     for place, name in enumerate(PHASES):
         phases = range((layers // 4) * len(PHASES) + place, (layers - layers // 4) * len(PHASES), len(PHASES))
@@ -113,7 +114,17 @@ def _line(phase: Float64Array, name: str) -> list[float]:
     def median(stamp: int) -> float:
         return float(np.median(phase[stamp][phase[stamp] >= begun]))  # blocks without work leave none
 
-    return [phase[5].max(), begun, phase[0].max(), median(first), median(last), median(4), phase[last].max()]
+    return [
+        phase[5].max(),
+        begun,
+        phase[0].max(),
+        median(first),
+        median(last),
+        median(4),
+        median(5),
+        phase[last].max(),
+        phase[4].max(),
+    ]
 
 
 @torch.inference_mode()

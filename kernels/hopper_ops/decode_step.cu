@@ -1,7 +1,7 @@
 // A whole decode step of few rows in one launch, at the speed of memory, on Hopper.
 //
 //   phase     a matrix product out[m][n] = sum_k x[m][k] * w[n][k], or attention; the next begins when all blocks
-//             have ended it
+//             have ended it, but attention when its queries, keys and values are there
 //   block     one per multiprocessor; has whole rows of the weight, 16 at least, so that nobody waits for others' sums
 //   pass      up to 2 tiles of 16 rows, through all of k
 //   unit      of a pass: 256 inputs of its rows (8 KB a tile), with the same inputs of x
@@ -31,6 +31,7 @@ __device__ __forceinline__ void bring_weights(const Step& s, Ring ring) {
     const Phase p = s.phases[index];
     if (p.kind == ATTENDS) continue;
     bool gated = p.kind == GATED;
+    bool calm = CALM_UNITS + ASKED_UNITS > 0 && index > 0 && s.phases[index - 1].kind == ATTENDS;
     int units = (p.k + BK - 1) / BK;
     Share share(p);
 #pragma unroll 1
@@ -38,10 +39,17 @@ __device__ __forceinline__ void bring_weights(const Step& s, Ring ring) {
       int tile = share.tile + done, tiles = min(TILES, share.count - done);
 #pragma unroll 1
       for (int count = 0, unit = first_unit(units); count < units; ++count, unit = unit + 1 == units ? 0 : unit + 1) {
+        if (ASKED_UNITS > 0 && calm && done == 0 && count == STAGES)  // the ring is full, and others attend
+#pragma unroll 1
+          for (int i = 0; i < min(ASKED_UNITS, units - count); ++i) {
+            int later = unit + i < units ? unit + i : unit + i - units;
+            for (int t = 0; t < tiles; ++t) ask_weight(map, later, (tile + t) * TILE);
+          }
         await(ring.empty + 8 * ring.stage, ring.parity ^ 1);
         // What waits in the memory's queues makes everybody else wait: no more than keeps them busy.
-        if (brought >= WINDOW) {
-          int before = brought - WINDOW;
+        int window = calm && done == 0 && count < CALM_UNITS ? CALM_WINDOW : WINDOW;
+        if (brought >= window) {
+          int before = brought - window;
           await(ring.weights + 8 * (before % STAGES), before / STAGES & 1);
         }
         ++brought;
@@ -61,7 +69,7 @@ __device__ __forceinline__ void bring_weights(const Step& s, Ring ring) {
   }
 }
 
-__device__ __forceinline__ void bring_rows(const Step& s, Ring ring) {
+__device__ __forceinline__ void bring_rows(const Step& s, const Turn& turn, Ring ring) {
 #pragma unroll 1
   for (int index = 0; index < s.num_phases; ++index) {
     const Phase p = s.phases[index];
@@ -69,10 +77,10 @@ __device__ __forceinline__ void bring_rows(const Step& s, Ring ring) {
     const TensorMap* map = s.x_maps + p.x_map;
     int units = (p.k + BK - 1) / BK, bytes = s.num_rows * BK * 2;
     Share share(p);
-    if (share.count == 0) continue;  // and nobody here would know when the end of the phase before is forgotten
+    if (share.count == 0) continue;
     know_map(map);
     if (index > 0) {
-      await_all(s.ended + index - 1);
+      await_all(s.ended + index - 1, turn);
       asm volatile("fence.proxy.async.global;" ::: "memory");
     }
 #pragma unroll 1
@@ -92,8 +100,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode_step(const 
   extern __shared__ char raw[];
   __shared__ float factor[8];  // of rows, also of those that the fragments have beyond MAX_ROWS
   __shared__ union { float pool[TILES * WARPS * REGS * 32]; AttentionScratch attention; } scratch;
-  __shared__ int is_last;
   __shared__ u64 barriers[3 * STAGES];
+  __shared__ FirstItem first_item;
   __shared__ Phase phase[2];  // this one and the next: what is far away is asked for a phase ahead
   int thread = threadIdx.x;
   u32 first = shared_address(barriers);
@@ -110,46 +118,40 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode_step(const 
   __syncthreads();
   if (thread >= THREADS) {
     if (thread == THREADS) bring_weights(s, ring);
-    if (thread == THREADS + 32) bring_rows(s, ring);
+    if (thread == THREADS + 32) bring_rows(s, Turn(s), ring);
     return;
   }
+  Turn turn(s);
   auto fetch_phase = [&](int index) {
     constexpr int WORDS = sizeof(Phase) / 8;
     if (thread < WORDS && index < s.num_phases)
       ((u64*)&phase[index % 2])[thread] = ((const u64*)(s.phases + index))[thread];
   };
   fetch_phase(0);
+  first_item.find(s);
   meet();
 #pragma unroll 1
   for (int index = 0; index < s.num_phases; ++index) {
     fetch_phase(index + 1);
-    auto begin_phase = [&] {
-      if (index == 0) return;
-      if (thread == 0) {
-        await_all(s.ended + index - 1);
-        if (blockIdx.x == 0 && index > 1) s.ended[index - 2] = 0;  // all have seen it
-      }
-      meet();
-    };
     const Phase& p = phase[index % 2];
     if (p.kind == ATTENDS) {
-      attend_phase(s, p, scratch.attention, &is_last, index, [&] { begin_phase(); STAMP(true, 0); });
+      attend_phase(s, p, first_item, scratch.attention, turn, index);
     } else {
-      begin_phase();
+      if (index > 0) {
+        if (thread == 0) await_all(s.ended + index - 1, turn);
+        meet();
+      }
       STAMP(true, 0);
-      multiply_phase(s, p, ring, factor, scratch.pool, index);
+      multiply_phase(s, p, ring, factor, scratch.pool, turn, index);
     }
     STAMP(true, 4);
-    if (index + 1 < s.num_phases) tell_ended(s, index);
+    if (p.in_words) meet();  // of this block only: its scratch has other uses now
+    else if (index + 1 < s.num_phases) tell_ended(s, index);
     STAMP(true, 5);
   }
   meet();
   if (thread == 0) {
     __threadfence();
-    int* launch_ended = s.ended + s.num_phases;
-    if (atomicAdd(launch_ended, 1) == (int)gridDim.x - 1) {
-      *launch_ended = 0;
-      if (s.num_phases > 1) s.ended[s.num_phases - 2] = 0;
-    }
+    if (atomicAdd(s.ended + s.num_phases, 1) + 1 == turn.all_ended) ++*s.launch;  // all have read it
   }
 }

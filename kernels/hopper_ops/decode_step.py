@@ -89,14 +89,15 @@ class OneLaunchStep:
             return torch.zeros((MAX_ROWS, width), dtype=dtype, device=device)
 
         self._residual, self._scaled = empty(shape.hidden_size), empty(shape.hidden_size)
-        self._qkv = empty(queries + 2 * shape.num_kv_heads * shape.head_dim)
+        # Two bytes of a word's tag for each of its data; no launch has tag 0.
+        self._qkv = empty(2 * (queries + 2 * shape.num_kv_heads * shape.head_dim))
         self._attended, self._gated = empty(queries), empty(shape.intermediate_size)
         self._logits = empty(shape.vocab_size, torch.float32)
         self._squares = empty(shape.hidden_size // _TILE, torch.float32)
         items = num_items(MAX_ROWS, shape.num_kv_heads)
-        self._item_sums = torch.empty(items * queries, dtype=torch.float32, device=device)
-        self._item_stats = torch.empty(items * shape.num_heads * 2, dtype=torch.float32, device=device)
-        self._item_arrivals = torch.zeros(MAX_ROWS * shape.num_kv_heads, dtype=torch.int32, device=device)
+        self._item_sums = torch.zeros(items * queries * 2, dtype=torch.float32, device=device)
+        self._item_stats = torch.zeros(items * shape.num_heads * 4, dtype=torch.float32, device=device)
+        self._launch = torch.ones(1, dtype=torch.int64, device=device)
 
         maps: list[bytes] = []
         phases = list(self._phases(maps))
@@ -141,7 +142,7 @@ class OneLaunchStep:
             rows.sin.data_ptr(),
             self._item_sums.data_ptr(),
             self._item_stats.data_ptr(),
-            self._item_arrivals.data_ptr(),
+            self._launch.data_ptr(),
             self._num_phases,
             count,
             len(rows.work),
@@ -163,20 +164,21 @@ class OneLaunchStep:
 
         def normed(w: LinearWeight, out: Tensor, kind: int = _NORMED) -> bytes:
             maps.append(map_bytes((gated_map if kind == _GATED else rows_map)(w.weight, _TILE)))
-            is_float = out.dtype == torch.float32
-            ints = (kind, is_float, out.shape[1], hidden, scaled, len(maps) - 1, num_squares)
+            n = len(w.weight) // (2 if kind == _GATED else 1)
+            is_float, in_words = out.dtype == torch.float32, out is self._qkv
+            ints = (kind, is_float, n, hidden, scaled, len(maps) - 1, num_squares, in_words)
             return _pack(ints, bias=w.bias, squares=self._squares, out=out)
 
         def adds(w: LinearWeight, x: int, gain: Tensor) -> bytes:
             maps.append(map_bytes(rows_map(w.weight, _TILE)))
-            ints = (_ADDS, False, *w.weight.shape, x, len(maps) - 1, 0)
+            ints = (_ADDS, False, *w.weight.shape, x, len(maps) - 1, 0, False)
             stream = {"residual": self._residual, "out": self._scaled, "squares_out": self._squares}
             return _pack(ints, bias=w.bias, gain=gain, **stream)
 
         for index, (layer, next_gain) in enumerate(zip(weights.layers, gains, strict=True)):
             yield normed(layer.qkv, self._qkv)
             yield _pack(
-                (_ATTENDS, 0, 0, 0, 0, 0, 0),
+                (_ATTENDS, 0, 0, 0, 0, 0, 0, 0),
                 k_pages=self._kv.k[index],
                 v_pages=self._kv.v[index],
                 out=self._attended,
@@ -238,11 +240,11 @@ _POINTERS = (
 
 
 def _pack(ints: tuple[int, ...], **tensors: Tensor | None) -> bytes:
-    """`Phase` of decode_step.cu: seven ints and one of padding, then addresses by name, 0 for none."""
+    """`Phase` of decode_step.cu: eight ints, then addresses by name, 0 for none."""
     found = [tensors.pop(name, None) for name in _POINTERS]
-    assert len(ints) == 7 and not tensors
+    assert len(ints) == 8 and not tensors
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in found]
-    packed = np.array([*map(int, ints), 0], np.int32).tobytes() + np.array(addresses, np.uint64).tobytes()
+    packed = np.array([*map(int, ints)], np.int32).tobytes() + np.array(addresses, np.uint64).tobytes()
     return packed.ljust(_PHASE_BYTES, b"\0")
 
 

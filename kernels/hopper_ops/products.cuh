@@ -19,6 +19,25 @@ __device__ __forceinline__ void finish_normed(const float (&d)[REGS], int tile, 
   }
 }
 
+// The same outputs in words: four neighbours of a row lie in four lanes, of which each writes one of their four words.
+__device__ __forceinline__ void finish_in_words(const float (&d)[REGS], int tile, const Phase& p, int num_rows,
+                                                const float* factor, u64 tag) {
+  int lane = threadIdx.x % 32, quarter = lane / 4 % 4;
+  u64 mine = 0;
+#pragma unroll
+  for (int i = 0; i < REGS; ++i) {
+    int m = 2 * (lane % 4) + i % 2, n = tile * TILE + lane / 4 + 8 * (i / 2);
+    u32 one = narrow(d[i] * factor[m] + (p.bias ? widen(p.bias[n]) : 0.f));
+    u32 other = __shfl_xor_sync(0xffffffffu, one, 4);
+    u32 two = lane & 4 ? other | one << 16 : one | other << 16;
+    u32 others = __shfl_xor_sync(0xffffffffu, two, 8);
+    u64 four = lane & 8 ? others | (u64)two << 32 : two | (u64)others << 32;
+    if (quarter == i) mine = four;
+  }
+  int m = 2 * (lane % 4) + quarter % 2, n = tile * TILE + lane / 16 * 4 + 8 * (quarter / 2);
+  if (m < num_rows) publish((Word*)p.out + ((u64)m * p.n + n) / 4, mine, tag);
+}
+
 __device__ __forceinline__ void finish_gated(const float (&d)[REGS], int tile, const Phase& p, int num_rows,
                                              const float* factor) {
   int lane = threadIdx.x % 32, n = tile * (TILE / 2) + lane / 4;
@@ -107,7 +126,7 @@ __device__ __forceinline__ u32 place_in_unit(int first, int rows, int sixteen, i
 }
 
 __device__ __forceinline__ void multiply_phase(const Step& s, const Phase& p, Ring& ring, float* factor, float* pool,
-                                               int index) {
+                                               const Turn& turn, int index) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, units = (p.k + BK - 1) / BK, slice = warp % SHARING, team = warp / SHARING;
   int b_row = min(lane % 8, s.num_rows - 1);
   constexpr int STEPS = BK / 16 / SHARING;
@@ -171,7 +190,8 @@ __device__ __forceinline__ void multiply_phase(const Step& s, const Phase& p, Ri
 #pragma unroll
         for (int i = 0; i < REGS; ++i) sums[i] += pool[(from * REGS + i) * 32 + lane];
       }
-      if (p.kind == NORMED) finish_normed(sums, tile, p, s.num_rows, factor);
+      if (p.in_words) finish_in_words(sums, tile, p, s.num_rows, factor, turn.first_tag + index);
+      else if (p.kind == NORMED) finish_normed(sums, tile, p, s.num_rows, factor);
       else if (p.kind == GATED) finish_gated(sums, tile, p, s.num_rows, factor);
       else finish_adds(sums, before, tile, p, s.num_rows);
     }

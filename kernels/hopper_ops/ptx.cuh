@@ -78,6 +78,12 @@ __device__ __forceinline__ void bring_weight(u32 to, const TensorMap* w, int uni
                "r"(4 * unit), "l"(policy) : "memory");
 }
 
+// Into L2 only.
+__device__ __forceinline__ void ask_weight(const TensorMap* w, int unit, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(w), "r"(0), "r"(row),
+               "r"(4 * unit) : "memory");
+}
+
 __device__ __forceinline__ void bring_gated(u32 to, const TensorMap* w, int unit, int tile, u32 barrier, u64 policy) {
   asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
                " [%0], [%1, {%3, %3, %3, %4, %5}], [%2], %6;" ::"r"(to), "l"(w), "r"(barrier), "r"(0), "r"(tile),
@@ -91,17 +97,39 @@ __device__ __forceinline__ float load_float(const float* p) {
   return v;
 }
 
-__device__ __forceinline__ void load_two(const float* p, float (&v)[2]) {
-  asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v[0]), "=f"(v[1]) : "l"(p) : "memory");
-}
-
 __device__ __forceinline__ half_t load_half(const half_t* p) {
   half_t v;
   asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p) : "memory");
   return v;
 }
 
-struct Eight { u32 words[4]; };  // halves
+// What others wait for, word by word: 16 bytes with a tag among them, which say by themselves that they are there. PTX
+// has accesses of 128 bits as one scalar (`.b128`: one instruction, which nobody sees half of; a vector of smaller ones
+// promises that for each element only): who sees the tag sees its data, with no fence, counter or order between words.
+struct alignas(16) Word { u64 data, tag; };
+
+__device__ __forceinline__ void publish(Word* to, u64 data, u64 tag) {
+  asm volatile("{ .reg .b128 word;\n"
+               "mov.b128 word, {%1, %2};\n"
+               "st.relaxed.gpu.global.b128 [%0], word; }" ::"l"(to), "l"(data), "l"(tag) : "memory");
+}
+
+__device__ __forceinline__ void publish(Word* to, float x, float y, u64 tag) {
+  publish(to, (u64)__float_as_uint(y) << 32 | __float_as_uint(x), tag);
+}
+
+__device__ __forceinline__ Word look(const Word* at) {
+  Word seen;
+  asm volatile("{ .reg .b128 word;\n"
+               "ld.relaxed.gpu.global.b128 word, [%2];\n"
+               "mov.b128 {%0, %1}, word; }" : "=l"(seen.data), "=l"(seen.tag) : "l"(at) : "memory");
+  return seen;
+}
+
+__device__ __forceinline__ float first_of(const Word& w) { return __uint_as_float((u32)w.data); }
+__device__ __forceinline__ float second_of(const Word& w) { return __uint_as_float((u32)(w.data >> 32)); }
+
+struct alignas(16) Eight { u32 words[4]; };  // halves
 
 __device__ __forceinline__ Eight load_eight(const half_t* p) {
   Eight v;

@@ -14,6 +14,12 @@ constexpr int TILE_BYTES = TILE * BK * 2;
 constexpr int A_BYTES = TILES * TILE_BYTES;
 constexpr int SLOT = A_BYTES + MAX_ROWS * BK * 2;
 constexpr int WINDOW = 4;           // units of weights under way: with more, blocks get unequal shares of memory
+// Beside attention, whose keys wait in the same queues, the first units of the product after it come with fewer under
+// way. What its ring has no room for is asked for into L2 meanwhile: else memory would stand still until attention ends.
+// Of few rows only: 8 rows were 1.7% slower with units asked for.
+constexpr int CALM_WINDOW = 2;
+constexpr int CALM_UNITS = MAX_ROWS <= 2 ? 8 : 0;
+constexpr int ASKED_UNITS = MAX_ROWS <= 2 ? 4 : 0;
 // A team has ended the unit TEAMS before its own, and WINDOW before that have arrived: so the last user of a slot has.
 static_assert(WINDOW + TEAMS <= STAGES, "a parity could be that of the unit before");
 
@@ -27,14 +33,14 @@ struct Phase {
   int kind, out_f32;
   int n, k;
   int x_map, w_map;
-  int num_squares, pad;
+  int num_squares, in_words; // in_words: `out` has `Word`s of four outputs, each of which tells by itself that it is there
   const half_t* bias;
   const float* squares;    // of x, [rows][num_squares]
   half_t* residual;
   const half_t* gain;
   void* out;
   float* squares_out;      // [rows][n / TILE]
-  const half_t* x;         // attention: rows of query, key and value heads
+  const Word* x;           // attention: rows of query, key and value heads
   const half_t* q_norm;
   const half_t* k_norm;
   half_t* k_pages;
@@ -47,15 +53,15 @@ struct Step {
   const Phase* phases;
   const TensorMap* w_maps;
   const TensorMap* x_maps; // for this number of rows
-  int* ended;              // blocks, by phase; one more for the launch
+  u32* ended;              // blocks, by phase, of all launches; one more for the whole launch
   const int* work;         // [num_items][8], see key_shares.py
   const int* page_table;
   const long long* write_index;
   const half_t* cos;
   const half_t* sin;
-  float* item_sums;        // [num_items][KV_HEADS * GROUP][HEAD_DIM]
-  float* item_stats;       // likewise, [2]
-  int* item_arrivals;      // [rows][KV_HEADS]
+  Word* item_sums;         // [num_items][KV_HEADS * GROUP][HEAD_DIM / 2]
+  Word* item_stats;        // likewise, one: of the scores, highest and total
+  u64* launch;             // its number, from 1 on: the last block of a launch writes the next one's
   int num_phases, num_rows, num_items, table_stride;
   float eps, scale_log2;
 };
@@ -73,6 +79,18 @@ __device__ __forceinline__ void stamp(int phase, int what) {
 #else
 #define STAMP(when, what)
 #endif
+
+// What a launch can't mistake for another's. Counters are never reset, and tags never come again: 64 bits.
+struct Turn {
+  u64 first_tag;
+  u32 all_ended;  // of a phase's counter: compared by differences, since it wraps
+  __device__ Turn(const Step& s) {
+    u64 launch;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(launch) : "l"(s.launch) : "memory");
+    first_tag = launch * s.num_phases;
+    all_ended = (u32)launch * gridDim.x;
+  }
+};
 
 // Those that multiply, without the warps that bring the units.
 __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
@@ -98,10 +116,10 @@ struct Share {
 // Blocks begin at different inputs: together they would ask the same few channels of memory.
 __device__ __forceinline__ int first_unit(int units) { return (int)blockIdx.x * units / (int)gridDim.x; }
 
-__device__ __forceinline__ void await_all(const int* ended) {
-  int seen;
-  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(ended) : "memory");
-  while (seen < (int)gridDim.x);
+__device__ __forceinline__ void await_all(const u32* ended, const Turn& turn) {
+  u32 seen;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(ended) : "memory");
+  while ((int)(seen - turn.all_ended) < 0);
 }
 
 // All that multiply in this block have ended phase `index`. Who reads by TMA what they wrote fences on its side: a
@@ -109,18 +127,5 @@ __device__ __forceinline__ void await_all(const int* ended) {
 __device__ __forceinline__ void tell_ended(const Step& s, int index) {
   meet();
   if (threadIdx.x == 0)
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(s.ended + index) : "memory");
-}
-
-// Whether this block is the last of `count` to come here; then it sees what the others wrote.
-__device__ __forceinline__ bool is_last_of(int count, int* counter, int* shared) {
-  meet();
-  if (threadIdx.x == 0) {
-    int before;
-    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-    *shared = before == count - 1;
-    if (*shared) *counter = 0;
-  }
-  meet();
-  return *shared;
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(s.ended + index) : "memory");
 }
