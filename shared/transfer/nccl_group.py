@@ -46,10 +46,12 @@ def join_group(spec: PlaneSpec, store: ControlStore) -> Any:
 def _prepare_torch() -> None:
     """torch's watchdog would end the process when a peer dies; deadlines and aborts are ours. Nor do we need
     the warning that operations of one group are in one order, as they shall, or a stack trace of every
-    operation, for which torch waits for the interpreter in the middle of posting it. torch reads these when a
-    group is made, the last one when the first group is."""
+    operation, for which torch waits for the interpreter in the middle of posting it, or to hear once a second
+    that our store can't be asked for somebody's wish to dump these. torch reads these when a group is made,
+    the last one when the first group is."""
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
+    os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
     os.environ["TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING"] = "0"
     os.environ["TORCH_FR_BUFFER_SIZE"] = "0"
 

@@ -22,6 +22,7 @@ from phloem.shared.transfer_bench.streams import EngineStream
 HOST = "127.0.0.1"
 _SECRET = b"phloem transfer bench"
 HAND_OVER_TIMEOUT_S = 120.0
+_STARTS_AT_ONCE = 4
 
 
 class HandOver(NamedTuple):
@@ -68,6 +69,10 @@ class Lab:
     engines: list[EngineClient] = field(default_factory=list)
     num_started: int = 0
 
+    def __post_init__(self) -> None:
+        # Ten processes that make their CUDA contexts at once hold the driver up for seconds, for all others.
+        self._starts = asyncio.Semaphore(_STARTS_AT_ONCE)
+
     async def start(
         self,
         role: Role,
@@ -93,7 +98,8 @@ class Lab:
             ),
             faults=faults or Faults(),
         )
-        engine = await EngineClient.start(config, gpu, self.log_dir / f"{name}.log")
+        async with self._starts:
+            engine = await EngineClient.start(config, gpu, self.log_dir / f"{name}.log")
         self.engines.append(engine)
         return engine
 

@@ -130,8 +130,7 @@ class LossRun:
             self.num_tries += 1
             if self.num_tries > _MAX_TRIES_PER_LOSS * count:
                 raise PhloemError("bench_failed", "transfers end before they can be interrupted")
-            next_victim = await self._lose(victim, left)
-            victim = await next_victim
+            victim = await self._lose(victim, left)
             await self._read_memory()
         return self.losses
 
@@ -160,9 +159,10 @@ class LossRun:
 
     # -- one loss ------------------------------------------------------------------------------------------
 
-    async def _lose(self, victim: EngineClient, wanted_after: int) -> asyncio.Task[EngineClient]:
+    async def _lose(self, victim: EngineClient, wanted_after: int) -> EngineClient:
         """Interrupts a transfer; what the steady peer says alone, it must say with the survivor too.
-        Returns the next victim, which joins meanwhile."""
+        Returns the next victim, which joins meanwhile: its channel may wait until NCCL has given up the lost
+        one's, and the survivor is audited when both are through."""
         prompt, next_prompt = self._prompt(self.plan.prompt_tokens), self._prompt(_NEXT_TOKENS)
         how, within_s = self.plan.blow(len(self.losses))
         name = f"loss-{self.num_tries}"
@@ -185,6 +185,7 @@ class LossRun:
         noticed_s = ours.ended_at_s - struck_s
         await self._survivor.peer_down(victim.ref)
         await self.lab.kill(victim)
+        next_victim = await self._next
         await self._survivor.audit_idle()
         await asyncio.gather(self._survivor.flush(), self._steady.flush())
         if tokens != expected:
@@ -194,7 +195,7 @@ class LossRun:
         else:
             loss = Loss(how.name, crossed, total, ours.error.code, noticed_s, next_request_s)
             self._judge(loss, within_s, name)
-        return self._next
+        return next_victim
 
     def _judge(self, loss: Loss, within_s: float, name: str) -> None:
         if loss.error_code not in LOSS_CODES:
