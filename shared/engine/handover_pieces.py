@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from typing import NamedTuple
 
 from phloem.shared.engine.handover import Channels, PageStore
@@ -50,15 +49,9 @@ class PieceSender:
         for plan in plans:
             if plan.gone is not None and plan.error is None:
                 try:
-                    self._send_plan(plan, self._computed(plan, plan.gone))
+                    self._send(plan, list(self._computed(plan, plan.gone)))
                 except PhloemError as error:
                     plan.error = error.info
-
-    def _send_plan(self, plan: SendPlan, computed: Iterator[_Ready]) -> None:
-        """The first piece goes before the others are looked for: nothing crosses until it is gathered."""
-        if not plan.num_pieces:
-            self._send(plan, list(islice(computed, 1)))
-        self._send(plan, list(computed))
 
     def _computed(self, plan: SendPlan, gone: PageLayers) -> Iterator[_Ready]:
         """What may go now; it counts as gone."""
