@@ -44,8 +44,8 @@ class NcclPlane:
             self._calls = NcclCalls(self._group._comm_ptr(), 1 - RANKS[spec.side])
         take = spec.streams.take
         self._link, self._readers = take(device), take(device)
-        self._posting = threading.Lock()  # guards the next one, and the communicator
-        self._aborted = False
+        self._posting = threading.Lock()  # of who uses the communicator
+        self._aborted = False  # set without the lock: who gets that after has seen it
 
     def post_send(self, data: Tensor, after: Moved | None = None) -> Pending:
         return RecordedEvent(self._post(self._calls.send, data, after))
@@ -54,15 +54,15 @@ class NcclPlane:
         return ArrivalEvent(self._post(self._calls.receive, slot[:num_bytes], after), self._readers)
 
     def abort(self) -> None:
-        """Returns when NCCL has let go of everything: before, nobody else may have the staging memory."""
+        """Returns when NCCL has let go of everything: before, nobody else may have the staging memory. Who
+        comes to post meanwhile, as the engine's thread, is refused at once."""
         began = time.monotonic()
-        got_it = self._posting.acquire(timeout=_ABORT_WAIT_S)
         self._aborted = True
+        if self._posting.acquire(timeout=_ABORT_WAIT_S):
+            self._posting.release()
         try:
             self._group.abort()
         finally:
-            if got_it:
-                self._posting.release()
             if (took_s := time.monotonic() - began) > _LONG_ABORT_S:
                 log.warning("NCCL took %.1f s to give a channel up", took_s)
 
