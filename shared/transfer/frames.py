@@ -87,8 +87,10 @@ class FrameSocket:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Only when no thread uses the socket."""
-        self._socket.close()
+        """Only when no thread reads or flushes. Who still posts is waited for, or fails: the system may give
+        the socket's number away at once."""
+        with self._writing:
+            self._socket.close()
 
     def _send_some(self) -> bool:
         """As much as the system takes now; whether that was all."""

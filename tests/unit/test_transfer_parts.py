@@ -135,6 +135,37 @@ def test_post_fails_when_too_much_is_left(frame_pair: tuple[FrameSocket, FrameSo
     assert code_of(caught) == "transfer_timeout"
 
 
+def test_socket_is_closed_when_nobody_posts_any_more(
+    frame_pair: tuple[FrameSocket, FrameSocket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another connection may get the number of a closed one before the call is made that was to have it."""
+    left, _ = frame_pair
+    posting, closing = threading.Event(), threading.Event()
+    numbers: list[int] = []
+
+    def send(number: int, data: bytes) -> int:
+        posting.set()
+        assert closing.wait(5.0)
+        numbers.extend((number, left._socket.fileno()))
+        return len(data)
+
+    monkeypatch.setattr(left._calls, "send", send)
+    poster = threading.Thread(target=left.post, args=(b"a",))
+    poster.start()
+    assert posting.wait(5.0)
+    closer = threading.Thread(target=left.close)
+    closer.start()
+    closer.join(0.1)  # as far as it gets
+    closing.set()
+    for thread in (poster, closer):
+        thread.join(5.0)
+    assert numbers[0] == numbers[1] != -1
+    monkeypatch.undo()
+    with pytest.raises(PhloemError) as caught:
+        left.post(b"b")
+    assert code_of(caught) == "channel_lost"
+
+
 def test_what_one_rank_sets_the_other_gets(frame_pair: tuple[FrameSocket, FrameSocket]) -> None:
     left, right = (ControlStore(frames, 5.0) for frames in frame_pair)
     left.set("0/0", b"left's address")
