@@ -35,17 +35,23 @@ class PieceSender:
         self._store = store
         self._clock = clock
         self._awaited: list[Pending] = []  # marks that `send_computed` found not done
+        self._was_told = False  # since the last `send_computed`
         self.num_pages_sent = 0
         self.num_bytes_sent = 0
 
     @property
     def has_news(self) -> bool:
-        """The device has done what the last `send_computed` found undone: another one may send something."""
-        return any(mark.done() for mark in self._awaited)
+        """Another `send_computed` may send something: the device has done what the last one found undone, or
+        the peer has told of something since."""
+        return self._was_told or any(mark.done() for mark in self._awaited)
+
+    def tell(self) -> None:
+        """A peer is ready for a request, or a staging slot is free."""
+        self._was_told = True
 
     def send_computed(self, plans: Iterable[SendPlan]) -> None:
         """Whatever is computed, wanted and has a slot; a plan whose channel is lost gets its error."""
-        self._awaited = []
+        self._awaited, self._was_told = [], False
         for plan in plans:
             if plan.gone is not None and plan.error is None:
                 try:

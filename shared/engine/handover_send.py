@@ -65,7 +65,8 @@ class HandoverSender:
 
     @property
     def has_news(self) -> bool:
-        """The device has done what the last `pump` found undone: another one may send something."""
+        """Another `pump` may send something: the device has done what the last one found undone, or a peer
+        has become ready or has room."""
         return self._pieces.has_news
 
     @property
@@ -98,6 +99,10 @@ class HandoverSender:
             self._early[key] = (peer, message)
             if len(self._early) > _MAX_EARLY:
                 self._early.popitem(last=False)
+
+    def on_slot(self) -> None:
+        """A staging slot is free that was missing."""
+        self._pieces.tell()
 
     def watch(
         self, rows: Sequence[Row], *, tokens_per_s: float = 0.0, bytes_per_s: float = 0.0
@@ -213,7 +218,7 @@ class HandoverSender:
         for _, chunk in chunks:
             chunk.marks.append((layer_end, mark))
         # Done at once: the device computes in our own thread, and the next layers wait for us. News: it has
-        # got on with the step before while this one is being launched.
+        # got on with the step before while this one is being launched, or what of that is there may go now.
         if mark.done() or self.has_news:
             self._pieces.send_computed(self._plans.values())
 
@@ -223,6 +228,7 @@ class HandoverSender:
         plan.times.ready_s = self._clock()
         num_pages = -(-plan.request.num_submitted_tokens // self._page_size)
         plan.gone = PageLayers(num_pages, self._store.num_layers, min(ready.num_held_pages, num_pages))
+        self._pieces.tell()
 
     # -- how it ends -----------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ class TransferIntake:
             case ReadyReceived(peer, message):
                 self._sender.on_ready(peer, message)
             case SlotAvailable():
-                pass  # the turn that follows pumps
+                self._sender.on_slot()
             case PieceReceived():
                 self._ends.handovers([self._receiver.on_piece(event)])
             case LastReceived(peer, last):

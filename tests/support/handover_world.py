@@ -177,7 +177,9 @@ class HandoverWorld:
                     self.note_sent(ended)
             case AdmittedReceived(_, admitted, at_s):
                 self.sender.on_admitted((admitted.request_id, admitted.attempt), at_s)
-            case SlotAvailable() | ChannelOpened():
+            case SlotAvailable():
+                self.sender.on_slot()
+            case ChannelOpened():
                 pass
             case _:
                 raise AssertionError(event)

@@ -101,6 +101,33 @@ def test_go_ahead_in_the_middle_of_a_step_sends_what_is_there() -> None:
     assert_handed_over(world, job)
 
 
+@pytest.mark.parametrize("told", ["ready", "slot"])
+def test_word_of_the_peer_while_a_step_is_launched_sends_what_the_step_before_has_written(told: str) -> None:
+    world = HandoverWorld(Wire(slot_bytes=2 * 8, num_slots=1))
+    job = world.job(num_tokens=12)
+    job.begin()
+    if told == "slot":
+        job.reserve()
+        world.wire.pass_all()
+    launch(job, 8).all_at(DONE)
+    world.pump()
+    if told == "slot":
+        assert layers_under_way(world) == [(0, 1)] and not has_news(world)
+    watch = job.launch(12, bytes_per_s=SLOW)
+    assert watch is not None
+    if told == "ready":
+        job.reserve()
+    world.wire.pass_all()  # in the course of the launch
+    mark = HeldBack()
+    watch.all_at(mark)
+    assert layers_under_way(world) == [(0, 1) if told == "ready" else (1, 2)]
+    assert not has_news(world)
+    mark.is_done = True
+    job.make_token()
+    world.run()
+    assert_handed_over(world, job)
+
+
 def test_nobody_is_asked_about_steps_without_hand_overs() -> None:
     world = HandoverWorld()
     job = world.job()
