@@ -38,7 +38,6 @@ class NcclPlane:
     def __init__(self, spec: PlaneSpec, store: ControlStore) -> None:
         device = torch.device(spec.device)
         self._group = join_group(spec, store)
-        self._store = store  # torch asks it again, and keeps its C++ half only
         with torch.cuda.device(device):
             self._driver = cuda_driver(torch.cuda.current_device())
             self._calls = NcclCalls(self._group._comm_ptr(), 1 - RANKS[spec.side])
