@@ -81,8 +81,11 @@ class PrefillChannel(Channel):
 
     def announce(self, pieces: Sequence[Piece], slots: Sequence[StagingSlot]) -> None:
         """Sends their headers, in one go: decode posts its receives while they are gathered. Each is sent
-        next, in its slot, in their order. Raises `channel_lost`, also when a slot is of an older channel."""
+        next, in its slot, in their order. Raises `channel_lost`, also when a slot is of an older channel: they
+        were acquired while that one was lost and this one opened, and those of this one are given back."""
         if any(slot.channel_name != self.name for slot in slots):
+            for slot in slots:
+                self.give_back(slot)
             raise not_open(self.peer)
         self._announced.extend(pieces)
         self._ring.announcing(len(pieces))
