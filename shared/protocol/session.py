@@ -61,6 +61,10 @@ class PeerRef(msgspec.Struct, frozen=True):
     worker_id: str
     epoch: int
 
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.worker_id} (epoch {self.epoch})"
+
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     gateway_id: str

@@ -207,4 +207,4 @@ class Channel(ABC):
 
 
 def not_open(peer: PeerRef) -> PhloemError:
-    return channel_lost(f"no open transfer channel with {peer.worker_id} (epoch {peer.epoch})")
+    return channel_lost(f"no open transfer channel with {peer}")

@@ -84,7 +84,7 @@ class TransferEndpoint:
 
     def peer_down(self, peer: PeerRef) -> None:
         """Ends the peer's channels now: their `ChannelLost` is delivered before this returns."""
-        reason = f"{peer.worker_id} (epoch {peer.epoch}) is down"
+        reason = f"{peer} is down"
         with self._lock:
             dialer = self._dialers.get(peer.worker_id)
             self._meters.pop(peer, None)

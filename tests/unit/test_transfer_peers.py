@@ -83,8 +83,8 @@ def test_decode_side_without_memory_refuses_and_takes_the_peer_when_another_leav
     assert (error.code, error.retryable) == ("staging_full", True)
     assert "d has staging memory for 2 peers" in error.message and "--transfer-peers" in error.message
     said = [record.getMessage() for record in caplog.records if "--transfer-peers" in record.getMessage()]
-    assert any(text.startswith("PeerRef") and "is refused a transfer channel" in text for text in said)
-    assert any("requests go elsewhere, next try in 1 s" in text for text in said)
+    assert any(text.startswith("p3 (epoch 1) is refused a transfer channel") for text in said)
+    assert any("no KV channel with d (epoch 1), requests go elsewhere, next try in 1 s" in t for t in said)
     first.endpoint.peer_down(ref("d"))
     third.next_of(ChannelOpened, 10.0)
     assert third.endpoint.status().cut_off == {}
