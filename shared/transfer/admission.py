@@ -1,6 +1,8 @@
-"""Whether the decode side takes a channel: pure decisions over what it has seen."""
+"""Whom the decode side lets in: pure decisions over what it has seen."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 from phloem.shared.protocol.transfer import Open, Refused
 from phloem.shared.transfer.config import TransferConfig
@@ -8,6 +10,27 @@ from phloem.shared.transfer.config import TransferConfig
 MAX_CHANNELS = 256
 MAX_REMEMBERED_WORKERS = 4096
 MAX_NAME_BYTES = 1024
+MAX_STRANGERS = 64
+MAX_STRANGERS_PER_HOST = 16  # whoever opens many from one address does not keep the others out
+
+
+class Strangers:
+    """Connections that have not proven themselves yet, by the address that they come from."""
+
+    def __init__(self) -> None:
+        self._by_host: Counter[str] = Counter()
+
+    def enter(self, host: str) -> bool:
+        """False: there are too many, one more is closed at once. Who entered leaves."""
+        if self._by_host.total() >= MAX_STRANGERS or self._by_host[host] >= MAX_STRANGERS_PER_HOST:
+            return False
+        self._by_host[host] += 1
+        return True
+
+    def leave(self, host: str) -> None:
+        self._by_host[host] -= 1
+        if not self._by_host[host]:
+            del self._by_host[host]
 
 
 class SeenEpochs:

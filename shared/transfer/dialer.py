@@ -151,7 +151,7 @@ class Dialer:
         lease: StagingLease | None = None
         try:
             prove_as_dialer(frames, transfer_key(self._config.cluster_secret), deadline)
-            lease = self._borrow(frames)
+            lease = self._borrow(frames, deadline)
             name, opened = self._open(frames, lease.slot_bytes, deadline)
             if isinstance(opened, Refused):
                 retryable = opened.code in REFUSED_FOR_NOW
@@ -166,12 +166,12 @@ class Dialer:
             if lease is not None:
                 lease.close()
 
-    def _borrow(self, frames: FrameSocket) -> StagingLease:
+    def _borrow(self, frames: FrameSocket, deadline: float) -> StagingLease:
         """Memory for the channel. Raises `staging_full`, and tells the peer."""
         try:
             return self._pool.lend(f"to {self.peer.worker_id}", LEND_WAIT_S)
         except PhloemError as error:
-            frames.write(transfer_message.encode(Refused(error.code, str(error))))
+            frames.write(transfer_message.encode(Refused(error.code, str(error))), deadline)
             raise
 
     def _connect(self, deadline: float) -> FrameSocket:
@@ -193,7 +193,7 @@ class Dialer:
         name = f"{me.worker_id}.{me.epoch}-{self.peer.worker_id}.{self.peer.epoch}-{nonce}"
         config = self._config
         request = Open(me, self.peer, config.kv_layout, staging_bytes, name, config.device_id, config.link)
-        frames.write(transfer_message.encode(request))
+        frames.write(transfer_message.encode(request), deadline)
         answer = transfer_message.decode(frames.read(MAX_OPENING_FRAME_BYTES, deadline))
         match answer:
             case Refused():

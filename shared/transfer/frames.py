@@ -53,16 +53,18 @@ class FrameSocket:
                 raise transfer_timeout("the peer takes no control messages")
             return self._send_some()
 
-    def flush(self) -> None:
+    def flush(self, deadline: float | None = None) -> None:
         """Waits until the system has all that was written."""
         while not self.is_flushed:
-            self._wait_for_room()
+            if not self._wait(select.POLLOUT, deadline):
+                raise transfer_timeout("the peer takes no control messages")
             with self._writing:
                 self._send_some()
 
-    def write(self, payload: bytes) -> None:
+    def write(self, payload: bytes, deadline: float | None = None) -> None:
+        """One frame. `deadline` as for `read`; raises the same."""
         self.post(payload)
-        self.flush()
+        self.flush(deadline)
 
     @property
     def has_frame(self) -> bool:
@@ -104,22 +106,16 @@ class FrameSocket:
             raise channel_lost(f"control connection broke: {error}") from error
         return True
 
-    def _wait_for_room(self) -> None:
-        if not self._wait(select.POLLOUT, self._socket.gettimeout() or _TIMEOUT_S):
-            raise transfer_timeout("the peer takes no control messages")
-
-    def _wait_for_bytes(self, deadline: float | None) -> None:
-        silence_s = self._socket.gettimeout() or _TIMEOUT_S
-        wait_s = silence_s if deadline is None else max(deadline - time.monotonic(), 0.001)
-        if not self._wait(select.POLLIN, wait_s):
-            raise transfer_timeout("the peer is silent")
-
-    def _wait(self, kind: int, timeout_s: float) -> bool:
-        """Until the socket is ready for it, or has failed; whether that is so."""
+    def _wait(self, kind: int, deadline: float | None) -> bool:
+        """Until the socket is ready for it, or has failed; whether that is so. Nobody waits past a deadline,
+        not a moment: a peer that drips bytes would go on and on."""
+        wait_s = self._socket.gettimeout() or _TIMEOUT_S
+        if deadline is not None and (wait_s := deadline - time.monotonic()) <= 0:
+            return False
         poll = select.poll()
         try:
             poll.register(self._socket, kind)
-            return bool(poll.poll(1e3 * timeout_s))
+            return bool(poll.poll(1e3 * wait_s))
         except (OSError, ValueError) as error:  # ValueError: closed by now
             raise channel_lost(f"control connection broke: {error}") from error
 
@@ -133,7 +129,8 @@ class FrameSocket:
     def _read_some(self, deadline: float | None) -> bytes:
         try:
             while (data := self._calls.receive(self._socket.fileno())) is None:
-                self._wait_for_bytes(deadline)
+                if not self._wait(select.POLLIN, deadline):
+                    raise transfer_timeout("the peer is silent, or too slow")
         except OSError as error:
             raise channel_lost(f"control connection broke: {error}") from error
         if not data:

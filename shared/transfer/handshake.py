@@ -1,4 +1,5 @@
-"""Both ends of a control connection prove that they know the cluster secret, before anything else.
+"""Both ends of a control connection prove that they know the cluster secret, before anything else, and before
+one deadline for all of it.
 
     dialer   -> MAGIC, nonce d
     listener -> nonce l, HMAC(key, "listener", d, l)
@@ -32,11 +33,11 @@ def transfer_key(cluster_secret: bytes) -> bytes:
 def prove_as_dialer(frames: FrameSocket, key: bytes, deadline: float) -> None:
     """Raises `unauthenticated` when the listener can't prove itself."""
     ours = secrets.token_bytes(_NONCE_BYTES)
-    frames.write(_MAGIC + ours)
+    frames.write(_MAGIC + ours, deadline)
     answer = frames.read(_MAX_FRAME_BYTES, deadline)
     theirs, proof = answer[:_NONCE_BYTES], answer[_NONCE_BYTES:]
     _check(len(theirs) == _NONCE_BYTES and hmac.compare_digest(proof, _mac(key, b"listener", ours, theirs)))
-    frames.write(_mac(key, b"dialer", theirs, ours))
+    frames.write(_mac(key, b"dialer", theirs, ours), deadline)
 
 
 def prove_as_listener(frames: FrameSocket, key: bytes, deadline: float) -> None:
@@ -45,7 +46,7 @@ def prove_as_listener(frames: FrameSocket, key: bytes, deadline: float) -> None:
     theirs = hello[len(_MAGIC) :]
     _check(hello.startswith(_MAGIC) and len(theirs) == _NONCE_BYTES)
     ours = secrets.token_bytes(_NONCE_BYTES)
-    frames.write(ours + _mac(key, b"listener", theirs, ours))
+    frames.write(ours + _mac(key, b"listener", theirs, ours), deadline)
     proof = frames.read(_MAX_FRAME_BYTES, deadline)
     _check(hmac.compare_digest(proof, _mac(key, b"dialer", ours, theirs)))
 

@@ -13,7 +13,7 @@ from phloem.shared.host_port import host_port
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Open, Opened, Refused, transfer_message
 from phloem.shared.transfer.addresses import listen_on
-from phloem.shared.transfer.admission import SeenEpochs, refusal
+from phloem.shared.transfer.admission import SeenEpochs, Strangers, refusal
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.decode_channel import DecodeChannel
 from phloem.shared.transfer.dialer import LEND_WAIT_S, MAX_OPENING_FRAME_BYTES
@@ -33,8 +33,6 @@ from phloem.shared.transfer.stats import PeerMeter
 from phloem.shared.transfer.streams import StreamStock
 
 log = logging.getLogger(__name__)
-
-MAX_UNAUTHENTICATED = 16  # connections that have not proven themselves yet; more are closed at once
 
 
 class Listener:
@@ -57,9 +55,9 @@ class Listener:
         self._meter_of = meter_of
         self._socket = listen_on(config.host)
         self.address = host_port(config.host, self._socket.getsockname()[1])
-        self._strangers = threading.BoundedSemaphore(MAX_UNAUTHENTICATED)
         self._lock = threading.Lock()  # guards all below
         self._closing = threading.Event()
+        self._strangers = Strangers()
         self._seen = SeenEpochs()
         self._channels: dict[str, DecodeChannel] = {}  # by the prefill worker's id: one epoch at a time
         self._connections: dict[FrameSocket, threading.Thread] = {}
@@ -102,40 +100,41 @@ class Listener:
     def _accept(self) -> None:
         while not self._closing.is_set():
             try:
-                sock, _ = self._socket.accept()
+                sock, address = self._socket.accept()
             except OSError as error:
                 if self._closing.is_set():
                     return
                 log.warning("accepting a transfer peer failed: %s", error)
                 self._closing.wait(0.1)  # out of descriptors: let some close
                 continue
-            self._take(sock)
+            if not self._take(sock, address[0]):
+                sock.close()
 
-    def _take(self, sock: socket.socket) -> None:
-        if not self._strangers.acquire(blocking=False):
-            log.warning("too many unauthenticated transfer connections: one more is closed")
-            sock.close()
-            return
-        frames = FrameSocket(sock)
+    def _take(self, sock: socket.socket, host: str) -> bool:
+        """Begins to serve a connection; False: it is to be closed."""
         name = f"phloem-transfer-in-{sock.fileno()}"
-        thread = threading.Thread(target=self._serve, args=(frames,), name=name, daemon=True)
         with self._lock:
             if self._closing.is_set():
-                frames.close()
-                return
+                return False
+            if not self._strangers.enter(host):
+                log.warning("too many unauthenticated transfer connections: one from %s is closed", host)
+                return False
             try:
+                frames = FrameSocket(sock)
+                thread = threading.Thread(target=self._serve, args=(frames, host), name=name, daemon=True)
                 thread.start()
-            except RuntimeError as error:  # no more threads: serve those that we have
+            except (OSError, RuntimeError) as error:  # gone by now, or no more threads: serve those we have
                 log.warning("a transfer peer can't be served: %s", error)
-                self._strangers.release()
-                frames.close()
-                return
+                self._strangers.leave(host)
+                return False
             self._connections[frames] = thread
+            return True
 
-    def _serve(self, frames: FrameSocket) -> None:
+    def _serve(self, frames: FrameSocket, host: str) -> None:
         try:
+            request = self._authenticated_open(frames, host)
             with contextlib.ExitStack() as stack:
-                self._open_and_run(frames, stack)
+                self._open_and_run(request, frames, stack)
         except PhloemError as error:
             log.warning("a transfer connection is refused: %s", error)
         except Exception:  # out of memory, or a bug of ours: others must still be served
@@ -145,9 +144,9 @@ class Listener:
             with self._lock:
                 del self._connections[frames]
 
-    def _open_and_run(self, frames: FrameSocket, stack: contextlib.ExitStack) -> None:
+    def _open_and_run(self, request: Open, frames: FrameSocket, stack: contextlib.ExitStack) -> None:
         """`stack` gives the channel's memory back; nothing refers to the channel by then."""
-        channel = self._open(frames, stack)
+        channel = self._open(request, frames, stack)
         if channel is None:
             return
         try:
@@ -157,9 +156,8 @@ class Listener:
                 if self._channels.get(channel.peer.worker_id) is channel:
                     del self._channels[channel.peer.worker_id]
 
-    def _open(self, frames: FrameSocket, stack: contextlib.ExitStack) -> DecodeChannel | None:
+    def _open(self, request: Open, frames: FrameSocket, stack: contextlib.ExitStack) -> DecodeChannel | None:
         """The peer's new channel, or None when it is refused."""
-        request = self._authenticated_open(frames)
         try:
             self._check(request)
             slots = self._borrow(request, stack)
@@ -175,14 +173,15 @@ class Listener:
             channel.fail(error)
         return channel
 
-    def _authenticated_open(self, frames: FrameSocket) -> Open:
+    def _authenticated_open(self, frames: FrameSocket, host: str) -> Open:
         try:
             frames.set_timeout(HANDSHAKE_TIMEOUT_S)
             deadline = handshake_deadline(self._config.timeout_s)
             prove_as_listener(frames, self._key, deadline)
             message = transfer_message.decode(frames.read(MAX_OPENING_FRAME_BYTES, deadline))
         finally:
-            self._strangers.release()
+            with self._lock:
+                self._strangers.leave(host)
         if isinstance(message, Refused):  # by the side that dials
             raise PhloemError(message.code, message.message)
         if not isinstance(message, Open):

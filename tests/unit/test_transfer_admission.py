@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
+import time
 from collections.abc import Iterator
 
 import msgspec
@@ -13,11 +15,18 @@ from phloem.shared.errors import PhloemError
 from phloem.shared.host_port import split_host_port
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Opened, Refused
-from phloem.shared.transfer.admission import MAX_CHANNELS, MAX_REMEMBERED_WORKERS, SeenEpochs, refusal
+from phloem.shared.transfer.admission import (
+    MAX_CHANNELS,
+    MAX_REMEMBERED_WORKERS,
+    MAX_STRANGERS,
+    MAX_STRANGERS_PER_HOST,
+    SeenEpochs,
+    Strangers,
+    refusal,
+)
 from phloem.shared.transfer.config import NVLINK_CHUNK_BYTES
 from phloem.shared.transfer.events import ChannelLost, ChannelOpened
 from phloem.shared.transfer.link_terms import describe_link, link_terms
-from phloem.shared.transfer.listener import MAX_UNAUTHENTICATED
 from tests.support.transfer import (
     DECODE,
     HOST,
@@ -96,9 +105,43 @@ def test_proof_of_the_listener_can_not_be_played_back_to_it(decode: Recorded) ->
         assert is_closed_by_peer(first)
 
 
+def test_strangers_of_one_address_are_few_and_keep_no_other_address_out() -> None:
+    strangers = Strangers()
+    for _ in range(MAX_STRANGERS_PER_HOST):
+        assert strangers.enter("192.0.2.1")
+    assert not strangers.enter("192.0.2.1")
+    others = [f"192.0.2.{n}" for n in range(2, 2 + MAX_STRANGERS - MAX_STRANGERS_PER_HOST)]
+    assert all(strangers.enter(other) for other in others)
+    assert not strangers.enter("192.0.2.254"), "of all addresses together, too"
+    strangers.leave("192.0.2.2")
+    assert not strangers.enter("192.0.2.1") and strangers.enter("192.0.2.254")
+    strangers.leave("192.0.2.1")
+    assert strangers.enter("192.0.2.1")
+
+
+def test_strangers_that_left_leave_no_trace() -> None:
+    strangers = Strangers()
+    for n in range(10 * MAX_STRANGERS):
+        assert strangers.enter(f"host-{n}")
+        strangers.leave(f"host-{n}")
+    assert not strangers._by_host
+
+
+def test_stranger_that_drips_bytes_is_hung_up_on_at_the_handshakes_deadline() -> None:
+    decode = Recorded(transfer_config(DECODE, accepts=True, timeout_s=0.5))
+    started = time.monotonic()
+    with stranger(decode) as sock, contextlib.suppress(OSError):
+        sock.sendall(b"\x00\x00\x00\x31")
+        for byte in b"phloem-transfer/1" + bytes(32):
+            sock.sendall(bytes([byte]))
+            time.sleep(0.05)  # each read gets its byte in time
+    assert time.monotonic() - started < 1.5
+    decode.endpoint.close(0.0)
+
+
 def test_silent_strangers_are_few_and_hung_up_on() -> None:
     decode = Recorded(transfer_config(DECODE, accepts=True, timeout_s=0.5))
-    strangers = [stranger(decode) for _ in range(MAX_UNAUTHENTICATED)]
+    strangers = [stranger(decode) for _ in range(MAX_STRANGERS_PER_HOST)]
     with stranger(decode) as one_more:
         assert is_closed_by_peer(one_more)
     assert is_closed_by_peer(strangers[0]), "within the handshake's deadline"
@@ -141,11 +184,14 @@ def test_open_that_does_not_fit_is_refused(decode: Recorded, changes: dict[str, 
         (DECODE, "qwen2/bfloat16/16", "kv_layout_mismatch"),
     ],
 )
-def test_dialer_is_told_once_and_gives_up(decode: Recorded, peer: PeerRef, layout: str, code: str) -> None:
+def test_dialer_is_told_once_and_gives_up(
+    decode: Recorded, peer: PeerRef, layout: str, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
     prefill = Recorded(transfer_config(PREFILL, layout=layout))
     prefill.endpoint.peer_up(peer, decode.endpoint.address)
     lost = prefill.next(ChannelLost)
     assert (lost.peer, lost.error.code, lost.error.retryable) == (peer, code, False)
+    assert f"{peer.worker_id} (epoch {peer.epoch}) refuses KV transfer: " in caplog.text
     prefill.assert_silent(0.2)
     prefill.endpoint.close()
 

@@ -73,22 +73,48 @@ def test_frame_longer_than_the_cap_is_not_read(frame_pair: tuple[FrameSocket, Fr
     assert code_of(caught) == "transfer_protocol"
 
 
-def test_deadline_bounds_a_whole_frame_that_drips(frame_pair: tuple[FrameSocket, FrameSocket]) -> None:
+@pytest.mark.parametrize("pause_s", [0.05, 0.000_2])
+def test_deadline_bounds_a_whole_frame_that_drips(
+    frame_pair: tuple[FrameSocket, FrameSocket], pause_s: float
+) -> None:
     left, right = frame_pair
     stop = threading.Event()
 
     def drip() -> None:
-        while not stop.wait(0.05):
-            left._socket.sendall(b"\0")  # a byte of the length, then of nothing, again and again
+        while not stop.wait(pause_s):
+            left._socket.sendall(b"\0")
 
-    left._socket.sendall(b"\0\0\1\0")
+    left._socket.sendall(b"\0\0\xff\xff")
     dripper = threading.Thread(target=drip)
     dripper.start()
     started = time.monotonic()
     with pytest.raises(PhloemError) as caught:
-        right.read(1024, started + 0.3)
+        right.read(1 << 16, started + 0.3)
     stop.set()
     dripper.join()
+    assert code_of(caught) == "transfer_timeout"
+    assert time.monotonic() - started < 1.0
+
+
+def test_deadline_bounds_a_whole_frame_of_which_the_peer_takes_little_at_a_time(
+    frame_pair: tuple[FrameSocket, FrameSocket],
+) -> None:
+    left, right = frame_pair
+    stop = threading.Event()
+
+    def sip() -> None:
+        while not stop.wait(0.01):
+            right._socket.recv(100_000)
+
+    sipper = threading.Thread(target=sip)
+    sipper.start()
+    started = time.monotonic()
+    with pytest.raises(PhloemError) as caught:
+        for _ in range(1000):
+            left.write(bytes(1 << 20), started + 0.3)
+    stop.set()
+    left.shutdown()
+    sipper.join()
     assert code_of(caught) == "transfer_timeout"
     assert time.monotonic() - started < 1.0
 
