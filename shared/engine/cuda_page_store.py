@@ -52,9 +52,11 @@ class CudaPageStore:
             self._free: deque[_Lane] = deque(self._new_lane(_USUAL_PAGES) for _ in range(_MOVES_UNDER_WAY))
             self._warm_up()
 
-    def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> Moved:
+    def gather(
+        self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor, beside: int = 0
+    ) -> Moved:
         layers = (layer_start, layer_end)
-        self._latest_gather = self._move(True, page_ids, layers, out, self._stream, None)
+        self._latest_gather = self._move(True, page_ids, layers, out, self._stream, None, beside)
         return self._latest_gather
 
     def scatter(
@@ -64,10 +66,11 @@ class CudaPageStore:
         layer_end: int,
         data: Tensor,
         after: Incoming | None = None,
+        beside: int = 0,
     ) -> Moved:
         stream = self._stream if after is None else after.stream
         self._let_others_finish(stream)
-        return self._move(False, page_ids, (layer_start, layer_end), data, stream, after)
+        return self._move(False, page_ids, (layer_start, layer_end), data, stream, after, beside)
 
     def fence(self) -> None:
         if self._latest_gather is not None and not self._latest_gather.done():
@@ -107,6 +110,7 @@ class CudaPageStore:
         staging: Tensor,
         stream: Any,  # torch does not type its streams
         after: Incoming | None,
+        beside: int,
     ) -> _Moved:
         num_pages = len(page_ids)
         address = staging.data_ptr()
@@ -117,10 +121,9 @@ class CudaPageStore:
         lane.told[0] = _UNTOLD
         if after is not None:
             after.hold_back(stream)
-        ids, told = lane.address + 8 * _IDS_AT, lane.address
-        self._mover.move(
-            gathers, ids, num_pages, layers, address, lane.cells_address, told, stream.cuda_stream
-        )
+        ids, cells, told = lane.address + 8 * _IDS_AT, lane.cells_address, lane.address
+        share = beside / (num_pages * (layers[1] - layers[0]) * self.layer_page_bytes)
+        self._mover.move(gathers, ids, num_pages, layers, address, cells, told, stream.cuda_stream, share)
         lane.event.record(stream)
         lane.is_over = False
         return _Moved(lane, after, self._free)

@@ -166,6 +166,7 @@ class Engine:
         self._ends.handovers(failed)
         for request, token_ids in arrived:
             self._scheduler.received(request, token_ids)
+        self._receiver.tell_admitted()
 
     def _watch(self, plan: StepPlan) -> LayerWatch | None:
         """For a step that computes KV to be sent."""

@@ -40,8 +40,12 @@ class PageStore(Protocol):
     num_layers: int
     layer_page_bytes: int  # K and V of one page in one layer
 
-    def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> Moved:
-        """Copies pages, computed by now, into `out` (uint8)."""
+    def gather(
+        self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor, beside: int = 0
+    ) -> Moved:
+        """Copies pages, computed by now, into the first bytes of `out` (uint8), while `beside` bytes cross
+        the link: it takes no more of the device than it needs to be over by then. 0: nothing crosses before
+        it is."""
 
     def scatter(
         self,
@@ -50,8 +54,9 @@ class PageStore(Protocol):
         layer_end: int,
         data: Tensor,
         after: Incoming | None = None,
+        beside: int = 0,
     ) -> Moved:
-        """Copies `data` (uint8) into pages, when `after` is there."""
+        """Copies `data` (uint8) into pages, when `after` is there; `beside` as in `gather`."""
 
     def fence(self) -> None:
         """Steps launched from now on begin, on the device, when all that is gathered by now is gathered."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from phloem.shared.engine.handover import Channels, PageStore
@@ -21,13 +22,14 @@ class _Ready(NamedTuple):
     piece: Piece
     span: Span
     slot: StagingSlot
+    before: int  # bytes of the piece that crosses meanwhile
 
 
 class PieceSender:
     """Called from the engine's thread only, which launches gathers and posts sends ahead of the device.
 
-    Whatever of a hand-over may go is announced at once, then gathered and posted piece by piece: decode's
-    host prepares for all of it while the device gathers the first piece.
+    The first piece is announced, gathered and posted before the others are even planned: nothing crosses
+    until then. Those are announced together while it crosses, so that decode's host prepares for all of them.
     """
 
     def __init__(self, channels: Channels, store: PageStore, clock: Callable[[], float]) -> None:
@@ -55,7 +57,9 @@ class PieceSender:
         for plan in plans:
             if plan.gone is not None and plan.error is None:
                 try:
-                    self._send(plan, list(self._computed(plan, plan.gone)))
+                    computed = self._computed(plan, plan.gone)
+                    self._send(plan, list(islice(computed, 1)))
+                    self._send(plan, list(computed))
                 except PhloemError as error:
                     plan.error = error.info
 
@@ -86,25 +90,26 @@ class PieceSender:
             chunk.is_sent = layer_end == self._store.num_layers
 
     def _ready(self, plan: SendPlan, gone: PageLayers, run: Span, slot: StagingSlot) -> _Ready:
-        layer_page_bytes, is_first = self._store.layer_page_bytes, not gone.has_begun
-        size = next_piece_bytes(
-            run.layers_of_pages() * layer_page_bytes, slot.tensor.numel(), is_first=is_first
-        )
+        layer_page_bytes, before = self._store.layer_page_bytes, plan.latest_piece_bytes
+        size = next_piece_bytes(run.layers_of_pages() * layer_page_bytes, slot.tensor.numel(), before)
         span = run.head(size, layer_page_bytes)
         gone.note(span)
-        num_bytes = span.layers_of_pages() * layer_page_bytes
-        return _Ready(Piece(plan.request.request_id, plan.request.attempt, *span, num_bytes), span, slot)
+        num_bytes = plan.latest_piece_bytes = span.layers_of_pages() * layer_page_bytes
+        more = span.layers_of_pages() < run.layers_of_pages()
+        piece = Piece(plan.request.request_id, plan.request.attempt, *span, num_bytes, more=more)
+        return _Ready(piece, span, slot, before)
 
     def _send(self, plan: SendPlan, ready: list[_Ready]) -> None:
         if not ready:
             return
         self._channels.announce(plan.peer, [item.piece for item in ready], [item.slot for item in ready])
-        for piece, span, slot in ready:
+        for piece, span, slot, before in ready:
             gathered = self._store.gather(
                 span.of(plan.request.page_ids),
                 span.layer_start,
                 span.layer_end,
-                slot.tensor[: piece.num_bytes],
+                slot.tensor,
+                before,
             )
             self._channels.send_piece(plan.peer, piece, slot, gathered)
             plan.num_pieces += 1

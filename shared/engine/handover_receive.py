@@ -83,6 +83,7 @@ class HandoverReceiver:
         self._plans: dict[OwnerKey, _ReceivePlan] = {}
         self._moving: dict[OwnerKey, _ReceivePlan] = {}  # those with pieces or a `Last` that `poll` sees to
         self._heard_s: dict[PeerRef, float] = {}  # when something last came of a peer's hand-overs
+        self._untold: deque[tuple[PeerRef, Admitted]] = deque()
         self._recent = RecentKeys()
         self._cancelled_early = RecentKeys()
         self.num_pages_received = 0
@@ -147,12 +148,16 @@ class HandoverReceiver:
         ):
             self._channels.release(event)
             return self._refuse(plan, "kv_bad_piece", "a KV piece is out of order or has the wrong size")
-        page_ids = span.of(plan.request.page_ids)
+        plan.arrived.note(span)
         moved = self._store.scatter(
-            page_ids, span.layer_start, span.layer_end, event.data, after=event.incoming
+            span.of(plan.request.page_ids),
+            span.layer_start,
+            span.layer_end,
+            event.data,
+            after=event.incoming,
+            beside=plan.arrived.num_left * self._store.layer_page_bytes,
         )
         self._channels.release(event, moved)
-        plan.arrived.note(span)
         plan.num_pieces += 1
         plan.last_piece_s = self._heard_s[event.peer]
         plan.first_piece_s = plan.first_piece_s or plan.last_piece_s
@@ -187,6 +192,13 @@ class HandoverReceiver:
                 if plan.last is not None:
                     arrived.append(self._admit(plan, plan.last))
         return arrived, failed
+
+    def tell_admitted(self) -> None:
+        """Tells the prefill sides what `poll` has admitted. No request waits for it: it only measures."""
+        while self._untold:
+            peer, message = self._untold.popleft()
+            with contextlib.suppress(PhloemError):
+                self._channels.send_admitted(peer, message)
 
     def on_cancel(self, peer: PeerRef, message: Cancel) -> Ended | None:
         key = (message.request_id, message.attempt)
@@ -254,8 +266,7 @@ class HandoverReceiver:
             1e3 * (plan.last_piece_s - plan.since_s),
             1e3 * (self._clock() - plan.since_s),
         )
-        with contextlib.suppress(PhloemError):  # it only measures
-            self._channels.send_admitted(plan.peer, Admitted(*plan.key))
+        self._untold.append((plan.peer, Admitted(*plan.key)))
         return Arrived(plan.request, last.token_ids)
 
     def _refuse(self, plan: _ReceivePlan, code: str, message: str) -> Ended:

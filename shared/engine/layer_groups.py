@@ -12,6 +12,9 @@ from phloem.shared.transfer.config import EDGE_PIECE_BYTES
 PIECE_OVERHEAD_S = 0.000_05
 _OVERHEAD_SHARE = 0.1
 _UNKNOWN_BYTES_PER_S = 64e9  # until the first transfers were measured
+_GROWTH = 4  # of pieces: pages are gathered some four times as fast as they cross
+_LARGEST_LAST = 3  # times the first piece: rather than two
+_LAST_PART = 5  # of the last two pieces
 
 
 class PrefillStep(NamedTuple):
@@ -53,26 +56,25 @@ def _layers_while_sending(step: PrefillStep, send_s: float) -> int:
     return max(1, math.ceil((send_s + PIECE_OVERHEAD_S) / layer_s))
 
 
-def next_piece_bytes(num_bytes_left: int, slot_bytes: int, *, is_first: bool) -> int:
-    """The size of the next piece of `num_bytes_left` that may go now.
+def next_piece_bytes(num_bytes_left: int, slot_bytes: int, before: int) -> int:
+    """The size of the next piece of `num_bytes_left` that may go now, behind one of `before` bytes (0: it is
+    a hand-over's first).
 
-        gather   | edge | rest |   slot   | edge |
-        link            | edge | rest |   slot   | edge |
-        scatter                | edge | rest |   slot   | edge |
+        gather   | e |  4 e  |   slot   |  ..  | last |
+        link         | e |    4 e   |   slot   |  ..  | last |
+        scatter          | e |      |  4 e  |   slot   |  ..  | last |
 
-    A piece costs NCCL some 9 us, so that they are as large as may be; but nothing crosses while the first of
-    a request is gathered and while the last is scattered, and the second one is gathered while only the first
-    crosses.
+    A piece costs NCCL some 12 us, so that they are as large as may be; but nothing crosses while the first
+    one is gathered and while the last one is scattered, a piece is gathered while only the one before it
+    crosses, and scattered while only the next one does.
     """
-    edge = min(EDGE_PIECE_BYTES, slot_bytes)
-    if num_bytes_left <= edge:
+    edge = EDGE_PIECE_BYTES
+    if num_bytes_left <= 2 * edge or slot_bytes <= 2 * edge:
+        return min(num_bytes_left, slot_bytes)
+    most = min(slot_bytes, _GROWTH * before) if before else edge
+    left_then = num_bytes_left - most
+    if before and num_bytes_left <= min(most, _LARGEST_LAST * edge):
         return num_bytes_left
-    if is_first:
-        return edge
-    body = num_bytes_left - edge
-    if body <= slot_bytes:
-        return max(edge, body)
-    rest = body % slot_bytes
-    if not rest or slot_bytes < 2 * edge:
-        return slot_bytes
-    return rest if rest >= edge else (slot_bytes + rest) // 2
+    if left_then >= edge:
+        return most
+    return num_bytes_left - max(edge, num_bytes_left // _LAST_PART)

@@ -55,9 +55,12 @@ class PageLayers:
         return all(gone == self.num_layers for _, gone in self._runs)
 
     @property
-    def has_begun(self) -> bool:
-        """Something has gone."""
-        return self._latest is not None
+    def num_left(self) -> int:
+        """Layers of pages that have not gone."""
+        return sum(
+            (self.num_layers - gone) * (self._end(index) - start)
+            for index, (start, gone) in enumerate(self._runs)
+        )
 
     def next_run(self, num_pages: int, layer_end: int) -> Span | None:
         """Of the layers below `layer_end` of the first `num_pages` pages what goes next, in one or several

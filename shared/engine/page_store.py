@@ -31,7 +31,10 @@ class KVPageStore:
         self.layer_page_bytes = layer_page_bytes(kv)
 
     @torch.inference_mode()
-    def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> Moved:
+    def gather(
+        self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor, beside: int = 0
+    ) -> Moved:
+        del beside
         return MovedNow(ops.gather_pages(self._kv, torch.tensor(page_ids), layer_start, layer_end, out))
 
     @torch.inference_mode()
@@ -42,7 +45,9 @@ class KVPageStore:
         layer_end: int,
         data: Tensor,
         after: Incoming | None = None,
+        beside: int = 0,
     ) -> Moved:
+        del beside
         assert after is None, "a CPU waits for nothing by itself"
         return MovedNow(ops.scatter_pages(self._kv, torch.tensor(page_ids), layer_start, layer_end, data))
 

@@ -34,6 +34,7 @@ class SendPlan:
         self.chunks: deque[Chunk] = deque()
         self.num_launched_tokens = 0
         self.num_pieces = 0
+        self.latest_piece_bytes = 0
         self.made: list[int] | None = None  # the tokens made here, once the prompt is computed
         self.error: ErrorInfo | None = None
 

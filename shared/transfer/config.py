@@ -11,13 +11,13 @@ from phloem.shared.protocol.session import PeerRef
 # 4%; 16 in use give 340 and cost the receiver 20% while they last; 4 give half as much and cost the same as 8
 # (shared/gpu/README.md).
 MAX_CTAS = 16
-# NCCL gives a message half of its CTAs, and all of them when it is over 32 chunks for each of that half
-# (`link_terms`): the pieces of a large hand-over, which takes a third less time so, and not those of a small
-# one.
-NVLINK_CHUNK_BYTES = 128 * 1024
-# The smallest pieces, with some room, that cross with all CTAs. Nothing crosses while the first piece of a
-# hand-over is gathered and while the last one is scattered.
-EDGE_PIECE_BYTES = 32 * (MAX_CTAS // 2) * NVLINK_CHUNK_BYTES + 4 * 2**20
+# NCCL gives a message between two ranks half of a communicator's CTAs, and all of them when it is over 32
+# chunks for each of that half. With these chunks no slot is, and a communicator has twice as many CTAs as a
+# message may use (`nccl_plane`).
+NVLINK_CHUNK_BYTES = 256 * 1024
+# Nothing crosses while the first piece of a hand-over is gathered; the host posts the second one while it
+# crosses.
+EDGE_PIECE_BYTES = 24 * 1024 * 1024
 # 128 MiB cross in 0.4 ms. A credit is back when decode's host has queued the scatter, mostly before the bytes
 # have come; prefill's slot is free when the host has seen them leave, up to 0.2 ms late, and the engine then
 # posts the next piece. Two slots would do for the link, the others bear a host that is busy with a step.

@@ -67,6 +67,7 @@ class DecodeChannel(Channel):
         self._ring = ReceiveRing(slots)
         self._arrivals: Mailbox[_Arrival] = Mailbox(_MAX_ARRIVALS)
         self._posted: deque[_Receiving] = deque()  # and not given to the completing thread yet
+        self._unheard: deque[PieceReceived] = deque()  # that the engine is to be told of
         self._untold: deque[SentDigest] = deque()  # of the pieces whose digests have not come
         self._runs_ahead = False  # the device waits for bytes, the engine does not
 
@@ -94,7 +95,10 @@ class DecodeChannel(Channel):
             case Piece():
                 check_header(message, self._staging_bytes)
                 self._expect(message, plane)
+                if not message.more:
+                    self._tell_of_pieces()
             case PieceDigest():
+                self._tell_of_pieces()
                 if not self._untold:
                     raise protocol_violation("a digest came without its piece")
                 self._untold.popleft().tell(message.digest)
@@ -110,6 +114,7 @@ class DecodeChannel(Channel):
     def _pass_on(self, message: Last | Cancel) -> None:
         """Behind the pieces that the engine was or will be told of."""
         if self._runs_ahead:
+            self._tell_of_pieces()
             self._tell(message)
         else:
             self._on_silence()
@@ -131,10 +136,16 @@ class DecodeChannel(Channel):
         if self._runs_ahead:
             incoming = cast(Incoming, pending)
             piece = PieceReceived(self.peer, header, data, slot, incoming, sent_digest)
-            self._emit(piece)
+            self._unheard.append(piece)
         else:
             piece = PieceReceived(self.peer, header, data, slot)
         self._posted.append(_Receiving(piece, sent_digest, pending, posted_at))
+
+    def _tell_of_pieces(self) -> None:
+        """When no other comes at once: the engine's thread would keep the interpreter from the receives of
+        those, to scatter bytes that have not come."""
+        while self._unheard:
+            self._emit(self._unheard.popleft())
 
     def _on_silence(self) -> None:
         """Only now does the completing thread wake up: it would take the interpreter from the engine's."""
@@ -142,6 +153,7 @@ class DecodeChannel(Channel):
             self._arrivals.put(self._posted.popleft(), self._timeout_s)
 
     def _on_end_of_stream(self, error: PhloemError) -> None:
+        self._tell_of_pieces()
         # What came before the end is good: a peer that drains hands its last request over and leaves. Its
         # bytes are on their way, or the peer is dead and NCCL would wait for them until the deadline.
         self._on_silence()

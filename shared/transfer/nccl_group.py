@@ -20,9 +20,9 @@ from phloem.shared.transfer.rendezvous import ControlStore
 _ABORT_S = 60.0
 
 
-def join_group(spec: PlaneSpec, store: ControlStore) -> Any:
+def join_group(spec: PlaneSpec, store: ControlStore, max_ctas: int) -> Any:
     """The group of one communicator, which serves both directions: the operations of a channel are in one
-    order anyway. NCCL blocks until the peer comes. Raises `channel_lost`.
+    order anyway. `max_ctas`: of the communicator. NCCL blocks until the peer comes. Raises `channel_lost`.
 
     Any: torch's stubs lack send and recv.
     """
@@ -32,7 +32,7 @@ def join_group(spec: PlaneSpec, store: ControlStore) -> Any:
     device = torch.device(spec.device)
     options = ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=max(spec.timeout_s, _ABORT_S))
-    options.config.max_ctas = spec.max_ctas
+    options.config.max_ctas = max_ctas
     options.is_high_priority_stream = True  # few and short, among matmuls that fill the device
     try:
         with torch.cuda.device(device):

@@ -201,7 +201,9 @@ class ReceivingSide(PagedSide):
             torch.cuda.synchronize(self.device)
         while (num_admitted := num_admitted + self._admit()) < len(requests):
             self._take(self.next_event(deadline, _LOOK_S))
-        return time.monotonic()
+        there_s = time.monotonic()
+        self._receiver.tell_admitted()
+        return there_s
 
     def _admit(self) -> int:
         """How many requests are there by now."""

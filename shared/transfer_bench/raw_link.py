@@ -109,7 +109,7 @@ class _TorchWire:
     def __init__(self, spec: PlaneSpec, store: ControlStore) -> None:
         from phloem.shared.transfer.nccl_group import join_group
 
-        self._group = join_group(spec, store)
+        self._group = join_group(spec, store, spec.max_ctas)  # all of which a large message uses
         self._device = torch.device(spec.device)
         self._post = self._group.send if spec.side == "prefill" else self._group.recv
         self._peer = 1 - RANKS[spec.side]

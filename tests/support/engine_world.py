@@ -111,9 +111,12 @@ class FakeDevice:
             watch.all_at(DONE)
         return FakeStep(self, [token for token, row in zip(made, plan.rows, strict=True) if row.samples])
 
-    def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> Moved:
+    def gather(
+        self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor, beside: int = 0
+    ) -> Moved:
+        del beside
         data = np.ascontiguousarray(self._kv[list(page_ids)])
-        out.copy_(torch.from_numpy(data.view(np.uint8).reshape(-1)))
+        out[: data.nbytes].copy_(torch.from_numpy(data.view(np.uint8).reshape(-1)))
         return MovedNow(int(data.sum()))
 
     def scatter(
@@ -123,7 +126,9 @@ class FakeDevice:
         layer_end: int,
         data: Tensor,
         after: Incoming | None = None,
+        beside: int = 0,
     ) -> Moved:
+        del beside
         pages = data.numpy().copy().view(np.int64).reshape(len(page_ids), self._page_size)
         self._kv[list(page_ids)] = pages
         return MovedNow(int(pages.sum()))

@@ -69,11 +69,13 @@ class FakePageStore:
         self.holds_back = False  # a device that takes its time
         self._held: list[HeldBack] = []
 
-    def gather(self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor) -> Moved:
+    def gather(
+        self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor, beside: int = 0
+    ) -> Moved:
+        del beside
         wanted = [(page, layer) for layer in range(layer_start, layer_end) for page in page_ids]
         data = b"".join(self.planes[plane] for plane in wanted)
-        assert len(data) == out.numel()
-        out.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        out[: len(data)].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         return self._moved(zlib.crc32(data))
 
     def scatter(
@@ -83,7 +85,9 @@ class FakePageStore:
         layer_end: int,
         data: Tensor,
         after: Incoming | None = None,
+        beside: int = 0,
     ) -> Moved:
+        del beside
         raw = bytes(data.tolist())
         size = self.layer_page_bytes
         wanted = [(page, layer) for layer in range(layer_start, layer_end) for page in page_ids]

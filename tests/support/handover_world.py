@@ -134,6 +134,7 @@ class HandoverWorld:
     def poll(self) -> None:
         """The decode side looks what its device has done."""
         arrived, failed = self.receiver.poll()
+        self.receiver.tell_admitted()
         for ended in failed:
             self.note_received(ended)
         for request, token_ids in arrived:

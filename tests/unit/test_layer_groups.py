@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,26 +69,35 @@ def test_few_layers(num_layers: int) -> None:
     assert layer_groups(PrefillStep(num_layers, 1024 * MIB, 8192, 1e4, 1e9))[-1] == num_layers
 
 
-MIB = 2**20
+def pieces_of(total: int, slot: int) -> list[int]:
+    left, made = total, [0]
+    while left:
+        made.append(next_piece_bytes(left, slot, made[-1]))
+        left -= made[-1]
+        assert left >= 0
+    return made[1:]
 
 
 @pytest.mark.parametrize(
     ("total", "slot", "pieces"),
     [
         (10, 128, [10]),
-        (36, 128, [36]),
-        (64, 128, [36, 28]),
-        (100, 128, [36, 36, 28]),
-        (256, 128, [36, 56, 128, 36]),
-        (512, 128, [36, 56, 128, 128, 128, 36]),
-        (330, 128, [36, 65, 65, 128, 36]),
+        (48, 128, [48]),
+        (64, 128, [24, 40]),
+        (256, 128, [24, 96, 108, 27]),
+        (512, 128, [24, 96, 128, 128, 108, 27]),
+        (330, 128, [24, 96, 128, 58, 24]),
         (100, 32, [32, 32, 32, 4]),
     ],
 )
-def test_pieces_are_large_but_for_the_first_and_the_last(total: int, slot: int, pieces: list[int]) -> None:
-    left = total * MIB
-    made: list[int] = []
-    while left:
-        made.append(next_piece_bytes(left, slot * MIB, is_first=not made))
-        left -= made[-1]
-    assert [piece // MIB for piece in made] == pieces
+def test_pieces_grow_are_large_and_end_with_a_small_one(total: int, slot: int, pieces: list[int]) -> None:
+    assert [piece // MIB for piece in pieces_of(total * MIB, slot * MIB)] == pieces
+
+
+@given(total=st.integers(1, 2**31), slot=st.integers(2**20, 2**28))
+def test_no_piece_is_larger_than_its_slot_or_grows_faster_than_pages_are_gathered(
+    total: int, slot: int
+) -> None:
+    pieces = pieces_of(total, slot)
+    assert sum(pieces) == total and all(0 < piece <= slot for piece in pieces)
+    assert all(after <= 4 * before for before, after in itertools.pairwise(pieces))

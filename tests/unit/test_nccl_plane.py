@@ -63,7 +63,7 @@ def plane(nccl: Nccl, monkeypatch: pytest.MonkeyPatch) -> DataPlane:
         monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", None, raising=False)
     module = importlib.import_module("phloem.shared.transfer.nccl_plane")
     calls = SimpleNamespace(send=nccl.send, receive=nccl.send)
-    monkeypatch.setattr(module, "join_group", lambda spec, store: nccl)
+    monkeypatch.setattr(module, "join_group", lambda spec, store, max_ctas: nccl)
     monkeypatch.setattr(module, "cuda_driver", lambda device: None)
     monkeypatch.setattr(module, "NcclCalls", lambda communicator, peer: calls)
     monkeypatch.setattr(module, "CudaEvent", _Event)
