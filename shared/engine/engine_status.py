@@ -50,6 +50,7 @@ class EngineStatus:
             num_handing_over=scheduler.num_requests - scheduler.num_running - scheduler.num_waiting,
             cut_off=tuple(sorted(self.transfer.cut_off)),
             num_channels=self.transfer.num_channels,
+            staging_quarantined_bytes=self.transfer.staging_quarantined_bytes,
         )
 
     def audit(self, tag: int) -> AuditReply:
@@ -74,6 +75,7 @@ class EngineStatus:
                 "pages_received": self._receiver.num_pages_received,
                 "channels": self.transfer.num_channels,
                 "staging_lent_bytes": self.transfer.staging_lent_bytes,
+                "staging_quarantined_bytes": self.transfer.staging_quarantined_bytes,
             },
             exposed_transfer_s=self._sender.exposure.latest_s,
         )

@@ -19,14 +19,17 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Rendezvous, TransferMessage, transfer_message
+from phloem.shared.transfer.errand import Errand
 from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.events import ChannelLost, ChannelOpened, Side, TransferEvent
 from phloem.shared.transfer.frames import KEEPALIVE, FrameSocket
-from phloem.shared.transfer.planes import DataPlane, PlaneSpec, open_plane
+from phloem.shared.transfer.opening import Opening
+from phloem.shared.transfer.planes import DataPlane, PlaneSpec
 from phloem.shared.transfer.rendezvous import ControlStore
 from phloem.shared.transfer.stats import PeerMeter
 
@@ -34,6 +37,19 @@ log = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 1024 * 1024
 KEEPALIVES_PER_TIMEOUT = 4
+MAX_ABORT_S = (
+    70.0  # NCCL frees memory, and waits for the device and for others that do: seconds on a busy host
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelEnd:
+    """What a channel ended with, and what is left of it: an opening that was given up and has not ended; or a
+    plane that may still write to the staging memory, which must stay where it is, as must the plane."""
+
+    error: ErrorInfo
+    stuck: Opening | None = None
+    holder: DataPlane | None = None
 
 
 class Channel(ABC):
@@ -59,6 +75,7 @@ class Channel(ABC):
         self._meter = meter
         self._wakes_beat = threading.Event()  # something is left to be written, or the channel has failed
         self._state = threading.RLock()  # guards all below and the order of events
+        self._opening: Opening | None = None
         self._plane: DataPlane | None = None
         self._is_open = False
         self._failed = threading.Event()
@@ -97,6 +114,8 @@ class Channel(ABC):
             if self._is_open:
                 self._is_open = False
                 self._deliver(ChannelLost(self.peer, self.side, error.info))
+            if self._opening is not None:
+                self._opening.give_up(error.info)
         log.info("channel %s (%s side) ends: %s", self.name, self.side, error)
         self._wakes_beat.set()
         self._close_completions()
@@ -104,27 +123,23 @@ class Channel(ABC):
 
     # --- the channel's threads ---
 
-    def run(self) -> ErrorInfo:
-        """Opens the channel and serves it until it is lost; returns why. Raises nothing."""
+    def run(self) -> ChannelEnd:
+        """Opens the channel and serves it until it is lost. Raises nothing, and waits for nothing without
+        bounds."""
         threads = [
             threading.Thread(target=self._guarded, args=(target,), name=self._thread_name(what), daemon=True)
             for what, target in (("beat", self._beat), ("complete", self._complete))
         ]
         self._guarded(lambda: self._serve(threads))
         self._failed.wait()
-        if self._plane is not None:
-            self._plane.abort()
+        holder = self._abort()
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
-        self._plane = None
+        stuck, self._opening, self._plane = self._opening, None, None
         self._frames.close()
         assert self._error is not None
-        return self._error
-
-    @abstractmethod
-    def _warm_up(self, plane: DataPlane) -> None:
-        """Moves one byte from prefill to decode."""
+        return ChannelEnd(self._error, stuck, holder)
 
     @abstractmethod
     def _on_message(self, message: TransferMessage, plane: DataPlane) -> None:
@@ -146,10 +161,7 @@ class Channel(ABC):
     def _close_completions(self) -> None: ...
 
     def _serve(self, threads: list[threading.Thread]) -> None:
-        store = ControlStore(self._frames, self._timeout_s)
-        self._plane = plane = open_plane(self._plane_spec, store)
-        self._warm_up(plane)
-        store.seal()
+        self._plane = plane = self._open()
         self._frames.set_timeout(self._timeout_s)
         self._meter.opened()
         self._announce()
@@ -159,6 +171,33 @@ class Channel(ABC):
             message = None if payload == KEEPALIVE else transfer_message.decode(payload)
             if message is not None and not isinstance(message, Rendezvous):  # told, but not waited for
                 self._on_message(message, plane)
+
+    def _open(self) -> DataPlane:
+        store = ControlStore(self._frames, self._timeout_s)
+        with self._state:
+            self._check_not_failed()
+            opening = self._opening = Opening(self._plane_spec, store, self._label)
+        try:
+            plane = opening.plane()
+        except PhloemError as error:
+            self.fail(error)  # the connection is shut: an opening that reads or writes ends
+            store.seal()
+            if opening.clean_up():
+                self._opening = None
+            raise
+        store.seal()
+        self._opening = None
+        return plane
+
+    def _abort(self) -> DataPlane | None:
+        """The plane, if it has not let go of the staging memory."""
+        if self._plane is None:
+            return None
+        try:
+            abort = Errand(self._plane.abort, self._thread_name("abort"))
+        except RuntimeError:  # no more threads
+            return self._plane
+        return None if abort.wait(MAX_ABORT_S) and not abort.failure else self._plane
 
     def _read(self) -> bytes | None:
         if not self._frames.has_frame:
@@ -171,10 +210,13 @@ class Channel(ABC):
 
     def _announce(self) -> None:
         with self._state:
-            if self._error is not None:
-                raise PhloemError.from_info(self._error)
+            self._check_not_failed()
             self._is_open = True
             self._deliver(ChannelOpened(self.peer, self.side))
+
+    def _check_not_failed(self) -> None:
+        if self._error is not None:
+            raise PhloemError.from_info(self._error)
 
     def _beat(self) -> None:
         while not self._failed.is_set():
@@ -203,7 +245,11 @@ class Channel(ABC):
         return posted_at + self._timeout_s - time.monotonic()
 
     def _thread_name(self, what: str) -> str:
-        return f"phloem-transfer-{what}-{self.peer.worker_id}.{self.peer.epoch}"
+        return f"phloem-transfer-{what}-{self._label}"
+
+    @property
+    def _label(self) -> str:
+        return f"{self.peer.worker_id}.{self.peer.epoch}"
 
 
 def not_open(peer: PeerRef) -> PhloemError:

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from typing import TypeAlias, cast
 
 import msgspec
-import torch
 
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Cancel, Credit, Last, Piece, PieceDigest, TransferMessage
 from phloem.shared.transfer.channel import Channel
-from phloem.shared.transfer.device_event import settle
 from phloem.shared.transfer.errors import protocol_violation, transfer_timeout
 from phloem.shared.transfer.events import CancelReceived, LastReceived, PieceReceived, TransferEvent
 from phloem.shared.transfer.frames import FrameSocket
@@ -69,7 +67,6 @@ class DecodeChannel(Channel):
         self._posted: deque[_Receiving] = deque()  # and not given to the completing thread yet
         self._unheard: deque[PieceReceived] = deque()  # that the engine is to be told of
         self._untold: deque[SentDigest] = deque()  # of the pieces whose digests have not come
-        self._runs_ahead = False  # the device waits for bytes, the engine does not
 
     def release(self, piece: PieceReceived, after: Moved | None) -> None:
         """The slot may be filled again behind `after`; one of an older channel is left alone, and so is one
@@ -80,15 +77,9 @@ class DecodeChannel(Channel):
         with contextlib.suppress(PhloemError):  # lost: its event comes
             self.send(_ONE_CREDIT)
 
-    def _warm_up(self, plane: DataPlane) -> None:
-        byte = torch.zeros(1, dtype=torch.uint8, device=self._plane_spec.device)
-        # It is cleared behind the steps, for which the plane does not wait: maybe when the byte has come.
-        settle(self._plane_spec.device, self._timeout_s)
-        pending = plane.post_receive(byte, 1)
-        self._runs_ahead = isinstance(pending, Incoming)
-        pending.wait(self._timeout_s)
-        if int(byte) != 1:
-            raise protocol_violation("the first byte is wrong")
+    @property
+    def _runs_ahead(self) -> bool:
+        return self._plane is not None and self._plane.runs_ahead
 
     def _on_message(self, message: TransferMessage, plane: DataPlane) -> None:
         match message:

@@ -19,12 +19,11 @@ from phloem.shared.transfer.errors import channel_lost, protocol_violation
 from phloem.shared.transfer.events import ChannelLost, ChannelOpened, TransferEvent
 from phloem.shared.transfer.frames import FrameSocket
 from phloem.shared.transfer.handshake import handshake_deadline, prove_as_dialer, transfer_key
-from phloem.shared.transfer.planes import PlaneSpec
 from phloem.shared.transfer.prefill_channel import PrefillChannel
 from phloem.shared.transfer.redial import REFUSED_FOR_NOW, Redial
-from phloem.shared.transfer.staging_pool import StagingLease, StagingPool
+from phloem.shared.transfer.resources import Resources
+from phloem.shared.transfer.staging_pool import StagingLease
 from phloem.shared.transfer.stats import PeerMeter
-from phloem.shared.transfer.streams import StreamStock
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +46,7 @@ class Dialer:
         peer: PeerRef,
         address: str,
         config: TransferConfig,
-        pool: StagingPool,
-        streams: StreamStock,
+        resources: Resources,
         deliver: Callable[[TransferEvent], None],
         meter: PeerMeter,
     ) -> None:
@@ -57,8 +55,7 @@ class Dialer:
         self.address = address
         self._host, self._port = split_host_port(address)
         self._config = config
-        self._pool = pool
-        self._streams = streams
+        self._resources = resources
         self._deliver_to_engine = deliver
         self._meter = meter
         self._redial = Redial()
@@ -96,13 +93,10 @@ class Dialer:
         if frames is not None:
             frames.shutdown()
 
-    def join(self) -> None:
-        """Waits for the thread to end, at most about the transfer timeout after `stop`."""
-        self._thread.join()
-
     @property
-    def has_ended(self) -> bool:
-        return not self._thread.is_alive()
+    def thread(self) -> threading.Thread:
+        """It ends some time after `stop`."""
+        return self._thread
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -146,6 +140,7 @@ class Dialer:
 
     def _attempt(self) -> _Attempt:
         """One channel from dial to loss, or the reason why there was none."""
+        self._resources.stuck.check(self.peer)
         deadline = handshake_deadline(self._config.timeout_s)
         frames = self._connect(deadline)
         lease: StagingLease | None = None
@@ -158,7 +153,9 @@ class Dialer:
                 error = PhloemError(opened.code, opened.message, retryable=retryable, http_status=503)
                 return _Attempt(error.info, is_final=not retryable)
             # No variable holds the channel: with its slots, it is gone when their memory is given back.
-            return _Attempt(self._make_channel(name, opened, frames, lease).run())
+            end = self._make_channel(name, opened, frames, lease).run()
+            self._resources.take_back(self.peer, lease, end)
+            return _Attempt(end.error)
         finally:
             with self._lock:
                 self._frames = self._channel = None
@@ -169,7 +166,7 @@ class Dialer:
     def _borrow(self, frames: FrameSocket, deadline: float) -> StagingLease:
         """Memory for the channel. Raises `staging_full`, and tells the peer."""
         try:
-            return self._pool.lend(f"to {self.peer.worker_id}", LEND_WAIT_S)
+            return self._resources.pool.lend(f"to {self.peer.worker_id}", LEND_WAIT_S)
         except PhloemError as error:
             frames.write(transfer_message.encode(Refused(error.code, str(error))), deadline)
             raise
@@ -206,19 +203,10 @@ class Dialer:
     def _make_channel(
         self, name: str, opened: Opened, frames: FrameSocket, lease: StagingLease
     ) -> PrefillChannel:
-        config = self._config
-        spec = PlaneSpec(
-            host=config.host,
-            side="prefill",
-            device=config.device,
-            timeout_s=config.timeout_s,
-            max_ctas=config.max_ctas,
-            streams=self._streams,
-        )
         channel = PrefillChannel(
             self.peer,
             name,
-            spec,
+            self._resources.plane_spec("prefill"),
             frames,
             self._deliver,
             self._meter,

@@ -7,6 +7,7 @@ the `ChannelLost` event of a channel that was open comes in any case.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,10 +25,13 @@ from phloem.shared.transfer.events import ChannelLost, PieceReceived, Side, Tran
 from phloem.shared.transfer.listener import Listener
 from phloem.shared.transfer.pending import Moved
 from phloem.shared.transfer.prefill_channel import PrefillChannel
+from phloem.shared.transfer.resources import Resources
 from phloem.shared.transfer.staging import StagingSlot
-from phloem.shared.transfer.staging_pool import StagingPool
 from phloem.shared.transfer.stats import PeerMeter, PeerStats, TransferStatus
-from phloem.shared.transfer.streams import StreamStock
+
+log = logging.getLogger(__name__)
+
+CLOSE_WAIT_S = 5.0  # a worker that takes 10 s to stop is killed
 
 
 class TransferEndpoint:
@@ -48,11 +52,8 @@ class TransferEndpoint:
         self._dialers: dict[str, Dialer] = {}  # by the decode worker's id: one epoch at a time
         self._retired: list[Dialer] = []  # stopped, their threads may still be ending
         self._meters: dict[PeerRef, PeerMeter] = {}
-        self._pool = pool = StagingPool(config)
-        self._streams = streams = StreamStock()
-        self._listener = (
-            Listener(config, pool, streams, self._deliver, self._meter) if config.accepts else None
-        )
+        self._resources = resources = Resources(config)
+        self._listener = Listener(config, resources, self._deliver, self._meter) if config.accepts else None
         self.address = self._listener.address if self._listener is not None else ""
 
     # --- peers ---
@@ -79,7 +80,7 @@ class TransferEndpoint:
             if self._closing.is_set():
                 return
             self._dialers[peer.worker_id] = Dialer(
-                peer, address, self._config, self._pool, self._streams, self._deliver, meter
+                peer, address, self._config, self._resources, self._deliver, meter
             )
 
     def peer_down(self, peer: PeerRef) -> None:
@@ -166,7 +167,8 @@ class TransferEndpoint:
         return TransferStatus(
             self.num_channels,
             {d.peer.worker_id: error for d in dialers if (error := d.cut_off) is not None},
-            self._pool.lent_bytes,
+            self._resources.pool.lent_bytes,
+            self._resources.pool.quarantined_bytes,
         )
 
     def stats(self) -> dict[PeerRef, PeerStats]:
@@ -176,8 +178,8 @@ class TransferEndpoint:
 
     def close(self, grace_s: float = 1.0) -> None:
         """Lets what was sent arrive, for at most `grace_s`; then ends everything, without events, and waits
-        for all threads: at once as a rule, about the transfer timeout when a peer hangs in the middle of
-        opening a channel."""
+        for all threads: moments as a rule, `CLOSE_WAIT_S` at most. What NCCL has not let go of by then is
+        left to the end of the process."""
         with self._lock:
             self._closing.set()
             dialers = list(self._dialers.values())
@@ -185,10 +187,14 @@ class TransferEndpoint:
         error = channel_lost("shutting down")
         for dialer in dialers:
             dialer.stop(error)
+        threads = [dialer.thread for dialer in (*dialers, *self._retired)]
         if self._listener is not None:
-            self._listener.close(error)
-        for dialer in (*dialers, *self._retired):
-            dialer.join()
+            threads += self._listener.close(error)
+        deadline = time.monotonic() + CLOSE_WAIT_S
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if left := [thread.name for thread in threads if thread.is_alive()]:
+            log.warning("left to the end of the process after %g s: %s", CLOSE_WAIT_S, ", ".join(left))
 
     def _deliver(self, event: TransferEvent) -> None:
         if not self._closing.is_set():
@@ -211,7 +217,7 @@ class TransferEndpoint:
     def _retire(self, dialer: Dialer, reason: str) -> None:
         with self._lock:
             del self._dialers[dialer.peer.worker_id]
-            self._retired = [old for old in self._retired if not old.has_ended]
+            self._retired = [old for old in self._retired if old.thread.is_alive()]
             self._retired.append(dialer)
         dialer.stop(channel_lost(reason))
 

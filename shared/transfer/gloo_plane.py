@@ -23,6 +23,8 @@ _TIMED_OUT = "Timed out"
 class GlooPlane:
     """See `DataPlane`."""
 
+    runs_ahead = False
+
     def __init__(self, spec: PlaneSpec, store: ControlStore) -> None:
         self._rank = RANKS[spec.side]
         self._timeout_s = spec.timeout_s

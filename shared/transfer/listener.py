@@ -26,11 +26,9 @@ from phloem.shared.transfer.handshake import (
     prove_as_listener,
     transfer_key,
 )
-from phloem.shared.transfer.planes import PlaneSpec
-from phloem.shared.transfer.staging import StagingSlot
-from phloem.shared.transfer.staging_pool import StagingPool
+from phloem.shared.transfer.resources import Resources
+from phloem.shared.transfer.staging_pool import StagingLease
 from phloem.shared.transfer.stats import PeerMeter
-from phloem.shared.transfer.streams import StreamStock
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +39,13 @@ class Listener:
     def __init__(
         self,
         config: TransferConfig,
-        pool: StagingPool,
-        streams: StreamStock,
+        resources: Resources,
         deliver: Callable[[TransferEvent], None],
         meter_of: Callable[[PeerRef], PeerMeter],
     ) -> None:
         """Raises `address_unavailable`."""
         self._config = config
-        self._pool = pool
-        self._streams = streams
+        self._resources = resources
         self._key = transfer_key(config.cluster_secret)
         self._deliver = deliver
         self._meter_of = meter_of
@@ -80,8 +76,8 @@ class Listener:
         if channel is not None:
             channel.fail(error)
 
-    def close(self, error: PhloemError) -> None:
-        """Ends everything and waits for the threads, at most about the transfer timeout."""
+    def close(self, error: PhloemError) -> list[threading.Thread]:
+        """Ends everything; returns at once, with the threads that are ending."""
         with self._lock:
             self._closing.set()
             channels = list(self._channels.values())
@@ -92,23 +88,20 @@ class Listener:
             channel.fail(error)
         for frames in connections:
             frames.shutdown()
-        self._thread.join()
-        for thread in connections.values():
-            thread.join()
-        self._socket.close()
+        return [self._thread, *connections.values()]
 
     def _accept(self) -> None:
-        while not self._closing.is_set():
-            try:
-                sock, address = self._socket.accept()
-            except OSError as error:
-                if self._closing.is_set():
-                    return
-                log.warning("accepting a transfer peer failed: %s", error)
-                self._closing.wait(0.1)  # out of descriptors: let some close
-                continue
-            if not self._take(sock, address[0]):
-                sock.close()
+        with self._socket:
+            while not self._closing.is_set():
+                try:
+                    sock, address = self._socket.accept()
+                except OSError as error:
+                    if not self._closing.is_set():
+                        log.warning("accepting a transfer peer failed: %s", error)
+                        self._closing.wait(0.1)  # out of descriptors: let some close
+                else:
+                    if not self._take(sock, address[0]):
+                        sock.close()
 
     def _take(self, sock: socket.socket, host: str) -> bool:
         """Begins to serve a connection; False: it is to be closed."""
@@ -132,9 +125,7 @@ class Listener:
 
     def _serve(self, frames: FrameSocket, host: str) -> None:
         try:
-            request = self._authenticated_open(frames, host)
-            with contextlib.ExitStack() as stack:
-                self._open_and_run(request, frames, stack)
+            self._open_and_run(self._authenticated_open(frames, host), frames)
         except PhloemError as error:
             log.warning("a transfer connection is refused: %s", error)
         except Exception:  # out of memory, or a bug of ours: others must still be served
@@ -144,34 +135,33 @@ class Listener:
             with self._lock:
                 del self._connections[frames]
 
-    def _open_and_run(self, request: Open, frames: FrameSocket, stack: contextlib.ExitStack) -> None:
-        """`stack` gives the channel's memory back; nothing refers to the channel by then."""
-        channel = self._open(request, frames, stack)
-        if channel is None:
-            return
-        try:
-            channel.run()
-        finally:
-            with self._lock:
-                if self._channels.get(channel.peer.worker_id) is channel:
-                    del self._channels[channel.peer.worker_id]
-
-    def _open(self, request: Open, frames: FrameSocket, stack: contextlib.ExitStack) -> DecodeChannel | None:
-        """The peer's new channel, or None when it is refused."""
+    def _open_and_run(self, request: Open, frames: FrameSocket) -> None:
+        """From the peer's request to the loss of its channel, or its refusal."""
+        lease: StagingLease | None = None
         try:
             self._check(request)
-            slots = self._borrow(request, stack)
-            channel = self._register(request, slots, frames)
+            lease = self._resources.pool.lend(f"from {request.prefill.worker_id}", LEND_WAIT_S)
+            self._run(request, frames, lease)
         except PhloemError as error:
             log.warning("%s is refused a transfer channel: %s", request.prefill, error)
             frames.write(transfer_message.encode(Refused(error.code, str(error))))
-            return None
-        opened = Opened(slots[0].tensor.numel(), len(slots))
+        finally:
+            if lease is not None:
+                lease.close()  # nothing refers to the channel by now
+
+    def _run(self, request: Open, frames: FrameSocket, lease: StagingLease) -> None:
+        """Raises what the request is refused with."""
+        channel, opened = self._register(request, frames, lease)
         try:
             frames.write(transfer_message.encode(opened))
         except PhloemError as error:
             channel.fail(error)
-        return channel
+        try:
+            self._resources.take_back(channel.peer, lease, channel.run())
+        finally:
+            with self._lock:
+                if self._channels.get(channel.peer.worker_id) is channel:
+                    del self._channels[channel.peer.worker_id]
 
     def _authenticated_open(self, frames: FrameSocket, host: str) -> Open:
         try:
@@ -197,48 +187,35 @@ class Listener:
             refused = refusal(request, self._config, newest, others)
             if refused is not None:
                 raise PhloemError(refused.code, refused.message)
+            self._resources.stuck.check(prefill)
             self._seen.note(prefill.worker_id, prefill.epoch)
             older = self._channels.get(prefill.worker_id)
         if older is not None:
             older.fail(channel_lost(f"{prefill} opened a new channel"))
 
-    def _borrow(self, request: Open, stack: contextlib.ExitStack) -> list[StagingSlot]:
-        """Memory for the channel. Raises `staging_full`."""
-        lease = self._pool.lend(f"from {request.prefill.worker_id}", LEND_WAIT_S)
-        stack.callback(lease.close)
-        slot_bytes = min(request.staging_bytes, lease.slot_bytes)
-        return lease.slots(request.channel_name, slot_bytes, self._config.staging_slots)
-
-    def _register(self, request: Open, slots: list[StagingSlot], frames: FrameSocket) -> DecodeChannel:
+    def _register(
+        self, request: Open, frames: FrameSocket, lease: StagingLease
+    ) -> tuple[DecodeChannel, Opened]:
         """The channel; the last one of a worker that came in the meantime counts, unless its epoch is old."""
         prefill = request.prefill
+        slot_bytes = min(request.staging_bytes, lease.slot_bytes)
+        slots = lease.slots(request.channel_name, slot_bytes, self._config.staging_slots)
+        channel = DecodeChannel(
+            prefill,
+            request.channel_name,
+            self._resources.plane_spec("decode"),
+            frames,
+            self._deliver,
+            self._meter_of(prefill),
+            slots=slots,
+        )
         with self._lock:
             if self._closing.is_set():
                 raise overloaded("shutting down")
             if prefill.epoch < self._seen.newest(prefill.worker_id):
                 raise PhloemError("stale_epoch", f"{prefill} is superseded")
             older = self._channels.get(prefill.worker_id)
-            channel = self._channels[prefill.worker_id] = self._make_channel(request, slots, frames)
+            self._channels[prefill.worker_id] = channel
         if older is not None:
             older.fail(channel_lost(f"{prefill} opened a new channel"))
-        return channel
-
-    def _make_channel(self, request: Open, slots: list[StagingSlot], frames: FrameSocket) -> DecodeChannel:
-        config = self._config
-        spec = PlaneSpec(
-            host=config.host,
-            side="decode",
-            device=config.device,
-            timeout_s=config.timeout_s,
-            max_ctas=config.max_ctas,
-            streams=self._streams,
-        )
-        return DecodeChannel(
-            request.prefill,
-            request.channel_name,
-            spec,
-            frames,
-            self._deliver,
-            self._meter_of(request.prefill),
-            slots=slots,
-        )
+        return channel, Opened(slot_bytes, len(slots))

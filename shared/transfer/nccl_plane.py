@@ -38,6 +38,8 @@ class NcclPlane:
     All operations are in one stream; who reads what they bring has one of its own.
     """
 
+    runs_ahead = True
+
     def __init__(self, spec: PlaneSpec, store: ControlStore) -> None:
         device = torch.device(spec.device)
         self._group = join_group(spec, store, _COMMUNICATOR_CTAS * spec.max_ctas)

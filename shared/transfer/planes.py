@@ -24,14 +24,19 @@ class DataPlane(Protocol):
     """`post_*` never block for the peer; `abort` may be called from any thread, and wakes every wait. After a
     wait that raised, the plane is broken."""
 
+    @property
+    def runs_ahead(self) -> bool:
+        """What `post_receive` answers is `Incoming`: the device waits for bytes, the engine does not."""
+
     def post_send(self, data: Tensor, after: Moved | None = None) -> Pending:
         """Sends `data` once `after` is done, and what was posted before."""
 
     def post_receive(self, slot: Tensor, num_bytes: int, after: Moved | None = None) -> Pending:
-        """Receives the first `num_bytes` of `slot` once `after` is done; the answer is `Incoming` where the
-        device can wait for them."""
+        """Receives the first `num_bytes` of `slot` once `after` is done."""
 
-    def abort(self) -> None: ...
+    def abort(self) -> None:
+        """Returns when nothing writes to the memory of a receive any more. May take long; when it raises, or
+        never returns, something still may."""
 
 
 @dataclass(frozen=True, slots=True)

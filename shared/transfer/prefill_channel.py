@@ -7,8 +7,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import (
@@ -21,7 +19,6 @@ from phloem.shared.protocol.transfer import (
     TransferMessage,
 )
 from phloem.shared.transfer.channel import Channel, not_open
-from phloem.shared.transfer.device_event import settle
 from phloem.shared.transfer.errors import protocol_violation
 from phloem.shared.transfer.events import (
     AdmittedReceived,
@@ -81,8 +78,11 @@ class PrefillChannel(Channel):
 
     def announce(self, pieces: Sequence[Piece], slots: Sequence[StagingSlot]) -> None:
         """Sends their headers, in one go: decode posts its receives while they are gathered. Each is sent
-        next, in its slot, in their order. Raises `channel_lost`, also when a slot is of an older channel: they
-        were acquired while that one was lost and this one opened, and those of this one are given back."""
+        next, in its slot, in their order.
+
+        Raises `channel_lost`, also when a slot is of an older channel, which was lost while the slots were
+        acquired: those of this one are given back.
+        """
         if any(slot.channel_name != self.name for slot in slots):
             for slot in slots:
                 self.give_back(slot)
@@ -113,12 +113,6 @@ class PrefillChannel(Channel):
     def is_idle(self) -> bool:
         """Also: the peer's engine has taken every piece."""
         return super().is_idle and (self._failed.is_set() or self._ring.is_idle)
-
-    def _warm_up(self, plane: DataPlane) -> None:
-        byte = torch.ones(1, dtype=torch.uint8, device=self._plane_spec.device)
-        # It is written behind the steps, for which the plane does not wait.
-        settle(self._plane_spec.device, self._timeout_s)
-        plane.post_send(byte).wait(self._timeout_s)
 
     def _on_message(self, message: TransferMessage, plane: DataPlane) -> None:
         match message:

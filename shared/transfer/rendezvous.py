@@ -6,6 +6,7 @@ peer's address: where DNS is slow or dead a channel opened after 5 s or never (t
 
 from __future__ import annotations
 
+import threading
 import time
 from datetime import timedelta
 
@@ -31,17 +32,21 @@ class ControlStore(Store):
         self._frames = frames
         self._timeout_s = timeout_s
         self._values: dict[str, bytes] = {}
+        self._using = threading.Lock()  # of who uses the connection; guards the next one
         self._sealed = False
 
     def seal(self) -> None:
-        """The channel is open and other threads have the connection: from now on nothing is told or heard."""
-        self._sealed = True
+        """The channel is open and other threads have the connection, or it is shut and about to be closed:
+        from now on nothing is told or heard. Waits for who is at it, whom a shut connection lets go."""
+        with self._using:
+            self._sealed = True
 
     def set(self, key: str, value: bytes | str) -> None:
         data = value.encode() if isinstance(value, str) else bytes(value)
         self._values[key] = data
-        if not self._sealed:
-            self._frames.write(transfer_message.encode(Rendezvous(key, data)))
+        with self._using:
+            if not self._sealed:
+                self._frames.write(transfer_message.encode(Rendezvous(key, data)))
 
     def get(self, key: str) -> bytes:
         self.wait([key])
@@ -57,9 +62,10 @@ class ControlStore(Store):
             self._read(deadline)
 
     def _read(self, deadline: float) -> None:
-        if self._sealed:
-            raise channel_lost("the ranks have met already")
-        payload = self._frames.read(MAX_FRAME_BYTES, deadline)
+        with self._using:
+            if self._sealed:
+                raise channel_lost("the ranks have met already")
+            payload = self._frames.read(MAX_FRAME_BYTES, deadline)
         if payload == KEEPALIVE:
             return
         message = transfer_message.decode(payload)

@@ -12,6 +12,7 @@ while the other one is sent.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -23,6 +24,8 @@ from phloem.shared.errors import PhloemError
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.errors import staging_full
 from phloem.shared.transfer.staging import StagingSlot
+
+log = logging.getLogger(__name__)
 
 _LOOK_S = 0.005  # slots that nobody holds any more do not say so
 _ALIGNMENT = 256  # bytes, of blocks and slots: kernels read several at a time
@@ -54,7 +57,14 @@ class StagingPool:
         """Held by channels, and by what is left of those that have ended."""
         with self._changed:
             self._reclaim()
-            return (self._config.num_blocks - len(self._free)) * self._config.staging_bytes
+            num_lent = self._config.num_blocks - len(self._free) - self._num_quarantined()
+            return num_lent * self._config.staging_bytes
+
+    @property
+    def quarantined_bytes(self) -> int:
+        """Lent to nobody any more: what held them has not let go."""
+        with self._changed:
+            return self._num_quarantined() * self._config.staging_bytes
 
     def lend(self, owner: str, wait_s: float = 0.0) -> StagingLease:
         """Memory for one channel of `owner`; waits for so long for what `owner` had before, which must be
@@ -82,6 +92,20 @@ class StagingPool:
             self._free += blocks
             self._changed.notify_all()
 
+    def quarantined(self, lease: StagingLease) -> None:
+        """For leases: this one's blocks are."""
+        config = self._config
+        with self._changed:
+            num_left = config.num_blocks - self._num_quarantined()
+        log.error(
+            "the channel %s has ended, but NCCL has not let go of its staging memory (%s), which nobody else "
+            "gets any more; %s are left. Restart %s to have it back",
+            lease.owner,
+            _mib(len(lease.blocks) * config.staging_bytes),
+            _mib(num_left * config.staging_bytes),
+            config.me,
+        )
+
     def notify(self) -> None:
         """For leases: one was closed."""
         with self._changed:
@@ -102,12 +126,18 @@ class StagingPool:
             if not lease.blocks:
                 self._leases.remove(lease)
 
+    def _num_quarantined(self) -> int:
+        return sum(len(lease.blocks) for lease in self._leases if lease.is_quarantined)
+
     def _full(self) -> PhloemError:
         config = self._config
+        num_channels = sum(not lease.is_quarantined for lease in self._leases)
+        lost = self._num_quarantined() * config.staging_bytes
+        or_again = f", or just again: lost channels keep {_mib(lost)} until then" if lost else ""
         return staging_full(
-            f"{config.me.worker_id} has staging memory for {config.max_peers} peers, and {len(self._leases)} "
-            f"channels hold all of it: start it with a higher --transfer-peers "
-            f"({config.staging_bytes / 2**20:.4g} MiB of its memory for each)"
+            f"{config.me.worker_id} has staging memory for {config.max_peers} peers, and {num_channels} "
+            "channels hold all of it: start it with a higher --transfer-peers "
+            f"({_mib(config.staging_bytes)} of its memory for each){or_again}"
         )
 
 
@@ -119,6 +149,8 @@ class StagingLease:
         self.owner = owner
         self.blocks = blocks
         self.is_closed = False
+        self.is_quarantined = False
+        self._holder: object = None
         self._pool = pool
         self._config = config
         self._slots: list[tuple[int, weakref.ref[StagingSlot]]] = []  # with their blocks
@@ -133,6 +165,8 @@ class StagingLease:
 
     def take_unused(self) -> list[int]:
         """For the pool, of a closed lease: its blocks that nobody uses any more."""
+        if self.is_quarantined:
+            return []
         used = {block for block, slot in self._slots if slot() is not None}
         unused = [block for block in self.blocks if block not in used]
         self.blocks = [block for block in self.blocks if block in used]
@@ -157,10 +191,22 @@ class StagingLease:
         self._slots = [(block, weakref.ref(slot)) for (block, _), slot in zip(places, slots, strict=True)]
         return slots
 
+    def quarantine(self, holder: object) -> None:
+        """Before `close`: `holder` may touch the memory for as long as the process lives. So nobody else gets
+        it, and `holder` is kept: to drop it might be to wait for it."""
+        self._holder = holder
+        self.is_quarantined = True
+        self._pool.quarantined(self)
+
     def close(self) -> None:
-        """The channel has ended: no thread of its own, and no peer, touches the memory any more."""
+        """The channel has ended: no thread of its own, and no peer, touches the memory any more, unless it is
+        quarantined."""
         self.is_closed = True
         self._pool.notify()
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.4g} MiB"
 
 
 def _aligned(num_bytes: int) -> int:

@@ -25,11 +25,13 @@ class PeerStats(msgspec.Struct, frozen=True):
 class TransferStatus(msgspec.Struct, frozen=True):
     """An endpoint as it is now. `num_channels` are open; `cut_off` are the workers, by id, that can't be
     handed over to for the time being, dialed in vain or refused, and why. `staging_lent_bytes` are held by
-    channels, or still in use of those that have ended."""
+    channels, or still in use of those that have ended; `staging_quarantined_bytes` are lent to nobody any
+    more, since a channel that has ended may still write to them."""
 
     num_channels: int = 0
     cut_off: dict[str, ErrorInfo] = {}
     staging_lent_bytes: int = 0
+    staging_quarantined_bytes: int = 0
 
 
 class PeerMeter:

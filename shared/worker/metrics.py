@@ -18,6 +18,7 @@ _LOAD_GAUGES = {
     "transfer_bytes_per_s": "moving average of the KV transfer rate",
     "exposed_transfer_s": "moving average from token 0 to word that decode has admitted the request",
     "num_channels": "KV channels that are open",
+    "staging_quarantined_bytes": "staging memory that lost KV channels have not let go of, until a restart",
 }
 
 

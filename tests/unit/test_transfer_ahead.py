@@ -26,7 +26,7 @@ from phloem.shared.protocol.transfer import (
     TransferMessage,
     transfer_message,
 )
-from phloem.shared.transfer import channel
+from phloem.shared.transfer import opening
 from phloem.shared.transfer.errors import transfer_timeout
 from phloem.shared.transfer.events import (
     CancelReceived,
@@ -99,6 +99,8 @@ class _Departure:
 
 
 class _AheadPlane:
+    runs_ahead = True
+
     def __init__(self, plane: DataPlane) -> None:
         self._plane = plane
         self.receives_after: list[Moved | None] = []
@@ -123,7 +125,7 @@ def planes(monkeypatch: pytest.MonkeyPatch) -> list[_AheadPlane]:
         opened.append(_AheadPlane(open_plane(spec, store)))
         return opened[-1]
 
-    monkeypatch.setattr(channel, "open_plane", open_ahead)
+    monkeypatch.setattr(opening, "open_plane", open_ahead)
     return opened
 
 

@@ -125,7 +125,7 @@ def test_closing_does_not_wait_for_a_peer_that_went_away_while_opening() -> None
     hanging, _ = dial_open(decode.endpoint.address, open_request(channel_name="hanging"))
     assert isinstance(answer, Opened)
     gone.close()
-    wait_until(lambda: len(transfer_threads()) == 2)  # the accepting one, and the hanging one's
+    wait_until(lambda: len(transfer_threads()) == 3)  # the accepting one, and the hanging one's two
     decode.endpoint.close()
     assert transfer_threads() == []
     hanging.close()
