@@ -2,8 +2,8 @@
 
 1. The ports are free? 2. Valkey, unless --redis-url; the cluster's secret is agreed on there, so that more
 services can join later. 3. The model is fetched and converted once. 4. The index, workers and gateways start
-together. 5. A table, the URL, a curl line and a real answer. 6. Children that die are started again. 7. A
-signal stops gateways, workers, the index, Valkey; a second one kills.
+together. 5. A table, the URL, a curl line and a real answer. 6. Children that die or hang are started
+again. 7. A signal stops gateways, workers, the index, Valkey; a second one kills.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from phloem.cli.up.config import UpConfig
 from phloem.cli.up.devices import count_gpus
 from phloem.cli.up.display import Display, display_for
 from phloem.cli.up.first_answer import first_answer
+from phloem.cli.up.hang_watch import kill_what_hangs
 from phloem.cli.up.model import prepare_model
 from phloem.cli.up.plan import (
     ChildSpec,
@@ -74,6 +75,7 @@ class UpRun:
         self._host = resolve_host(config.host)
         self._redis_url = config.redis_url
         self._secret = b""
+        self._specs: list[ChildSpec] = []
 
     async def run(self) -> None:
         """Ends on a signal, or after the answer with `--once`. Raises `PhloemError` if it can't start."""
@@ -86,7 +88,7 @@ class UpRun:
             serving = self._until_served(supervisor)
             if await _first_of(serving, supervisor.failure(), stop.wait()) and not self._config.once:
                 self._line("Ctrl-C stops the cluster.")
-                await self._until_stopped(stop)
+                await self._until_stopped(supervisor, stop)
             self._line("Stopping ...")
         if not self._config.run_dir and not any(c.num_restarts for c in supervisor.children.values()):
             shutil.rmtree(run_dir, ignore_errors=True)
@@ -107,13 +109,20 @@ class UpRun:
                     display.stage(spec.name, Stage("starting", 0, 0))
                 snapshot = await wait_until_ready(supervisor, specs, registry, self._host, display)
         supervisor.settle()
+        self._specs = specs
         await self._show(supervisor, specs, snapshot)
 
-    async def _until_stopped(self, stop: asyncio.Event) -> None:
-        if self._config.cluster_secret:
-            await stop.wait()
-        else:
-            await _first_of(keep_secret(self._redis_url, self._secret), stop.wait())
+    async def _until_stopped(self, supervisor: Supervisor, stop: asyncio.Event) -> None:
+        registry = Registry(self._redis_url)
+        beside: list[Coroutine[Any, Any, None]] = []  # which never end
+        if not self._config.cluster_secret:
+            beside.append(keep_secret(self._redis_url, self._secret))
+        if self._config.hang_timeout_s:
+            beside.append(kill_what_hangs(supervisor, self._specs, registry, self._config.hang_timeout_s))
+        try:
+            await _first_of(_wait(stop), *beside)
+        finally:
+            await registry.close()
 
     async def _redis(self, supervisor: Supervisor, display: Display) -> None:
         """Waits for a Redis that answers: the user's, or a Valkey of our own."""
@@ -174,6 +183,10 @@ class UpRun:
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+async def _wait(stop: asyncio.Event) -> None:
+    await stop.wait()
 
 
 # Any: the results of the other coroutines don't matter.

@@ -37,6 +37,15 @@ class UpConfig(Struct, frozen=True, kw_only=True):
     stop_timeout_s: Annotated[
         float, Meta(gt=0.0, le=3600.0, description="longest wait for each kind of process to stop")
     ] = 10.0
+    hang_timeout_s: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=86_400.0,
+            description="a service that runs but has not renewed its registration for so long is killed and "
+            "started again; 0: never",
+        ),
+    ] = 30.0
     log_level: Annotated[LogLevel, Meta(description="least severity that services log")] = "info"
     ask: Annotated[bool, Meta(description="ask the cluster a question when it is ready")] = True
     once: Annotated[bool, Meta(description="stop after the first answer; exit 0 if there was one")] = False

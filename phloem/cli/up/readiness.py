@@ -66,8 +66,20 @@ def worker_record(spec: ChildSpec, snapshot: ClusterSnapshot) -> WorkerRecord | 
 
 def index_record(spec: ChildSpec, snapshot: ClusterSnapshot) -> ServiceRecord | None:
     """What the index of this spec has registered."""
-    name = _flag(spec, "--service-id")
-    services = (service for service in snapshot.services if service.kind == "cache_index")
+    return _service_record("cache_index", _flag(spec, "--service-id"), snapshot)
+
+
+def is_registered(spec: ChildSpec, snapshot: ClusterSnapshot) -> bool:
+    """Whether the service of this spec holds its lease."""
+    if spec.kind in WORKER_KINDS:
+        return worker_record(spec, snapshot) is not None
+    if spec.kind == "cache-index":
+        return index_record(spec, snapshot) is not None
+    return _service_record("gateway", _flag(spec, "--gateway-id"), snapshot) is not None
+
+
+def _service_record(kind: str, name: str, snapshot: ClusterSnapshot) -> ServiceRecord | None:
+    services = (service for service in snapshot.services if service.kind == kind)
     return next((service for service in services if service.service_id == name), None)
 
 

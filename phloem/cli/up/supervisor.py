@@ -79,6 +79,13 @@ class Supervisor:
         """The cluster is up: from now on a death is repaired instead of fatal."""
         self._settled = True
 
+    def kill(self, name: str, why: str) -> None:
+        """Ends a child that runs, at once; what follows is as for one that died."""
+        process = self.children[name].process
+        if process is not None:
+            self._report(f"{name} {why}: it is killed")
+            process.kill()
+
     async def failure(self) -> None:
         """Waits for a child to die before `settle`, and raises `PhloemError` with the end of its log."""
         await asyncio.shield(self._failure)
