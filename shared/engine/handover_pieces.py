@@ -15,6 +15,8 @@ from phloem.shared.protocol.transfer import Piece
 from phloem.shared.transfer.pending import Pending
 from phloem.shared.transfer.staging import StagingSlot
 
+_FIRST_TOGETHER = 2
+
 
 class _Ready(NamedTuple):
     """A piece that goes now."""
@@ -28,8 +30,9 @@ class _Ready(NamedTuple):
 class PieceSender:
     """Called from the engine's thread only, which launches gathers and posts sends ahead of the device.
 
-    The first piece is announced, gathered and posted before the others are even planned: nothing crosses
-    until then. Those are announced together while it crosses, so that decode's host prepares for all of them.
+    The first two pieces are announced, gathered and posted before the others are even planned: nothing
+    crosses until then, and both sides must have posted the second one when the first one has crossed. The
+    others are announced together while these cross, so that decode's host prepares for all of them.
     """
 
     def __init__(self, channels: Channels, store: PageStore, clock: Callable[[], float]) -> None:
@@ -58,7 +61,7 @@ class PieceSender:
             if plan.gone is not None and plan.error is None:
                 try:
                     computed = self._computed(plan, plan.gone)
-                    self._send(plan, list(islice(computed, 1)))
+                    self._send(plan, list(islice(computed, _FIRST_TOGETHER)))
                     self._send(plan, list(computed))
                 except PhloemError as error:
                     plan.error = error.info

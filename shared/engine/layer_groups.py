@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from phloem.shared.transfer.config import EDGE_PIECE_BYTES
+from phloem.shared.transfer.config import FIRST_PIECE_BYTES, LAST_PIECE_BYTES
 
 # What a piece costs beyond its bytes: two small launches, a frame each way, and the threads that wait for
 # them. 10% of the time is given to that.
 PIECE_OVERHEAD_S = 0.000_05
 _OVERHEAD_SHARE = 0.1
 _UNKNOWN_BYTES_PER_S = 64e9  # until the first transfers were measured
-_GROWTH = 4  # of pieces: pages are gathered some four times as fast as they cross
-_LARGEST_LAST = 3  # times the first piece: rather than two
-_LAST_PART = 5  # of the last two pieces
+_GROWTH = 3  # of pieces: pages are gathered some four times as fast as they cross, less a launch
+_LAST_PART = 5  # of the last two pieces: pages are scattered as fast
 
 
 class PrefillStep(NamedTuple):
@@ -60,21 +59,18 @@ def next_piece_bytes(num_bytes_left: int, slot_bytes: int, before: int) -> int:
     """The size of the next piece of `num_bytes_left` that may go now, behind one of `before` bytes (0: it is
     a hand-over's first).
 
-        gather   | e |  4 e  |   slot   |  ..  | last |
-        link         | e |    4 e   |   slot   |  ..  | last |
-        scatter          | e |      |  4 e  |   slot   |  ..  | last |
+        gather   | e |  3 e  |   slot   |  ..  | last |
+        link         | e |    3 e   |   slot   |  ..  | last |
+        scatter          | e |      |  3 e  |   slot   |  ..  | last |
 
-    A piece costs NCCL some 12 us, so that they are as large as may be; but nothing crosses while the first
+    A piece costs NCCL some 10 us, so that they are as large as may be; but nothing crosses while the first
     one is gathered and while the last one is scattered, a piece is gathered while only the one before it
     crosses, and scattered while only the next one does.
     """
-    edge = EDGE_PIECE_BYTES
-    if num_bytes_left <= 2 * edge or slot_bytes <= 2 * edge:
+    first, last = FIRST_PIECE_BYTES, LAST_PIECE_BYTES
+    if min(num_bytes_left, slot_bytes) <= first + last:
         return min(num_bytes_left, slot_bytes)
-    most = min(slot_bytes, _GROWTH * before) if before else edge
-    left_then = num_bytes_left - most
-    if before and num_bytes_left <= min(most, _LARGEST_LAST * edge):
-        return num_bytes_left
-    if left_then >= edge:
+    most = min(slot_bytes, max(first, _GROWTH * before))
+    if num_bytes_left - most >= last:
         return most
-    return num_bytes_left - max(edge, num_bytes_left // _LAST_PART)
+    return num_bytes_left - max(last, num_bytes_left // _LAST_PART)

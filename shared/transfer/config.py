@@ -15,9 +15,10 @@ MAX_CTAS = 16
 # chunks for each of that half. With these chunks no slot is, and a communicator has twice as many CTAs as a
 # message may use (`nccl_plane`).
 NVLINK_CHUNK_BYTES = 256 * 1024
-# Nothing crosses while the first piece of a hand-over is gathered; the host posts the second one while it
-# crosses.
-EDGE_PIECE_BYTES = 24 * 1024 * 1024
+# Nothing crosses while the first piece of a hand-over is gathered, nor while the last one is scattered. While
+# the first one crosses, 0.12 ms, the second one is posted and gathered: with 24 MiB the link had to wait.
+FIRST_PIECE_BYTES = 36 * 1024 * 1024
+LAST_PIECE_BYTES = 16 * 1024 * 1024
 # 128 MiB cross in 0.4 ms. A credit is back when decode's host has queued the scatter, mostly before the bytes
 # have come; prefill's slot is free when the host has seen them leave, up to 0.2 ms late, and the engine then
 # posts the next piece. Two slots would do for the link, the others bear a host that is busy with a step.

@@ -44,20 +44,23 @@ class NcclCalls:
         self._tell = library.ncclGetErrorString
         self._tell.restype = ctypes.c_char_p
 
-    def send(self, data: Tensor, stream: torch.cuda.Stream) -> None:
-        """Queues the sending of `data` (uint8, contiguous) in `stream`. Raises `channel_lost`."""
-        self._call(self._send, data, stream)
+    def send(self, data: Tensor, num_bytes: int, stream: torch.cuda.Stream) -> None:
+        """Queues the sending of the first `num_bytes` of `data` (uint8, contiguous) in `stream`. Raises
+        `channel_lost`."""
+        self._call(self._send, data, num_bytes, stream)
         self._send = self._send_at_once
 
-    def receive(self, data: Tensor, stream: torch.cuda.Stream) -> None:
+    def receive(self, data: Tensor, num_bytes: int, stream: torch.cuda.Stream) -> None:
         """Queues the receiving of just as many bytes. Raises `channel_lost`."""
-        self._call(self._receive, data, stream)
+        self._call(self._receive, data, num_bytes, stream)
         self._receive = self._receive_at_once
 
-    def _call(self, function: ctypes._NamedFuncPointer, data: Tensor, stream: torch.cuda.Stream) -> None:
+    def _call(
+        self, function: ctypes._NamedFuncPointer, data: Tensor, num_bytes: int, stream: torch.cuda.Stream
+    ) -> None:
         result = function(
             ctypes.c_void_p(data.data_ptr()),
-            ctypes.c_size_t(data.numel()),
+            ctypes.c_size_t(num_bytes),
             self._type,
             self._peer,
             self._communicator,

@@ -52,10 +52,10 @@ class NcclPlane:
         self._aborted = False  # set without the lock: who gets that after has seen it
 
     def post_send(self, data: Tensor, after: Moved | None = None) -> Pending:
-        return RecordedEvent(self._post(self._calls.send, data, after))
+        return RecordedEvent(self._post(self._calls.send, data, data.numel(), after))
 
     def post_receive(self, slot: Tensor, num_bytes: int, after: Moved | None = None) -> Incoming:
-        return ArrivalEvent(self._post(self._calls.receive, slot[:num_bytes], after), self._readers)
+        return ArrivalEvent(self._post(self._calls.receive, slot, num_bytes, after), self._readers)
 
     def abort(self) -> None:
         """Returns when NCCL has let go of everything: before, nobody else may have the staging memory. Who
@@ -70,7 +70,9 @@ class NcclPlane:
             if (took_s := time.monotonic() - began) > _LONG_ABORT_S:
                 log.warning("NCCL took %.1f s to give a channel up", took_s)
 
-    def _post(self, call: Callable[[Tensor, Stream], None], data: Tensor, after: Moved | None) -> CudaEvent:
+    def _post(
+        self, call: Callable[[Tensor, int, Stream], None], data: Tensor, num_bytes: int, after: Moved | None
+    ) -> CudaEvent:
         """The event behind what was posted."""
         with self._posting:
             if self._aborted:
@@ -78,8 +80,8 @@ class NcclPlane:
             try:
                 if after is not None and not after.done():
                     after.hold_back(self._link)
+                call(data, num_bytes, self._link)
                 event = CudaEvent(self._driver)
-                call(data, self._link)
                 event.record(self._link)
             except RuntimeError as error:
                 raise channel_lost(f"the device failed: {error}") from error

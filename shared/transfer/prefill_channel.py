@@ -65,6 +65,7 @@ class PrefillChannel(Channel):
         self._ring = SendRing(slots, credits)
         self._sendings: Mailbox[_Sending] = Mailbox(len(slots))
         self._announced: deque[Piece] = deque()  # and not posted yet
+        self._posted: deque[_Sending] = deque()  # and not given to the completing thread yet
 
     def acquire(self) -> StagingSlot | None:
         if not self.is_open:
@@ -107,7 +108,10 @@ class PrefillChannel(Channel):
         except PhloemError as error:
             self.fail(error)
             raise not_open(self.peer) from error
-        self._sendings.put(_Sending(gathered, pending, slot, piece.num_bytes, time.monotonic()))
+        self._posted.append(_Sending(gathered, pending, slot, piece.num_bytes, time.monotonic()))
+        # Only when all is posted that was announced: the completing thread would take the interpreter.
+        while self._posted and not self._announced:
+            self._sendings.put(self._posted.popleft())
 
     @property
     def is_idle(self) -> bool:

@@ -39,6 +39,7 @@ from phloem.shared.transfer_bench.rank_protocol import KvShape, PagesRun
 PREFILL, DECODE = PeerRef("bench-prefill", 1), PeerRef("bench-decode", 1)
 _TOKEN = 7
 _LOOK_S = 0.000_05  # between two looks at the device, as an engine does
+_LAST_LOOK_S = 0.000_01  # when all is queued: who waits for a plain receive looks all the time
 _IDLE_S = 0.01  # when only an event can change anything
 
 
@@ -149,7 +150,8 @@ class SendingSide(PagedSide):
             self._sender.begin(request)
             self._count_as_computed(request)
         while len(self._readies) < len(requests):
-            self._stash(self.next_event(deadline))
+            _check(self._sender.pump())  # nothing may go yet
+            self._stash(self.next_event(deadline, _LOOK_S))  # as an engine that has something under way
         began_s = time.monotonic()
         for _ in requests:
             ready = self._readies.popleft()
@@ -196,11 +198,8 @@ class ReceivingSide(PagedSide):
         while num_last < len(requests):
             num_last += self._take(self.next_event(deadline))
             num_admitted += self._admit()
-        # All is queued on the device: it is waited for as a plain receive is, not looked at now and then.
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
         while (num_admitted := num_admitted + self._admit()) < len(requests):
-            self._take(self.next_event(deadline, _LOOK_S))
+            self._take(self.next_event(deadline, _LAST_LOOK_S))
         there_s = time.monotonic()
         self._receiver.tell_admitted()
         return there_s

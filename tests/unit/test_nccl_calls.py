@@ -61,8 +61,8 @@ def stream() -> Any:
 
 @pytest.mark.parametrize("name", ["send", "receive"])
 def test_address_count_type_peer_communicator_and_stream_are_given(library: Library, name: str) -> None:
-    data = torch.zeros(4096, dtype=torch.uint8)[64:1064]
-    getattr(NcclCalls(COMMUNICATOR, PEER), name)(data, stream())
+    data = torch.zeros(4096, dtype=torch.uint8)[64:2064]
+    getattr(NcclCalls(COMMUNICATOR, PEER), name)(data, 1000, stream())
     assert library.calls == [(name, [data.data_ptr(), 1000, 1, PEER, COMMUNICATOR, STREAM])]
 
 
@@ -71,17 +71,17 @@ def test_only_the_call_that_connects_lets_go_of_the_interpreter(library: Library
     calls, data = NcclCalls(COMMUNICATOR, PEER), torch.zeros(8, dtype=torch.uint8)
     library.result = 1
     with pytest.raises(PhloemError):
-        getattr(calls, name)(data, stream())
+        getattr(calls, name)(data, 8, stream())
     library.result = 0
     for _ in range(3):
-        getattr(calls, name)(data, stream())
+        getattr(calls, name)(data, 8, stream())
     assert library.kept == [False, False, True, True]
 
 
 def test_failure_is_told_in_nccls_words(library: Library) -> None:
     library.result = 1
     with pytest.raises(PhloemError, match="unhandled cuda error") as caught:
-        NcclCalls(COMMUNICATOR, PEER).send(torch.zeros(8, dtype=torch.uint8), stream())
+        NcclCalls(COMMUNICATOR, PEER).send(torch.zeros(8, dtype=torch.uint8), 8, stream())
     assert caught.value.code == "channel_lost"
 
 

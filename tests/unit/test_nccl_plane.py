@@ -31,8 +31,8 @@ class Nccl:
         self.is_aborting.set()
         assert self.may_abort.wait(WAIT_S)
 
-    def send(self, data: torch.Tensor, stream: Any) -> None:
-        del data, stream
+    def send(self, data: torch.Tensor, num_bytes: int, stream: Any) -> None:
+        del data, num_bytes, stream
         self.is_sending.set()
         assert self.may_send.wait(WAIT_S)
         self.order.append("sent")

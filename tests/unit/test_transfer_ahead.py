@@ -282,10 +282,11 @@ def test_pieces_announced_together_are_credited_before_they_are_sent(prefill: Re
         rogue.frames.write(transfer_message.encode(Credit(2)))
         rogue.frames.write(transfer_message.encode(Ready("r", 1, 0)))
         prefill.next(ReadyReceived)  # and so the credits before it
-        data = torch.zeros(GOOD.num_bytes, dtype=torch.uint8)
         for fill, (header, slot) in enumerate(zip(headers, slots, strict=True), 1):
             slot.tensor[: GOOD.num_bytes] = fill
             prefill.endpoint.send_piece(DECODE, header, slot, MovedNow(fill))
+        data = torch.zeros(GOOD.num_bytes, dtype=torch.uint8)
+        for fill in (1, 2):
             rogue.plane.post_receive(data, GOOD.num_bytes).wait(5.0)
             assert int(data.sum()) == fill * GOOD.num_bytes
         assert [next_message(rogue), next_message(rogue)] == [PieceDigest(1), PieceDigest(2)]
