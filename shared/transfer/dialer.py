@@ -76,7 +76,7 @@ class Dialer:
     @property
     def cut_off(self) -> ErrorInfo | None:
         """Why there is no channel and won't be one soon."""
-        return self._redial.cut_off
+        return self._redial.cut_off(time.monotonic())
 
     def retry_soon(self) -> None:
         """What the last attempt lacked may be there now."""
@@ -108,13 +108,13 @@ class Dialer:
                 self._redial.refused(attempt.error)
                 self._deliver_to_engine(ChannelLost(self.peer, "prefill", attempt.error))
                 return
-            pause_s = self._redial.failed(attempt.error, began_s, time.monotonic())
+            pause_s = self._redial.failed(attempt.error, began_s)
             if not self._stopped.is_set():
                 self._log_cut_off(pause_s)
                 self._retry.wait(pause_s)
 
     def _log_cut_off(self, pause_s: float) -> None:
-        error = self._redial.cut_off
+        error = self.cut_off
         if error is not None:
             log.warning(
                 "no KV channel with %s, requests go elsewhere, next try in %.0f s: %s",
@@ -125,7 +125,9 @@ class Dialer:
 
     def _deliver(self, event: TransferEvent) -> None:
         if isinstance(event, ChannelOpened):
-            self._redial.opened()
+            self._redial.opened(time.monotonic())
+        elif isinstance(event, ChannelLost):
+            self._redial.lost(event.error, time.monotonic())
         self._deliver_to_engine(event)
 
     def _attempt_guarded(self) -> _Attempt:

@@ -216,7 +216,8 @@ class TransferEndpoint:
 
     def _retire(self, dialer: Dialer, reason: str) -> None:
         with self._lock:
-            del self._dialers[dialer.peer.worker_id]
+            if self._dialers.get(dialer.peer.worker_id) is dialer:
+                del self._dialers[dialer.peer.worker_id]
             self._retired = [old for old in self._retired if old.thread.is_alive()]
             self._retired.append(dialer)
         dialer.stop(channel_lost(reason))

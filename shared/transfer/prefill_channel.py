@@ -101,7 +101,8 @@ class PrefillChannel(Channel):
         assert 0 < piece.num_bytes <= slot.tensor.numel(), "the piece doesn't fit into the slot"
         if not self._announced:
             self.announce([piece], [slot])
-        assert self._announced.popleft() == piece, "what was announced is sent next"
+        announced = self._announced.popleft()
+        assert announced == piece, "what was announced is sent next"
         self._ring.sending(slot)
         try:
             pending = plane.post_send(slot.tensor[: piece.num_bytes], gathered)

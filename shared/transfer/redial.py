@@ -17,33 +17,44 @@ REFUSED_FOR_NOW = frozenset({"overloaded", "staging_full"})
 
 
 class Redial:
-    """Of one dialer. `cut_off` says why there is no channel to the peer and won't be one soon; None: there is
-    one, or one may open at any time."""
+    """Of one dialer."""
 
     def __init__(self) -> None:
-        self.cut_off: ErrorInfo | None = None
+        self._error: ErrorInfo | None = None  # why there is no channel; None: nothing has gone wrong
+        self._is_refused = False
         self._pause_s = FIRST_PAUSE_S
-        self._failing_since_s: float | None = None
+        self._opened_s: float | None = None  # None: it is not open
+        self._failing_since_s = 0.0
 
-    def opened(self) -> None:
-        self.cut_off = None
-        self._failing_since_s = None
+    def cut_off(self, now_s: float) -> ErrorInfo | None:
+        """Why there is no channel to the peer and won't be one soon; None: there is one, or one may open at
+        any time."""
+        is_failing = self._error is not None and now_s - self._failing_since_s >= CUT_OFF_AFTER_S
+        return self._error if self._is_refused or is_failing else None
 
-    def failed(self, error: ErrorInfo, began_s: float, now_s: float) -> float:
-        """An attempt that began at `began_s` has ended, before the channel opened or after it was lost.
-        Returns how long to wait before the next."""
+    def opened(self, now_s: float) -> None:
+        self._error, self._is_refused, self._opened_s = None, False, now_s
+
+    def lost(self, error: ErrorInfo, now_s: float) -> None:
+        """The channel that was open. Its attempt may go on for a while: NCCL has to let go of it."""
+        if self._opened_s is not None and now_s - self._opened_s > MAX_PAUSE_S:
+            self._pause_s = FIRST_PAUSE_S / 2
+        self._failing_since_s, self._opened_s = now_s, None
+        self._error = error  # last: others may ask meanwhile
+
+    def failed(self, error: ErrorInfo, began_s: float) -> float:
+        """An attempt that began at `began_s` is over, before the channel opened or after it was lost. Returns
+        how long to wait before the next."""
+        if self._error is None:
+            self._failing_since_s = began_s
+        self._error = error
+        self._is_refused = self._is_refused or error.code in REFUSED_FOR_NOW
         if error.code in REFUSED_FOR_NOW:
-            self.cut_off = error
             self._pause_s = min(max(2 * self._pause_s, FIRST_REFUSED_PAUSE_S), MAX_REFUSED_PAUSE_S)
-            return self._pause_s
-        lived_long = self._failing_since_s is None and now_s - began_s > MAX_PAUSE_S
-        self._pause_s = FIRST_PAUSE_S if lived_long else min(2 * self._pause_s, MAX_PAUSE_S)
-        if self._failing_since_s is None:
-            self._failing_since_s = now_s if lived_long else began_s
-        if now_s - self._failing_since_s >= CUT_OFF_AFTER_S:
-            self.cut_off = error
+        else:
+            self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
         return self._pause_s
 
     def refused(self, error: ErrorInfo) -> None:
         """For good: nobody dials again."""
-        self.cut_off = error
+        self._error, self._is_refused = error, True

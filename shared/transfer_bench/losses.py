@@ -237,12 +237,14 @@ class LossRun:
         self.tell(f"the survivor's memory: {found:.0f} MiB")
 
     async def _until_settled(self) -> None:
-        """Until the channels of lost peers are gone. Raises `PhloemError` when one stays."""
+        """Until lost peers' channels are gone. Raises `PhloemError` when one stays, or its memory does."""
         deadline = time.monotonic() + _SETTLE_TIMEOUT_S
-        while (channels := (await self._survivor.audit()).counters["channels"]) != _CHANNELS_BETWEEN:
+        while (counters := (await self._survivor.audit()).counters)["channels"] != _CHANNELS_BETWEEN:
             if time.monotonic() > deadline:
-                raise PhloemError("bench_failed", f"{channels} channels are open after a loss")
+                raise PhloemError("bench_failed", f"{counters['channels']} channels are open after a loss")
             await asyncio.sleep(10 * _POLL_S)
+        if quarantined := counters["staging_quarantined_bytes"]:
+            raise PhloemError("bench_failed", f"lost channels keep {quarantined} bytes of staging memory")
 
     async def _bytes_moved(self) -> int:
         counters = (await self._survivor.audit()).counters

@@ -1,0 +1,95 @@
+"""A peer that is stopped in the middle of opening a channel, beside one that lives: on CPUs and on GPUs."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import msgspec
+import psutil
+
+from phloem.shared.protocol.session import PeerRef
+from phloem.shared.transfer.config import TransferConfig
+from phloem.shared.transfer.events import ChannelOpened, PieceReceived
+from phloem.shared.transfer.pending import MovedNow
+from tests.support.transfer import Recorded, piece, transfer_config, wait_until
+from tests.support.transfer_child import Child, decode_child, prefill_child
+
+SLOT_BYTES = 64 * 1024
+US, STOPS, LIVES = PeerRef("us", 1), PeerRef("stops", 1), PeerRef("lives", 1)
+START_S = 60.0  # of a process that imports torch
+
+
+def config(me: PeerRef, device: str, timeout_s: float, *, accepts: bool) -> TransferConfig:
+    made = transfer_config(me, accepts=accepts, staging_bytes=SLOT_BYTES, timeout_s=timeout_s)
+    return msgspec.structs.replace(made, device=device, max_peers=4)
+
+
+def survive_stopped_decode(ours: str, theirs: str, after_s: float, timeout_s: float) -> None:
+    """`ours` and `theirs` are devices; `after_s`: from when the peer has begun to open."""
+    stopping = decode_child(config(STOPS, theirs, timeout_s, accepts=True), after_s)
+    living = decode_child(config(LIVES, theirs, timeout_s, accepts=True))
+    with stopping as (stopped, stopped_address), living as (lives, address):
+        prefill = Recorded(config(US, ours, timeout_s, accepts=False))
+        prefill.endpoint.peer_up(STOPS, stopped_address)
+        wait_until(functools.partial(_is_stopped, stopped), START_S)
+        stopped_s = time.monotonic()
+        prefill.endpoint.peer_up(LIVES, address)
+        wait_until(lambda: prefill.endpoint.is_open(LIVES, "prefill"), START_S)
+        _send(prefill, lives, 1)
+        _assert_given_up(prefill, stopped_s, timeout_s)
+        _send(prefill, lives, 2)
+        _close(prefill)
+
+
+def survive_stopped_prefill(ours: str, theirs: str, after_s: float, timeout_s: float) -> None:
+    decode = Recorded(config(US, ours, timeout_s, accepts=True))
+    address = decode.endpoint.address
+    stopping = prefill_child(config(STOPS, theirs, timeout_s, accepts=False), US, address, after_s)
+    with stopping as stopped:
+        wait_until(functools.partial(_is_stopped, stopped), START_S)
+        stopped_s = time.monotonic()
+        with prefill_child(config(LIVES, theirs, timeout_s, accepts=False), US, address) as lives:
+            while decode.next_of(ChannelOpened, START_S).peer != LIVES:
+                pass
+            for fill in (1, 2):
+                lives.pipe.send(fill)
+                received = decode.next_of(PieceReceived, 10.0)
+                if received.incoming is not None:
+                    received.incoming.wait(10.0)
+                assert int(received.data.sum()) == fill * received.header.num_bytes
+                decode.endpoint.release(received)
+                _assert_given_up(decode, stopped_s, timeout_s)
+            _close(decode)
+
+
+def _is_stopped(child: Child) -> bool:
+    return child.process.status() == psutil.STATUS_STOPPED
+
+
+def _send(prefill: Recorded, decode: Child, fill: int) -> None:
+    slot = prefill.endpoint.acquire_slot(LIVES)
+    assert slot is not None
+    slot.tensor.fill_(fill)
+    assert int(slot.tensor[0]) == fill  # a device has done it
+    num_bytes = slot.tensor.numel()
+    prefill.endpoint.send_piece(LIVES, piece("r", 0, num_bytes), slot, MovedNow(0))
+    assert decode.read() == (0, fill, fill * num_bytes)
+
+
+def _assert_given_up(ours: Recorded, stopped_s: float, timeout_s: float) -> None:
+    """Memory is with the channel of the peer that lives alone, within a step of the opening."""
+
+    def is_given_up() -> bool:
+        status = ours.endpoint.status()
+        return status.num_channels == 1 and status.staging_lent_bytes <= 3 * SLOT_BYTES
+
+    wait_until(is_given_up, START_S)
+    assert time.monotonic() - stopped_s < 2 * timeout_s + 5.0
+    assert ours.endpoint.status().staging_quarantined_bytes == 0
+
+
+def _close(ours: Recorded) -> None:
+    began_s = time.monotonic()
+    ours.endpoint.close(0.0)
+    assert time.monotonic() - began_s < 4.0, "it does not wait for who hangs"
