@@ -119,11 +119,11 @@ class DecodeChannel(Channel):
 
     def _expect(self, header: Piece, plane: DataPlane) -> None:
         """Posts the receive of a piece; tells the engine, if its device can wait for it."""
-        (slot, after), sent_digest = self._ring.take(), SentDigest()
-        self._untold.append(sent_digest)
+        slot, after = self._ring.take()
         posted_at = time.monotonic()
         pending = plane.post_receive(slot.tensor, header.num_bytes, after)
-        data = slot.tensor[: header.num_bytes]
+        data, sent_digest = slot.tensor[: header.num_bytes], SentDigest()
+        self._untold.append(sent_digest)
         if self._runs_ahead:
             incoming = cast(Incoming, pending)
             piece = PieceReceived(self.peer, header, data, slot, incoming, sent_digest)

@@ -35,11 +35,11 @@ class GlooPlane:
             raise channel_lost(f"the peer did not join the group: {error}") from error
         self._nothing = torch.empty(1, dtype=torch.uint8)
 
-    def post_send(self, data: Tensor, after: Moved | None = None) -> Pending:
+    def post_send(self, data: Tensor, after: Moved | None = None, num_bytes: int | None = None) -> Pending:
         if after is not None:
             after.wait(self._timeout_s)
         try:
-            return _PendingWork(self._group.send([data], 1 - self._rank, _DATA_TAG))
+            return _PendingWork(self._group.send([data[:num_bytes]], 1 - self._rank, _DATA_TAG))
         except RuntimeError as error:
             raise channel_lost(f"sending failed: {error}") from error
 

@@ -51,8 +51,9 @@ class NcclPlane:
         self._posting = threading.Lock()  # of who uses the communicator
         self._aborted = False  # set without the lock: who gets that after has seen it
 
-    def post_send(self, data: Tensor, after: Moved | None = None) -> Pending:
-        return RecordedEvent(self._post(self._calls.send, data, data.numel(), after))
+    def post_send(self, data: Tensor, after: Moved | None = None, num_bytes: int | None = None) -> Pending:
+        num_bytes = data.numel() if num_bytes is None else num_bytes
+        return RecordedEvent(self._post(self._calls.send, data, num_bytes, after))
 
     def post_receive(self, slot: Tensor, num_bytes: int, after: Moved | None = None) -> Incoming:
         return ArrivalEvent(self._post(self._calls.receive, slot, num_bytes, after), self._readers)
@@ -78,7 +79,7 @@ class NcclPlane:
             if self._aborted:
                 raise channel_lost("the channel is being taken apart")
             try:
-                if after is not None and not after.done():
+                if after is not None:
                     after.hold_back(self._link)
                 call(data, num_bytes, self._link)
                 event = CudaEvent(self._driver)

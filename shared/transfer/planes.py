@@ -28,8 +28,8 @@ class DataPlane(Protocol):
     def runs_ahead(self) -> bool:
         """What `post_receive` answers is `Incoming`: the device waits for bytes, the engine does not."""
 
-    def post_send(self, data: Tensor, after: Moved | None = None) -> Pending:
-        """Sends `data` once `after` is done, and what was posted before."""
+    def post_send(self, data: Tensor, after: Moved | None = None, num_bytes: int | None = None) -> Pending:
+        """Sends the first `num_bytes` of `data` (None: all) once `after` is done, and what was posted."""
 
     def post_receive(self, slot: Tensor, num_bytes: int, after: Moved | None = None) -> Pending:
         """Receives the first `num_bytes` of `slot` once `after` is done."""

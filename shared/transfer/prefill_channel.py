@@ -105,7 +105,7 @@ class PrefillChannel(Channel):
         assert announced == piece, "what was announced is sent next"
         self._ring.sending(slot)
         try:
-            pending = plane.post_send(slot.tensor[: piece.num_bytes], gathered)
+            pending = plane.post_send(slot.tensor, gathered, piece.num_bytes)
         except PhloemError as error:
             self.fail(error)
             raise not_open(self.peer) from error

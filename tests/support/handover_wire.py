@@ -65,6 +65,7 @@ class FakePageStore:
         self.layer_page_bytes = layer_page_bytes
         self.planes: dict[tuple[int, int], bytes] = {}
         self.num_fences = 0
+        self.beside: list[int] = []  # of what it moved: bytes that cross meanwhile
         self.num_withdrawn = 0
         self.holds_back = False  # a device that takes its time
         self._held: list[HeldBack] = []
@@ -72,7 +73,7 @@ class FakePageStore:
     def gather(
         self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor, beside: int = 0
     ) -> Moved:
-        del beside
+        self.beside.append(beside)
         wanted = [(page, layer) for layer in range(layer_start, layer_end) for page in page_ids]
         data = b"".join(self.planes[plane] for plane in wanted)
         out[: len(data)].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
@@ -87,7 +88,7 @@ class FakePageStore:
         after: Incoming | None = None,
         beside: int = 0,
     ) -> Moved:
-        del beside
+        self.beside.append(beside)
         raw = bytes(data.tolist())
         size = self.layer_page_bytes
         wanted = [(page, layer) for layer in range(layer_start, layer_end) for page in page_ids]

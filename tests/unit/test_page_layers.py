@@ -16,14 +16,17 @@ def drain(sender: PageLayers, num_pages: int, layer_end: int, slot_bytes: int) -
     spans = []
     while (run := sender.next_run(num_pages, layer_end)) is not None:
         spans.append(run.head(slot_bytes, BYTES))
+        left = sender.num_left
         sender.note(spans[-1])
+        assert sender.num_left == left - spans[-1].layers_of_pages()
     return spans
 
 
 def test_pages_share_a_slot_and_go_group_by_group() -> None:
     sender = PageLayers(3, LAYERS, num_held=1)
+    assert sender.num_left == 2 * LAYERS
     assert drain(sender, 3, 3, 100) == [Span(1, 2, 0, 3)]
-    assert not sender.is_complete
+    assert not sender.is_complete and sender.num_left == 2
     assert drain(sender, 3, LAYERS, 8) == [Span(1, 1, 3, 4), Span(2, 1, 3, 4)]
     assert sender.is_complete
 
@@ -65,7 +68,7 @@ def test_receiver_accepts_whatever_order_chunks_and_retractions_bring(
                 assert span.num_pages * (span.layer_end - span.layer_start) * BYTES <= slot_bytes
                 assert receiver.accepts(span)
                 receiver.note(span)
-    assert sender.is_complete and receiver.is_complete
+    assert sender.is_complete and receiver.is_complete and sender.num_left == receiver.num_left == 0
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,8 @@ class _AheadPlane:
         self._plane = plane
         self.receives_after: list[Moved | None] = []
 
-    def post_send(self, data: Tensor, after: Moved | None = None) -> Pending:
-        return _Departure(self._plane, data, after)
+    def post_send(self, data: Tensor, after: Moved | None = None, num_bytes: int | None = None) -> Pending:
+        return _Departure(self._plane, data[:num_bytes], after)
 
     def post_receive(self, slot: Tensor, num_bytes: int, after: Moved | None = None) -> Pending:
         self.receives_after.append(after)  # for the device
@@ -188,6 +188,19 @@ def test_engine_is_told_by_the_header_then_come_bytes_and_digest(decode: Recorde
         rogue.write(PieceDigest(77))
         wait_until(lambda: received.digest == 77)
         assert received.has_come
+
+
+@pytest.mark.parametrize("then", [GOOD, PieceDigest(1), Last("r", 1, 1, [7]), Cancel("r", 1)])
+def test_engine_is_told_of_a_piece_when_no_other_follows_at_once(
+    decode: Recorded, then: TransferMessage
+) -> None:
+    """Whatever comes instead of the other one: it may be missing for want of a staging slot."""
+    with rogue_prefill(decode) as rogue:
+        more = msgspec.structs.replace(GOOD, more=True)
+        rogue.write(more)
+        decode.assert_silent(0.1)
+        rogue.write(then)
+        assert decode.next(PieceReceived).header == more
 
 
 def test_what_follows_a_piece_does_not_wait_for_its_bytes(decode: Recorded) -> None:

@@ -34,7 +34,7 @@ class HangingPlane:
     def __init__(self) -> None:
         self.is_aborted = threading.Event()
 
-    def post_send(self, data: Tensor, after: Moved | None = None) -> Pending:
+    def post_send(self, data: Tensor, after: Moved | None = None, num_bytes: int | None = None) -> Pending:
         assert self.is_aborted.wait(60.0)
         raise channel_lost("aborted")
 
