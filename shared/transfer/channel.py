@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Rendezvous, TransferMessage, transfer_message
+from phloem.shared.transfer.device_event import use_device
 from phloem.shared.transfer.errand import Errand
 from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.events import ChannelLost, ChannelOpened, Side, TransferEvent
@@ -162,6 +163,7 @@ class Channel(ABC):
 
     def _serve(self, threads: list[threading.Thread]) -> None:
         self._plane = plane = self._open()
+        use_device(self._plane_spec.device)  # this thread posts, and has had nothing to do with it
         self._frames.set_timeout(self._timeout_s)
         self._meter.opened()
         self._announce()

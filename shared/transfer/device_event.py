@@ -55,6 +55,13 @@ class DeviceEvent(RecordedEvent):
         super().__init__(event)
 
 
+def use_device(device: str) -> None:
+    """From now on the calling thread's, also for NCCL, which goes back to the one that it found: in a new
+    thread to the first device of all, where that would cost a context of its own."""
+    if device != "cpu":
+        torch.cuda.set_device(torch.device(device))
+
+
 def settle(device: str, timeout_s: float) -> None:
     """Returns when all is over that the calling thread's stream of `device` was given, which is the steps' as
     a rule; on a CPU at once. Raises `transfer_timeout` or `channel_lost`."""

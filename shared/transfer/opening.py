@@ -16,7 +16,7 @@ import torch
 
 from phloem.shared.errors import ErrorInfo, PhloemError, overloaded
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.transfer.device_event import settle
+from phloem.shared.transfer.device_event import settle, use_device
 from phloem.shared.transfer.errand import Errand
 from phloem.shared.transfer.errors import channel_lost, protocol_violation, transfer_timeout
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec, open_plane
@@ -80,6 +80,7 @@ class Opening:
 
     def _open(self) -> None:
         try:
+            use_device(self._spec.device)
             plane = open_plane(self._spec, self._store)
             self._joined(plane)
             move_first_byte(plane, self._spec)

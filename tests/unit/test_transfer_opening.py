@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from torch import Tensor
 
 from phloem.shared.errors import ErrorInfo, PhloemError
@@ -152,6 +153,28 @@ def test_what_the_opening_fails_with_is_told(monkeypatch: pytest.MonkeyPatch, st
         made = begin(store)
         assert code_of(made.plane) == code
         assert made.clean_up()
+
+
+def test_thread_that_opens_has_the_planes_device(
+    monkeypatch: pytest.MonkeyPatch, store: ControlStore
+) -> None:
+    """NCCL goes back to the device that it found, which would be the first one."""
+    seen: list[tuple[str, object]] = []
+
+    def open_plane(spec: PlaneSpec, store: ControlStore) -> DataPlane:
+        seen.append((threading.current_thread().name, "opens"))
+        raise channel_lost("enough")
+
+    def set_device(device: object) -> None:
+        seen.append((threading.current_thread().name, device))
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(opening, "open_plane", open_plane)
+    for device in ("cuda:1", "cpu"):
+        made = Opening(PlaneSpec(HOST, "prefill", device, TIMEOUT_S), store, "x")
+        assert code_of(made.plane) == "channel_lost" and made.clean_up()
+    thread = "phloem-transfer-open-x"
+    assert seen == [(thread, torch.device("cuda:1")), (thread, "opens"), (thread, "opens")]
 
 
 def test_stuck_openings_are_counted_until_they_end(
