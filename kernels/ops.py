@@ -31,6 +31,8 @@ from phloem.kernels.types import (
 )
 
 if TYPE_CHECKING:
+    from phloem.kernels.hopper_ops.chain_plan import ChainPlan
+    from phloem.kernels.hopper_ops.chain_step import ChainStep
     from phloem.kernels.hopper_ops.decode_step import LaunchPlan, OneLaunchStep
     from phloem.kernels.triton_ops.decode_kernels import DecodeKernels
 
@@ -279,14 +281,33 @@ def decode_kernels(
 
 def plan_decode_step(shape: DecodeShape, dtype: torch.dtype, device: torch.device) -> LaunchPlan | None:
     """How a whole decode step of few rows would be one launch; None where it can't be (`decode_step`)."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    if not _is_for_hopper(dtype, device):
         return None
     from phloem.kernels.hopper_ops.decode_step import plan_step
+
+    return plan_step(shape, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def plan_chain_step(
+    shape: DecodeShape, dtype: torch.dtype, device: torch.device
+) -> dict[int, ChainPlan] | None:
+    """How the products between two attentions would be one launch, by rows; None where they can't be."""
+    if not _is_for_hopper(dtype, device) or shape.head_dim not in (64, 128, 256):
+        return None
+    from phloem.kernels.hopper_ops.chain_plan import SIZES, plan_chain
+
+    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    plans = {size: plan_chain(shape, size, blocks) for size in SIZES}
+    return {size: plan for size, plan in plans.items() if plan is not None} or None
+
+
+def _is_for_hopper(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels in CUDA C++ can be made."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
     from phloem.kernels.hopper_ops.program import has_bindings
 
-    if torch.cuda.get_device_capability(device) != (9, 0) or not has_bindings():
-        return None
-    return plan_step(shape, torch.cuda.get_device_properties(device).multi_processor_count)
+    return torch.cuda.get_device_capability(device) == (9, 0) and has_bindings()
 
 
 def decode_step(shape: DecodeShape, weights: StepWeights, kv: PagedKV, plan: LaunchPlan) -> OneLaunchStep:
@@ -295,3 +316,17 @@ def decode_step(shape: DecodeShape, weights: StepWeights, kv: PagedKV, plan: Lau
     from phloem.kernels.hopper_ops.decode_step import OneLaunchStep
 
     return OneLaunchStep(shape, weights, kv, plan)
+
+
+def chain_step(
+    shape: DecodeShape,
+    weights: StepWeights,
+    kv: PagedKV,
+    plans: dict[int, ChainPlan],
+    kernels: DecodeKernels,
+) -> ChainStep:
+    """A whole decode step of a launch of attention (`kernels`') and one of products for each layer, compiled;
+    `plans` are `plan_chain_step`'s. Raises CudaError where it can't be made or run."""
+    from phloem.kernels.hopper_ops.chain_step import ChainStep
+
+    return ChainStep(shape, weights, kv, plans, kernels)

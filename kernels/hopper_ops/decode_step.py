@@ -14,7 +14,7 @@ from torch import Tensor
 from phloem.kernels.hopper_ops.program import Kernel, Launch, compile_cuda
 from phloem.kernels.hopper_ops.tensor_map import INNER, MAP_BYTES, WIDTH, gated_map, map_bytes, rows_map
 from phloem.kernels.triton_ops.decode_begin import begin_rows
-from phloem.kernels.triton_ops.key_shares import num_items
+from phloem.kernels.triton_ops.key_shares import ONE_EACH, num_items
 from phloem.kernels.types import DecodeRows, DecodeShape, LinearWeight, PagedKV, StepWeights
 
 MAX_ROWS = 8  # the matrix units' narrow side; more are faster in launches of their own
@@ -69,6 +69,8 @@ class OneLaunchStep:
     All its blocks wait for each other, so that it starts when all fit at once. Where something else may hold
     a multiprocessor for long, as a KV transfer with a peer that hangs, it is the wrong kernel.
     """
+
+    sharing = ONE_EACH
 
     def __init__(
         self,

@@ -17,12 +17,14 @@ from phloem.kernels.types import CudaError
 
 
 class Launch(NamedTuple):
-    """threads of a block; dynamic shared memory, bytes; cooperative: begins when all blocks fit at once."""
+    """threads of a block; dynamic shared memory, bytes; cooperative: begins when all blocks fit at once;
+    dependent: may be resident before the launch before it has ended, and waits for that itself."""
 
     num_blocks: int
     num_threads: int
     shared_bytes: int
-    cooperative: bool
+    cooperative: bool = False
+    dependent: bool = False
 
 
 class Kernel:
@@ -44,7 +46,7 @@ class Kernel:
                 )
             )
         room = resident * torch.cuda.get_device_properties(device).multi_processor_count
-        if largest.cooperative and room < largest.num_blocks:
+        if room < largest.num_blocks:
             raise CudaError(f"{name} needs {largest.num_blocks} blocks at once, and {room} fit")
 
     def __call__(self, launch: Launch, arguments: tuple[tuple[Any, ...], tuple[Any, ...]]) -> None:
@@ -55,13 +57,21 @@ class Kernel:
         config.blockDimX, config.blockDimY, config.blockDimZ = launch.num_threads, 1, 1
         config.sharedMemBytes = launch.shared_bytes
         config.hStream = torch.cuda.current_stream(self._device).cuda_stream
-        if launch.cooperative:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-            attribute.value.cooperative = 1
-            config.attrs = [attribute]
-            config.numAttrs = 1
+        config.attrs = self._attributes(launch)
+        config.numAttrs = len(config.attrs)
         checked(driver.cuLaunchKernelEx(config, self._function, arguments, 0))
+
+    def _attributes(self, launch: Launch) -> list[Any]:
+        ids, attributes = self._driver.CUlaunchAttributeID, []
+        if launch.cooperative:
+            attributes.append(self._driver.CUlaunchAttribute())
+            attributes[-1].id = ids.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+            attributes[-1].value.cooperative = 1
+        if launch.dependent:
+            attributes.append(self._driver.CUlaunchAttribute())
+            attributes[-1].id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attributes[-1].value.programmaticStreamSerializationAllowed = 1
+        return attributes
 
     def read_global(self, name: str) -> bytes:
         """A variable of the source, once all that was launched is done."""
@@ -73,7 +83,7 @@ class Kernel:
 
 
 def compile_cuda(
-    source: str, headers: Mapping[str, str], defines: Mapping[str, int], architecture: str
+    source: str, headers: Mapping[str, str], defines: Mapping[str, object], architecture: str
 ) -> bytes:
     """The machine code. headers: what `#include` finds, by name; `architecture` as NVRTC spells it: `sm_90a`.
 
@@ -84,7 +94,10 @@ def compile_cuda(
 
 @functools.cache
 def _compiled(
-    source: str, headers: tuple[tuple[str, str], ...], defines: tuple[tuple[str, int], ...], architecture: str
+    source: str,
+    headers: tuple[tuple[str, str], ...],
+    defines: tuple[tuple[str, object], ...],
+    architecture: str,
 ) -> bytes:
     nvrtc = bindings("nvrtc")
     names, texts = [name.encode() for name, _ in headers], [text.encode() for _, text in headers]

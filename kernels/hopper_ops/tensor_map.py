@@ -12,13 +12,20 @@ from phloem.kernels.hopper_ops.program import bindings, checked
 
 MAP_BYTES = 128
 INNER = 64  # elements of a box's row: 128 bytes, what one swizzle spans
-WIDTH = 256  # elements of each row of the matrix in a box: four such rows
+WIDTH = 256  # elements of each row of the matrix in a box of `decode_step.cu`: four such rows
 
 
-def rows_map(matrix: Tensor, box_rows: int) -> Any:
-    """Boxes `[WIDTH / 64, box_rows, 64]` of a dense `[N, K]`, K whole 64s; zeros beyond K."""
+def rows_map(matrix: Tensor, box_rows: int, width: int = WIDTH) -> Any:
+    """Boxes `[width / 64, box_rows, 64]` of a dense `[N, K]`, K whole 64s; zeros beyond N and K."""
     n, k = matrix.shape
-    return _encode(matrix, (INNER, n, k // INNER), (k, INNER), (INNER, box_rows, WIDTH // INNER))
+    return _encode(matrix, (INNER, n, k // INNER), (k, INNER), (INNER, box_rows, width // INNER))
+
+
+def halves_map(weight: Tensor, box_rows: int, width: int) -> Any:
+    """Boxes `[width / 64, 2, box_rows / 2, 64]` of a dense `[2 * N, K]`, gate first: rows of both."""
+    n, k = weight.shape[0] // 2, weight.shape[1]
+    sizes, strides = (INNER, n, 2, k // INNER), (k, n * k, INNER)
+    return _encode(weight, sizes, strides, (INNER, box_rows // 2, 2, width // INNER))
 
 
 def gated_map(weight: Tensor, box_rows: int) -> Any:

@@ -77,11 +77,11 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
         bool,
         Meta(description="capture decode steps of the library's kernels instead of Phloem's own"),
     ] = False
-    disable_one_launch_decode: Annotated[
+    disable_cooperative_decode: Annotated[
         bool,
         Meta(
-            description="several launches also for decode steps of up to 8 requests. One launch is faster; "
-            "it needs Hopper and all multiprocessors at once, and is not used while KV channels are open"
+            description="no kernels whose blocks wait for each other in decode steps of up to 64 requests. "
+            "They are faster, need all of a Hopper GPU at once, and rest while KV channels are open"
         ),
     ] = False
     cuda_graph_max_bs: Annotated[

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from phloem.kernels import ops
 from phloem.kernels.types import DecodeRows
+from phloem.shared.engine.cooperative_steps import CooperativeSteps
 from phloem.shared.engine.cuda_attention import CudaAttention, PlannedRows
 from phloem.shared.engine.cuda_calls import Captured, CudaCalls, DeviceCalls
 from phloem.shared.engine.cuda_inputs import RowInputs
@@ -28,7 +29,6 @@ from phloem.shared.engine.decode_upload import DecodeInputs
 from phloem.shared.engine.grammar.masks import TokenMasks
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.kv_cache import KVCache
-from phloem.shared.engine.one_launch import OneLaunch
 from phloem.shared.engine.step_inputs import RunnerSizes, SampledRows, StepInputs
 from phloem.shared.engine.step_plan import DecodeStep, Row, StepPlan
 from phloem.shared.engine.step_results import StepResults
@@ -71,13 +71,13 @@ class DecodeForward(Protocol):
 
 class DecodeParts(NamedTuple):
     """What captured steps are made of, not the decoder's own forward pass. cos, sin: as `DecodeRows`.
-    `one_launch` has graphs of its own, beside the others."""
+    `cooperative` have graphs of their own, beside the others."""
 
     forward: DecodeForward
     tables: DecodeTables
     cos: Tensor
     sin: Tensor
-    one_launch: OneLaunch | None = None
+    cooperative: CooperativeSteps | None = None
 
 
 class CudaStepRunner:
@@ -95,7 +95,7 @@ class CudaStepRunner:
     ) -> None:
         """`calls` stands in for CUDA where there is none."""
         self._decode = decode
-        self._one_launch = decode.one_launch if decode is not None else None
+        self._cooperative = decode.cooperative if decode is not None else None
         self._model = model
         self._kv = kv
         self._device = device
@@ -105,7 +105,7 @@ class CudaStepRunner:
         self._last_token = torch.zeros(sizes.num_slots + 1, dtype=torch.int64, device=device)
         self._results = StepResults(device, sizes.num_slots + 1, self._calls)
         self._graphs: dict[int, Captured] = {}
-        self._one_launch_graphs: dict[int, Captured] = {}
+        self._cooperative_graphs: dict[int, Captured] = {}
         self._bucket_of: npt.NDArray[np.int64] = _EMPTY
 
     # -- graphs ----------------------------------------------------------------------------------------
@@ -116,16 +116,16 @@ class CudaStepRunner:
         for done, size in enumerate(sorted(buckets, reverse=True)):
             progress(done, len(buckets))
             self._graphs[size] = self._calls.capture(self._padding_step(size))
-            if self._one_launch is not None and self._one_launch.takes(size):
-                step = self._padding_step(size, in_one_launch=True)
-                self._one_launch_graphs[size] = self._calls.capture(step)
+            if self._cooperative is not None and self._cooperative.takes(size):
+                step = self._padding_step(size, cooperative=True)
+                self._cooperative_graphs[size] = self._calls.capture(step)
         progress(len(buckets), len(buckets))
         self._bucket_of = _buckets_by_count(sorted(self._graphs))
 
-    def _padding_step(self, size: int, *, in_one_launch: bool = False) -> Callable[[], Tensor]:
+    def _padding_step(self, size: int, *, cooperative: bool = False) -> Callable[[], Tensor]:
         """What a graph consists of: new pages, the forward pass, sampling. Returns the logits."""
         inputs, plans = self._inputs.padding(size)
-        forward = self._forward(inputs, plans, in_one_launch=in_one_launch)
+        forward = self._forward(inputs, plans, cooperative=cooperative)
 
         def step() -> Tensor:
             logits = forward()
@@ -135,7 +135,7 @@ class CudaStepRunner:
         return step
 
     def _forward(
-        self, inputs: DecodeInputs, plans: Mapping[int, PlannedRows], *, in_one_launch: bool
+        self, inputs: DecodeInputs, plans: Mapping[int, PlannedRows], *, cooperative: bool
     ) -> Callable[[], Tensor]:
         parts = self._decode
         if parts is None:
@@ -144,8 +144,8 @@ class CudaStepRunner:
 
         def forward() -> Tensor:
             ops.place_pages(rows.page_table, inputs.header, inputs.pairs)
-            if in_one_launch and parts.one_launch is not None:
-                return parts.one_launch.forward(rows)
+            if cooperative and parts.cooperative is not None:
+                return parts.cooperative.forward(rows)
             return parts.forward.forward(rows, self._kv)
 
         return forward
@@ -180,8 +180,8 @@ class CudaStepRunner:
         size = int(self._bucket_of[len(step.positions)])
         sampled = self._inputs.decode(step, size, turn)
         captured = self._graphs[size]
-        if self._one_launch is not None and self._one_launch.is_due(size):
-            captured = self._one_launch_graphs[size]
+        if self._cooperative is not None and self._cooperative.is_due(size):
+            captured = self._cooperative_graphs[size]
         captured.replay()
         if watch is not None:
             watch.all_at(self._mark())

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from phloem.kernels import ops
 from phloem.shared.engine.config import EngineOptions
+from phloem.shared.engine.cooperative_steps import make_cooperative_steps
 from phloem.shared.engine.cuda_runner import DecodeParts
 from phloem.shared.engine.decode_tables import DecodeTables
 from phloem.shared.engine.models.decode_pass import DecodePass, decode_shape
-from phloem.shared.engine.one_launch import make_one_launch
 
 if TYPE_CHECKING:
     from phloem.shared.engine.runners import LoadedModel
@@ -28,16 +28,16 @@ def decode_parts(
     kernels = ops.decode_kernels(shape, model.dtype, model.device, options.max_running_requests + 1)
     if kernels is None:
         return None
-    one_launch = None
-    if not options.disable_one_launch_decode:
-        one_launch = make_one_launch(model, is_alone)
+    cooperative = None
+    if not options.disable_cooperative_decode:
+        cooperative = make_cooperative_steps(model, kernels, is_alone)
     tables = DecodeTables(
         model.device,
         num_slots=options.max_running_requests + 1,
         max_pages=max_pages,
         page_size=options.page_size,
         num_kv_heads=config.num_kv_heads,
-        sharing=one_launch.sharing if one_launch is not None else None,
+        sharing=cooperative.sharing if cooperative is not None else None,
     )
     cos, sin = model.decoder.rope.halves(model.context_length + 1, model.dtype)
-    return DecodeParts(DecodePass(model.decoder, kernels), tables, cos, sin, one_launch)
+    return DecodeParts(DecodePass(model.decoder, kernels), tables, cos, sin, cooperative)

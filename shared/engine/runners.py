@@ -113,7 +113,7 @@ def build_runner(
     is_alone: Callable[[], bool],
 ) -> StepRunner:
     """The runner of a model; on CUDA with its decode graphs captured. `options` are `for_device`'s;
-    `is_alone` tells, at any time, whether nothing but steps runs on the device (`one_launch.py`)."""
+    `is_alone` tells, at any time, whether nothing but steps runs on the device (`cooperative_steps.py`)."""
     if backend == "torch":
         return _sync_runner(options, model)
     return _cuda_runner(options, model, backend, send, is_alone)

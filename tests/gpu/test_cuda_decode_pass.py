@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from phloem.kernels import ops
+from phloem.kernels.triton_ops.decode_kernels import DecodeKernels
 from phloem.kernels.triton_ops.key_shares import MANY, ONE_EACH
 from phloem.kernels.types import DecodeRows
+from phloem.shared.engine.cooperative_steps import CooperativeStep
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.decode_pass import DecodePass, decode_shape, step_weights
 from phloem.shared.engine.models.decoder import Decoder
@@ -61,16 +63,28 @@ def model(architecture: str, heads: tuple[int, int, int]) -> tuple[ModelConfig, 
     return config, tensors(parameters, CPU, torch.bfloat16)
 
 
+def cooperative_step(made_by: str, decoder: Decoder, kv: KVCache, kernels: DecodeKernels) -> CooperativeStep:
+    """Skips where the kernels, which are for Hopper, can't be made."""
+    shape, weights = decode_shape(decoder.config), step_weights(decoder)
+    if made_by == "one launch":
+        plan = ops.plan_decode_step(shape, torch.bfloat16, CUDA)
+        return ops.decode_step(shape, weights, kv, plan) if plan else pytest.skip("not a Hopper")
+    plans = ops.plan_chain_step(shape, torch.bfloat16, CUDA)
+    return ops.chain_step(shape, weights, kv, plans, kernels) if plans else pytest.skip("not a Hopper")
+
+
 @pytest.mark.parametrize(
-    ("num_rows", "one_launch"),
-    [*((rows, False) for rows in (1, 3, 16, 33, 64, 100)), *((rows, True) for rows in (1, 3, 8))],
+    ("num_rows", "made_by"),
+    [
+        *((rows, "pass") for rows in (1, 3, 16, 33, 64, 100)),
+        *((rows, "one launch") for rows in (1, 3, 8)),
+        *((rows, "chain") for rows in (9, 16, 17, 33, 64)),
+    ],
 )
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 @torch.inference_mode()
-def test_logits_and_kv(
-    architecture: str, heads: tuple[int, int, int], num_rows: int, one_launch: bool
-) -> None:
+def test_logits_and_kv(architecture: str, heads: tuple[int, int, int], num_rows: int, made_by: str) -> None:
     config, parameters = model(architecture, heads)
     generator = torch.Generator().manual_seed(num_rows)
     positions = torch.randint(0, MAX_PAGES * PAGE_SIZE, (num_rows,), generator=generator)
@@ -106,22 +120,20 @@ def test_logits_and_kv(
     last_token = torch.zeros(num_rows, dtype=torch.int64)
     last_token[slots[0]] = tokens[0]
     tokens[0] = -1
+    sharing = ONE_EACH if made_by == "one launch" else MANY
     rows = DecodeRows(
         token=tokens.to(CUDA),
         slot=slots.to(CUDA),
         write_index=write_index.to(CUDA),
         last_token=last_token.to(CUDA),
         page_table=pages.to(CUDA),
-        work=key_work(slots, positions + 1, config.num_kv_heads, ONE_EACH if one_launch else MANY).to(CUDA),
+        work=key_work(slots, positions + 1, config.num_kv_heads, sharing).to(CUDA),
         cos=cos,
         sin=sin,
     )
     forward = DecodePass(decoder, kernels).forward
-    if one_launch:
-        plan = ops.plan_decode_step(decode_shape(config), torch.bfloat16, CUDA)
-        if plan is None:
-            pytest.skip("the kernel of whole steps is for Hopper")
-        step = ops.decode_step(decode_shape(config), step_weights(decoder), mine, plan)
+    if made_by != "pass":
+        step = cooperative_step(made_by, decoder, mine, kernels)
         forward = lambda rows, kv: step(rows)  # noqa: E731
     forward(rows, mine)
     torch.cuda.synchronize()

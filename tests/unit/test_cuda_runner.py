@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from phloem.kernels import ops
 from phloem.kernels.flashinfer_ops.page_lists import PagedRows
+from phloem.kernels.triton_ops.key_shares import ONE_EACH
 from phloem.kernels.types import DecodeRows
+from phloem.shared.engine.cooperative_steps import CooperativeSteps
 from phloem.shared.engine.cuda_attention import CudaAttention
 from phloem.shared.engine.cuda_runner import CudaStepRunner, DecodeForward, DecodeParts
 from phloem.shared.engine.decode_tables import DecodeTables
@@ -21,7 +22,6 @@ from phloem.shared.engine.grammar.masks import TokenMasks
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache
-from phloem.shared.engine.one_launch import OneLaunch
 from phloem.shared.engine.requests import Request
 from phloem.shared.engine.step_inputs import RunnerSizes
 from phloem.shared.engine.step_plan import DecodeBatch, DecodeStep, Row, StepPlan
@@ -76,6 +76,8 @@ class ReferenceLane:
 class TwoRows:
     """Stands for the kernel of whole steps: takes two rows, and counts them."""
 
+    sharing = ONE_EACH
+
     def __init__(self, forward: DecodeForward, kv: KVCache) -> None:
         self._forward, self._kv, self.num_steps = forward, kv, 0
 
@@ -107,14 +109,14 @@ class Rig:
         nothing = torch.zeros(0)
         forward: DecodeForward = model or TableForward(decoder)
         self.two_rows = TwoRows(forward, kv)
-        one_launch = OneLaunch(cast(Any, self.two_rows), is_alone) if is_alone is not None else None
+        cooperative = CooperativeSteps([self.two_rows], is_alone) if is_alone is not None else None
         self.runner = CudaStepRunner(
             model or decoder,
             kv,
             CPU,
             CudaAttention({0: (ReferenceLane(), ReferenceLane())}),
             RunnerSizes(SLOTS, MAX_PAGES, 64, PAGE, num_pages),
-            DecodeParts(forward, tables, nothing, nothing, one_launch),
+            DecodeParts(forward, tables, nothing, nothing, cooperative),
             self.calls,
         )
         self.runner.capture([2, SLOTS], lambda done, total: None)
@@ -154,7 +156,7 @@ def test_model_of_the_test_on_the_gpu_tells_right_from_wrong() -> None:
         assert answers.tokens[request_id] == expected and 0 not in expected
 
 
-def test_steps_are_one_launch_while_no_channel_is_open() -> None:
+def test_steps_are_cooperative_while_no_channel_is_open() -> None:
     channels, made = [0], []
     for is_alone in (lambda: not channels[0], None):
         rig = Rig(200, is_alone=is_alone)
@@ -165,8 +167,8 @@ def test_steps_are_one_launch_while_no_channel_is_open() -> None:
             before, known = rig.two_rows.num_steps, tokens[-1] if tokens else [2, 7]
             launched = rig.launch(StepPlan.of_decodes(DecodeStep(batch, positions + step, known, [])))
             tokens.append(launched.token_ids())
-            in_one_launch = is_alone is not None and not channels[0]
-            assert rig.two_rows.num_steps - before == in_one_launch
+            alone = is_alone is not None and not channels[0]
+            assert rig.two_rows.num_steps - before == alone
         made.append(tokens)
     assert made[0] == made[1]
 

@@ -72,7 +72,7 @@ def decode_shape(config: ModelConfig) -> DecodeShape:
 
 
 def step_weights(decoder: Decoder) -> StepWeights:
-    """What a step in one launch reads."""
+    """What a step outside of the decoder reads."""
     found = decoder.parameters
     return StepWeights(
         found.embedding, found.layers, found.final_norm, found.lm_head, decoder.config.norm_eps

@@ -1,0 +1,228 @@
+"""The matrix products between two attentions in one launch on Hopper (`product_chain.cu`)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from phloem.kernels.hopper_ops.chain_plan import (
+    ASKED_PAGES,
+    MAX_JOINS,
+    NAMES,
+    SIZES,
+    TEAMS,
+    ChainPlan,
+    size_of,
+)
+from phloem.kernels.hopper_ops.program import Kernel, Launch, compile_cuda
+from phloem.kernels.hopper_ops.tensor_map import INNER, MAP_BYTES, halves_map, map_bytes, rows_map
+from phloem.kernels.types import LinearWeight
+
+MAX_ROWS = SIZES[-1]
+MAX_PRODUCTS = 4
+_WARPS = 4 * TEAMS  # that multiply
+_THREADS = 32 * (_WARPS + 3)
+_COUNTERS = MAX_PRODUCTS * (1 + MAX_JOINS * _WARPS)
+_HEADERS = ("ptx.cuh", "wgmma.cuh")
+
+
+class ChainLink(NamedTuple):
+    """One product of a launch. x `[M, K]`, out `[M, N]`; name: of `chain_plan.NAMES`.
+
+    With squares, x is the residual stream times the norm's gain, not divided yet, and squares float32
+    `[num_squares, size]` are sums of the stream's squares. With residual `[M, N]` (in place) and the next
+    norm's gain `[N]`, squares_out is float32 `[ProductChain.num_squares, size]`.
+    """
+
+    name: str
+    x: Tensor
+    w: LinearWeight
+    out: Tensor
+    squares: Tensor | None = None
+    num_squares: int = 0
+    residual: Tensor | None = None
+    gain: Tensor | None = None
+    squares_out: Tensor | None = None
+
+
+class NextAttention(NamedTuple):
+    """What the attention after a launch reads: K and V pages `[num_pages, page_size, H_kv, D]`, and the
+    step's work and page table (`DecodeRows`)."""
+
+    k_pages: Tensor
+    v_pages: Tensor
+    work: Tensor
+    page_table: Tensor
+
+
+class ProductChain:
+    """The kernels of one model on one device, with what a step's launches share. It must outlive every graph
+    that holds one of them."""
+
+    def __init__(
+        self,
+        plans: Mapping[int, ChainPlan],
+        num_launches: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        trace: bool = False,
+    ) -> None:
+        """plans by size. Raises CudaError where the kernels can't be made or run."""
+        self._plans, self._num_launches = plans, num_launches
+        with ThreadPoolExecutor() as pool:  # the compiler leaves the interpreter to others
+            images = list(pool.map(lambda plan: _image(plan, dtype, trace), plans.values()))
+        self.kernels = {
+            size: Kernel(image, "product_chain", device, _launch(plan))
+            for (size, plan), image in zip(plans.items(), images, strict=True)
+        }
+        self._counters = torch.zeros((num_launches, _COUNTERS), dtype=torch.int32, device=device)
+        floats = max(plan.part_floats for plan in plans.values())
+        self._parts = torch.empty(floats, dtype=torch.float32, device=device)
+        self._maps: dict[tuple[int, str, int], bytes] = {}
+
+    def num_squares(self, name: str, num_rows: int) -> int:
+        """How many sums of each row's squares a product leaves."""
+        return self._plans[size_of(num_rows)].tiles[name].items * TEAMS
+
+    def __call__(
+        self, launch: int, links: list[ChainLink], eps: float, attention: NextAttention | None = None
+    ) -> None:
+        """`launch`: its number in the step, from 0 on; all of a step's are launched, in order."""
+        num_rows = len(links[0].x)
+        plan = self._plans[size_of(num_rows)]
+        chain = _Chain(
+            (_Product * MAX_PRODUCTS)(*(self._product(plan, link) for link in links)),
+            self._parts.data_ptr(),
+            self._counters[launch].data_ptr(),
+            self._counters[launch - 1].data_ptr(),
+            *(_address(tensor) for tensor in attention or (None,) * 4),
+            len(links),
+            num_rows,
+            eps,
+            launch,
+            *(_asked(attention) if attention is not None else ()),
+        )
+        self.kernels[plan.size](_launch(plan), ((chain,), (None,)))
+
+    def _product(self, plan: ChainPlan, link: ChainLink) -> _Product:
+        tiles, (n, k) = plan.tiles[link.name], (link.out.shape[1], link.x.shape[1])
+        return _Product(
+            _bytes(self._weight_map(plan, link)),
+            _bytes(map_bytes(rows_map(link.x, plan.size, tiles.depth * INNER))),
+            _address(link.w.bias),
+            _address(link.squares),
+            _address(link.residual),
+            _address(link.gain),
+            _address(link.out),
+            _address(link.squares_out),
+            NAMES.index(link.name),
+            n,
+            k,
+            tiles.num,
+            link.num_squares,
+        )
+
+    def _weight_map(self, plan: ChainPlan, link: ChainLink) -> bytes:
+        weight, key = link.w.weight, (link.w.weight.data_ptr(), link.name, plan.size)
+        if key not in self._maps:
+            encode = halves_map if link.name == "gate_up" else rows_map
+            tiles = plan.tiles[link.name]
+            self._maps[key] = map_bytes(
+                encode(weight, tiles.rows // plan.boxes(link.name), tiles.depth * INNER)
+            )
+        return self._maps[key]
+
+
+def multiply_source(tiles: frozenset[int], half: bool) -> str:
+    """`multiply<N>` of wgmma.cuh for these tiles: PTX has one instruction for each, which names all its
+    registers."""
+    return "#pragma once\n" + "".join(_multiply(rows, "f16" if half else "bf16") for rows in sorted(tiles))
+
+
+def _multiply(rows: int, kind: str) -> str:
+    count = rows // 2
+    places = ",".join(f"%{i}" for i in range(count))
+    sums = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    instruction = f"wgmma.mma_async.sync.aligned.m64n{rows}k16.f32.{kind}.{kind}"
+    return (
+        f"template <> __device__ __forceinline__\n"
+        f"void multiply<{rows}>(float (&d)[{count}], u64 x, u64 w) {{\n"
+        f'  asm volatile("{instruction} {{{places}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;"\n'
+        f'    : {sums} : "l"(x), "l"(w));\n}}\n'
+    )
+
+
+def chain_defines(plan: ChainPlan, dtype: torch.dtype) -> dict[str, object]:
+    """What the kernel is compiled with."""
+    tiles = [plan.tiles[name] for name in NAMES]
+    return {
+        "HALF": int(dtype == torch.float16),
+        "ROWS": plan.size,
+        "STAGES": plan.stages,
+        "SLOT": plan.slot_bytes,
+        "TILES": ",".join(str(each.rows) for each in tiles),
+        "DEPTHS": ",".join(str(each.depth) for each in tiles),
+        "SPLITS": ",".join(str(each.splits) for each in tiles),
+    }
+
+
+def _image(plan: ChainPlan, dtype: torch.dtype, trace: bool) -> bytes:
+    folder = files("phloem.kernels.hopper_ops")
+    headers = {name: folder.joinpath(name).read_text() for name in _HEADERS}
+    rows = frozenset(tiles.rows // plan.boxes(name) for name, tiles in plan.tiles.items())
+    headers["multiply.cuh"] = multiply_source(rows, dtype == torch.float16)
+    defines = chain_defines(plan, dtype) | ({"TRACE": 1} if trace else {})
+    return compile_cuda(folder.joinpath("product_chain.cu").read_text(), headers, defines, "sm_90a")
+
+
+def _launch(plan: ChainPlan) -> Launch:
+    return Launch(plan.blocks, _THREADS, plan.shared_bytes, dependent=True)
+
+
+class _Product(ctypes.Structure):
+    """`Product` of product_chain.cu."""
+
+    _fields_ = [
+        ("w", ctypes.c_ubyte * MAP_BYTES),
+        ("x", ctypes.c_ubyte * MAP_BYTES),
+        *((f"pointer_{index}", ctypes.c_void_p) for index in range(6)),
+        *((f"int_{index}", ctypes.c_int) for index in range(5)),
+        ("unused", ctypes.c_ubyte * 60),
+    ]
+
+
+class _Chain(ctypes.Structure):
+    """`Chain` of product_chain.cu."""
+
+    _fields_ = [
+        ("products", _Product * MAX_PRODUCTS),
+        *((f"pointer_{index}", ctypes.c_void_p) for index in range(7)),
+        *((f"int_{index}", ctypes.c_int) for index in range(2)),
+        ("eps", ctypes.c_float),
+        *((f"int_{index}", ctypes.c_int) for index in range(2, 8)),
+        ("unused", ctypes.c_ubyte * 36),
+    ]
+
+
+assert (ctypes.sizeof(_Product), ctypes.sizeof(_Chain)) == (384, 4 * 384 + 128), "as in product_chain.cu"
+
+
+def _asked(attention: NextAttention) -> tuple[int, ...]:
+    pages = attention.k_pages
+    page_bytes = pages.stride(0) * pages.element_size()
+    return len(attention.work), attention.page_table.stride(0), pages.shape[1], page_bytes, ASKED_PAGES
+
+
+def _bytes(data: bytes) -> Any:
+    return (ctypes.c_ubyte * MAP_BYTES).from_buffer_copy(data)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

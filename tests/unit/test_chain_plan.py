@@ -1,0 +1,95 @@
+"""The launches of products between two attentions: which models they take, and how blocks share the work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from phloem.kernels.hopper_ops.chain_plan import MAX_JOINS, NAMES, SIZES, TEAMS, plan_chain, size_of
+from phloem.kernels.hopper_ops.product_chain import chain_defines, multiply_source
+from phloem.kernels.types import DecodeShape
+
+LLAMA = DecodeShape(4096, 14336, 128256, 32, 8, 128)
+QWEN2 = DecodeShape(3584, 18944, 152064, 28, 4, 128)
+QWEN3 = DecodeShape(4096, 12288, 151936, 32, 8, 128)
+SMOLLM2 = DecodeShape(576, 1536, 49152, 9, 3, 64)
+SHARED_BYTES = 227 << 10
+MULTIPROCESSORS = 132
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("shape", [LLAMA, QWEN2, QWEN3, SMOLLM2])
+def test_tiles_cover_the_weights_and_parts_the_inputs(shape: DecodeShape, size: int) -> None:
+    plan = plan_chain(shape, size, MULTIPROCESSORS)
+    assert plan is not None
+    for name, (product, n, k) in zip(NAMES, shape.products(), strict=True):
+        tiles, rows = plan.tiles[name], 2 * n if product == "gated" else n
+        assert (tiles.num - 1) * tiles.rows < rows <= tiles.num * tiles.rows
+        halves = tiles.rows // plan.boxes(name) // (2 if product == "gated" else 1)
+        assert halves % 8 == 0, "what the swizzle repeats after is not cut"
+        assert tiles.rows <= 256
+        assert tiles.unit_bytes(size) <= plan.slot_bytes
+        if tiles.splits > 1:
+            assert name in ("qkv", "o", "down")
+            assert tiles.items <= plan.blocks, "parts are joined by blocks that are there at once"
+            assert tiles.num <= MAX_JOINS
+            assert k // 64 // tiles.depth >= tiles.splits, "every part has a unit"
+            assert tiles.rows // 8 // TEAMS >= tiles.splits, "every part finishes columns"
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("shape", [LLAMA, QWEN2, QWEN3])
+def test_ring_fills_shared_memory_and_blocks_are_busy(shape: DecodeShape, size: int) -> None:
+    plan = plan_chain(shape, size, MULTIPROCESSORS)
+    assert plan is not None
+    assert plan.stages >= 4
+    assert plan.shared_bytes + 1024 <= SHARED_BYTES < plan.shared_bytes + 1024 + plan.slot_bytes
+    assert plan.stages * 64 * 1024 > plan.slot_bytes > 24 * 1024
+    for name, rows in (("gate_up", 2 * shape.intermediate_size), ("down", shape.hidden_size)):
+        tiles = plan.tiles[name]
+        rounds = -(-tiles.items // plan.blocks)
+        assert rows / (rounds * tiles.rows * plan.blocks / tiles.splits) > 0.8, name
+
+
+def test_llama_has_the_tiles_that_were_fastest() -> None:
+    """`benchmarks/trace_product_chain.py` on an H200."""
+    few, many = (plan_chain(LLAMA, size, MULTIPROCESSORS) for size in (16, 64))
+    assert few is not None and many is not None
+    assert [few.tiles[name].rows for name in NAMES[:4]] == [48, 32, 224, 32]
+    assert all(tiles.splits == 1 for tiles in few.tiles.values())
+    assert [many.tiles[name].rows for name in NAMES[:4]] == [48, 128, 224, 128]
+    assert [many.tiles[name].splits for name in NAMES[:4]] == [1, 4, 1, 4]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        LLAMA._replace(hidden_size=4104),  # inputs are no whole 64s
+        LLAMA._replace(vocab_size=128_250),  # outputs are no whole 16s
+    ],
+)
+def test_others_are_left_to_other_kernels(shape: DecodeShape) -> None:
+    assert all(plan_chain(shape, size, MULTIPROCESSORS) is None for size in SIZES)
+
+
+def test_size_is_the_smallest_that_holds_the_rows() -> None:
+    assert [size_of(rows) for rows in (1, 16, 17, 32, 33, 64)] == [16, 16, 32, 32, 64, 64]
+
+
+def test_source_names_every_register_once() -> None:
+    source = multiply_source(frozenset({24, 112}), half=False)
+    assert source.count("template <>") == 2
+    for rows in (24, 112):
+        assert f"m64n{rows}k16.f32.bf16.bf16" in source
+        assert f"multiply<{rows}>(float (&d)[{rows // 2}]" in source
+    assert all(source.count(f'"+f"(d[{i}])') == (2 if i < 12 else 1) for i in range(56))
+    assert ".f16.f16 {" in multiply_source(frozenset({24}), half=True)
+
+
+def test_kernel_is_told_of_every_product() -> None:
+    plan = plan_chain(LLAMA, 64, MULTIPROCESSORS)
+    assert plan is not None
+    defines = chain_defines(plan, torch.float16)
+    assert defines["HALF"] == 1 and defines["ROWS"] == 64
+    for name in ("TILES", "DEPTHS", "SPLITS"):
+        assert len(str(defines[name]).split(",")) == len(NAMES)
