@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import socket
@@ -170,16 +171,16 @@ class Dialer:
         try:
             return self._resources.pool.lend(f"to {self.peer.worker_id}", LEND_WAIT_S)
         except PhloemError as error:
-            frames.write(transfer_message.encode(Refused(error.code, str(error))), deadline)
+            with contextlib.suppress(PhloemError):  # it may be gone: what we lack is the reason all the same
+                frames.write(transfer_message.encode(Refused(error.code, str(error))), deadline)
             raise
 
     def _connect(self, deadline: float) -> FrameSocket:
         timeout_s = deadline - time.monotonic()
         try:
-            sock = socket.create_connection((self._host, self._port), timeout_s)
+            frames = FrameSocket(socket.create_connection((self._host, self._port), timeout_s))
         except OSError as error:
             raise channel_lost(f"can't connect: {error}") from error
-        frames = FrameSocket(sock)
         with self._lock:
             self._frames = frames
             if self._stopped.is_set():

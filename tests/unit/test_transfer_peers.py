@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -14,9 +15,11 @@ from phloem.shared.errors import ErrorInfo
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.transfer import redial
 from phloem.shared.transfer.events import ChannelLost, ChannelOpened, PieceReceived
+from phloem.shared.transfer.frames import FrameSocket
+from phloem.shared.transfer.handshake import handshake_deadline, prove_as_listener, transfer_key
 from phloem.shared.transfer.pending import MovedNow
 from phloem.shared.transfer.staging import StagingSlot
-from tests.support.transfer import HOST, SLOT_BYTES, Recorded, piece, transfer_config, wait_until
+from tests.support.transfer import HOST, SECRET, SLOT_BYTES, Recorded, piece, transfer_config, wait_until
 
 NUM_JOINS = 25
 
@@ -105,6 +108,18 @@ def test_prefill_side_without_memory_tells_both_sides_and_dials_when_a_peer_leav
     prefill.next_of(ChannelOpened)
     two.next_of(ChannelOpened)
     assert prefill.endpoint.status().num_channels == two.endpoint.status().num_channels == 1
+
+
+def test_side_without_memory_knows_the_reason_though_the_peer_has_left_meanwhile(peers: Peers) -> None:
+    prefill, one = peers.start("p", max_peers=1), peers.start("d1")
+    open_channel(prefill, one, "d1")
+    with socket.create_server((HOST, 0)) as server:
+        prefill.endpoint.peer_up(ref("d2"), f"{HOST}:{server.getsockname()[1]}")
+        sock, _ = server.accept()
+        prove_as_listener(FrameSocket(sock), transfer_key(SECRET), handshake_deadline(3.0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()  # with a reset: nothing can be written to it
+        assert cut_off(prefill, "d2").code == "staging_full"
 
 
 def test_channels_whose_slots_are_all_lent_hold_up_nobody_else(peers: Peers) -> None:
