@@ -9,7 +9,7 @@ from phloem.shared.transfer.config import TransferConfig
 
 MAX_CHANNELS = 256
 MAX_REMEMBERED_WORKERS = 4096
-MAX_NAME_BYTES = 1024
+MAX_NAME_CHARS = 1024
 MAX_STRANGERS = 64
 MAX_STRANGERS_PER_HOST = 16  # whoever opens many from one address does not keep the others out
 
@@ -55,6 +55,9 @@ def refusal(request: Open, config: TransferConfig, newest_epoch: int, num_channe
 
     `newest_epoch` is the newest seen of the prefill worker, `num_channels` counts other workers' channels.
     """
+    names = (request.channel_name, request.prefill.worker_id)
+    if request.staging_bytes <= 0 or any(len(name) > MAX_NAME_CHARS for name in names):
+        return Refused("transfer_protocol", "the Open message makes no sense")
     if request.decode != config.me:
         return Refused(
             "stale_epoch", f"{request.decode} was dialed, this is {config.me}: wait for its new registration"
@@ -79,8 +82,6 @@ def refusal(request: Open, config: TransferConfig, newest_epoch: int, num_channe
             f"{request.prefill.worker_id} sends over {request.link}, {config.me.worker_id} receives over "
             f"{config.link}: give both workers the same",
         )
-    if request.staging_bytes <= 0 or len(request.channel_name) > MAX_NAME_BYTES:
-        return Refused("transfer_protocol", "the Open message makes no sense")
     if num_channels >= MAX_CHANNELS:
         return Refused("overloaded", f"{num_channels} transfer channels are open")
     return None

@@ -61,7 +61,8 @@ def run_prefill(
     address: str,
     stops_after_s: float | None = None,
 ) -> None:
-    """Dials, then sends one piece of page 0 whenever it is told a number to fill it with."""
+    """Dials, then sends one piece of page 0 whenever it is told a number to fill it with; told a signal's
+    number less than zero, it announces a piece, of which no byte follows: it gets the signal."""
     if stops_after_s is not None:
         stop_when_opening(stops_after_s)
     recorded = Recorded(config)
@@ -71,6 +72,9 @@ def run_prefill(
         fill: int = pipe.recv()
         slot = recorded.endpoint.acquire_slot(peer)
         assert slot is not None
+        if fill < 0:
+            recorded.endpoint.announce(peer, [piece("r", 0, slot.tensor.numel())], [slot])
+            os.kill(os.getpid(), -fill)
         slot.tensor.fill_(fill)
         assert int(slot.tensor[0]) == fill  # a device has done it
         recorded.endpoint.send_piece(peer, piece("r", 0, slot.tensor.numel()), slot, MovedNow(0))

@@ -168,6 +168,7 @@ def _can_open(decode: Recorded) -> bool:
         ({"kv_layout": "qwen2/bfloat16/16"}, "kv_layout_mismatch"),
         ({"staging_bytes": 0}, "transfer_protocol"),
         ({"channel_name": "x" * 2000}, "transfer_protocol"),
+        ({"prefill": PeerRef("x" * 2000, 1)}, "transfer_protocol"),
     ],
 )
 def test_open_that_does_not_fit_is_refused(decode: Recorded, changes: dict[str, object], code: str) -> None:

@@ -1,16 +1,18 @@
-"""A peer that is stopped in the middle of opening a channel, beside one that lives: on CPUs and on GPUs."""
+"""Peers that stop or die while a channel opens or receives, beside one that lives: on CPUs and on GPUs."""
 
 from __future__ import annotations
 
 import functools
+import signal
 import time
+from contextlib import ExitStack
 
 import msgspec
 import psutil
 
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.transfer.config import TransferConfig
-from phloem.shared.transfer.events import ChannelOpened, PieceReceived
+from phloem.shared.transfer.events import ChannelLost, ChannelOpened, PieceReceived
 from phloem.shared.transfer.pending import MovedNow
 from tests.support.transfer import Recorded, piece, transfer_config, wait_until
 from tests.support.transfer_child import Child, decode_child, prefill_child
@@ -61,6 +63,52 @@ def survive_stopped_prefill(ours: str, theirs: str, after_s: float, timeout_s: f
                 decode.endpoint.release(received)
                 _assert_given_up(decode, stopped_s, timeout_s)
             _close(decode)
+
+
+def survive_killed_beside_hanging(ours: str, theirs: str, timeout_s: float) -> None:
+    """Of three prefill peers one hangs and one dies, with a receive posted here for bytes that never leave;
+    the third one sends all the while."""
+    decode = Recorded(config(US, ours, timeout_s, accepts=True))
+    dies = PeerRef("dies", 1)
+    with ExitStack() as stack:
+        peers = {
+            peer: stack.enter_context(
+                prefill_child(config(peer, theirs, timeout_s, accepts=False), US, decode.endpoint.address)
+            )
+            for peer in (STOPS, dies, LIVES)
+        }
+        opened = {decode.next_of(ChannelOpened, START_S).peer for _ in peers}
+        assert opened == set(peers)
+        peers[STOPS].pipe.send(-signal.SIGSTOP)
+        wait_until(functools.partial(_is_stopped, peers[STOPS]), 5.0)
+        began_s = time.monotonic()
+        peers[dies].pipe.send(-signal.SIGKILL)
+        lost: dict[PeerRef, float] = {}
+        num_pieces = 0
+        while len(lost) < 2:
+            fill = num_pieces % 200 + 1
+            peers[LIVES].pipe.send(fill)
+            assert _next_piece_of_living(decode, lost) == fill
+            num_pieces += 1
+        assert num_pieces > 3
+        assert lost[dies] - began_s < 3.0 and lost[STOPS] - began_s < timeout_s + 3.0
+        _assert_given_up(decode, began_s, timeout_s)
+        _close(decode)
+
+
+def _next_piece_of_living(decode: Recorded, lost: dict[PeerRef, float]) -> float:
+    """The mean of its bytes, within a second; who is lost meanwhile is noted, with the time."""
+    deadline = time.monotonic() + 1.0
+    while True:
+        event = decode.next_of(object, deadline - time.monotonic())
+        if isinstance(event, ChannelLost):
+            lost[event.peer] = time.monotonic()
+        elif isinstance(event, PieceReceived) and event.peer == LIVES:
+            if event.incoming is not None:
+                event.incoming.wait(1.0)
+            mean = int(event.data.sum()) / event.header.num_bytes
+            decode.endpoint.release(event)
+            return mean
 
 
 def _is_stopped(child: Child) -> bool:

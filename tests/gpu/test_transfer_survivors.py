@@ -1,4 +1,5 @@
-"""A peer that gets a SIGSTOP while NCCL opens a channel: at its id, in its bootstrap, at its first bytes."""
+"""A peer that gets a SIGSTOP while NCCL opens a channel: at its id, in its bootstrap, at its first bytes; one
+that is killed while another one hangs."""
 
 from __future__ import annotations
 
@@ -7,7 +8,11 @@ import os
 import pytest
 
 from phloem.cli.up.devices import count_gpus
-from tests.support.stopped_opening import survive_stopped_decode, survive_stopped_prefill
+from tests.support.transfer_survivors import (
+    survive_killed_beside_hanging,
+    survive_stopped_decode,
+    survive_stopped_prefill,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,3 +30,7 @@ def test_decode_peer_that_stops_while_a_channel_opens_holds_nobody_up(after_s: f
 @moments
 def test_prefill_peer_that_stops_while_a_channel_opens_holds_nobody_up(after_s: float) -> None:
     survive_stopped_prefill("cuda:1", "cuda:0", after_s, TIMEOUT_S)
+
+
+def test_peer_that_dies_while_another_hangs_holds_nobody_up() -> None:
+    survive_killed_beside_hanging("cuda:1", "cuda:0", TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""A peer that gets a SIGSTOP while a channel opens."""
+"""A peer that gets a SIGSTOP while a channel opens; one that is killed while another one hangs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.stopped_opening import survive_stopped_decode, survive_stopped_prefill
 from tests.support.transfer import wait_until
+from tests.support.transfer_survivors import (
+    survive_killed_beside_hanging,
+    survive_stopped_decode,
+    survive_stopped_prefill,
+)
 
 TIMEOUT_S = 1.0
 
@@ -28,3 +32,7 @@ def test_decode_peer_that_stops_while_a_channel_opens_holds_nobody_up(after_s: f
 @pytest.mark.parametrize("after_s", [0.0, 0.005])
 def test_prefill_peer_that_stops_while_a_channel_opens_holds_nobody_up(after_s: float) -> None:
     survive_stopped_prefill("cpu", "cpu", after_s, TIMEOUT_S)
+
+
+def test_peer_that_dies_while_another_hangs_holds_nobody_up() -> None:
+    survive_killed_beside_hanging("cpu", "cpu", TIMEOUT_S)
