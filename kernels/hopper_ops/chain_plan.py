@@ -13,9 +13,8 @@ NAMES = ("qkv", "o", "gate_up", "down", "vocabulary")  # products, as numbered i
 TEAMS = 2  # of warps: each multiplies by half of a tile, or by a small one in turn
 MAX_JOINS = 128  # tiles of a product whose parts are joined, as in product_chain.cu
 INPUTS = 64  # in a row of a slot
-ASKED_PAGES = (
-    3  # of K and of V, that a block asks for before the attention after a launch: 25 MB of all blocks
-)
+# Of K and of V, that a block asks for before the attention after a launch: 25 MB of all blocks, half of L2.
+ASKED_BYTES = 96 << 10
 _ROW_BYTES = 2 * INPUTS
 _SMALL = 64  # rows of a tile, as in product_chain.cu
 _STEP, _MOST_ROWS = 16, 224  # of a tile: multiples; of both halves twice as many

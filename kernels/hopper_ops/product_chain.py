@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from phloem.kernels.hopper_ops.chain_plan import (
-    ASKED_PAGES,
+    ASKED_BYTES,
     MAX_JOINS,
     NAMES,
     SIZES,
@@ -217,7 +217,13 @@ assert (ctypes.sizeof(_Product), ctypes.sizeof(_Chain)) == (384, 4 * 384 + 128),
 def _asked(attention: NextAttention) -> tuple[int, ...]:
     pages = attention.k_pages
     page_bytes = pages.stride(0) * pages.element_size()
-    return len(attention.work), attention.page_table.stride(0), pages.shape[1], page_bytes, ASKED_PAGES
+    return (
+        len(attention.work),
+        attention.page_table.stride(0),
+        pages.shape[1],
+        page_bytes,
+        ASKED_BYTES // page_bytes,
+    )
 
 
 def _bytes(data: bytes) -> Any:

@@ -8,7 +8,7 @@ other kernels (`decode_pass.py`), a little slower.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -71,15 +71,29 @@ def make_cooperative_steps(
 ) -> CooperativeSteps | None:
     """None where the device, the model or the compiler has no such steps; a compiler that fails is told."""
     shape, weights = decode_shape(model.decoder.config), step_weights(model.decoder)
-    steps: list[CooperativeStep] = []
-    try:
-        if (plan := ops.plan_decode_step(shape, model.dtype, model.device)) is not None:
-            steps.append(ops.decode_step(shape, weights, model.kv, plan))
-        if (plans := ops.plan_chain_step(shape, model.dtype, model.device)) is not None:
-            steps.append(ops.chain_step(shape, weights, model.kv, plans, kernels))
-    except (CudaError, ImportError, AttributeError) as error:
-        log.warning(
-            "decode steps of few requests are a little slower: %s; --disable-cooperative-decode silences it",
-            error,
-        )
+
+    def one_launch() -> CooperativeStep | None:
+        plan = ops.plan_decode_step(shape, model.dtype, model.device)
+        return ops.decode_step(shape, weights, model.kv, plan) if plan is not None else None
+
+    def chain() -> CooperativeStep | None:
+        plans = ops.plan_chain_step(shape, model.dtype, model.device)
+        return ops.chain_step(shape, weights, model.kv, plans, kernels) if plans is not None else None
+
+    steps = steps_of((one_launch, chain))
     return CooperativeSteps(steps, is_alone) if steps else None
+
+
+def steps_of(makers: Iterable[Callable[[], CooperativeStep | None]]) -> list[CooperativeStep]:
+    """What they make. Where the compiler or the driver refuses one, other kernels make its steps."""
+    steps = []
+    for make in makers:
+        try:
+            if (step := make()) is not None:
+                steps.append(step)
+        except (CudaError, ImportError, AttributeError) as error:
+            log.warning(
+                "decode steps of few requests are a bit slower: %s; --disable-cooperative-decode silences it",
+                error,
+            )
+    return steps

@@ -37,6 +37,7 @@ VARIANTS = [
     Variant(256, 1, 8, 132),
     Variant(240, 1, 5, 132),
     Variant(32, 4, 1, 40),
+    Variant(64, 2, 2, 132),  # teams share a tile, and blocks its inputs
     Variant(128, 2, 3, 60),
 ]
 

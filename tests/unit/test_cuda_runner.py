@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from phloem.kernels import ops
 from phloem.kernels.flashinfer_ops.page_lists import PagedRows
-from phloem.kernels.triton_ops.key_shares import ONE_EACH
-from phloem.kernels.types import DecodeRows
-from phloem.shared.engine.cooperative_steps import CooperativeSteps
+from phloem.kernels.triton_ops.key_shares import MANY, ONE_EACH
+from phloem.kernels.types import CudaError, DecodeRows
+from phloem.shared.engine.cooperative_steps import CooperativeStep, CooperativeSteps, steps_of
 from phloem.shared.engine.cuda_attention import CudaAttention
 from phloem.shared.engine.cuda_runner import CudaStepRunner, DecodeForward, DecodeParts
 from phloem.shared.engine.decode_tables import DecodeTables
@@ -171,6 +171,30 @@ def test_steps_are_cooperative_while_no_channel_is_open() -> None:
             assert rig.two_rows.num_steps - before == alone
         made.append(tokens)
     assert made[0] == made[1]
+
+
+def test_one_kernel_that_is_refused_leaves_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    rig = Rig(200)
+
+    def refused() -> CooperativeStep:
+        raise CudaError("NVRTC: no such instruction")
+
+    assert steps_of((refused, lambda: None, lambda: rig.two_rows)) == [rig.two_rows]
+    assert "no such instruction" in caplog.text and "--disable-cooperative-decode" in caplog.text
+
+
+def test_first_step_that_takes_the_rows_makes_them() -> None:
+    class FourRows(TwoRows):
+        sharing = MANY
+
+        def takes(self, num_rows: int) -> bool:
+            return num_rows <= 4
+
+    few, more = Rig(200).two_rows, FourRows(TableForward(tiny_decoder()), Rig(200).two_rows._kv)
+    steps = CooperativeSteps([few, more], lambda: True)
+    assert [steps.takes(count) for count in (1, 2, 3, 4, 5)] == [True, True, True, True, False]
+    assert [steps.sharing(count) for count in (2, 3, 5)] == [ONE_EACH, MANY, MANY]
+    assert CooperativeSteps([few, more], lambda: False).sharing(2) == MANY
 
 
 def prefilled(rig: Rig, sampling: SamplingParams, count: int = 2) -> list[Request]:
