@@ -26,7 +26,7 @@ from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache, bytes_per_page
 from phloem.shared.engine.rehearsal import MemoryGauge, measure_overhead, memory_gauge
 from phloem.shared.engine.runners import LoadedModel, build_runner, log, pick_backend, warm_up_runner
-from phloem.shared.engine.sizing import context_length, host_pool_pages, staging_reserve
+from phloem.shared.engine.sizing import channels_reserve, context_length, host_pool_pages
 from phloem.shared.engine.step_runner import StepRunner
 from phloem.shared.engine.weights.loader import count_parameters, load_decoder, resolve_dtype
 from phloem.shared.errors import PhloemError
@@ -121,7 +121,7 @@ class ModelLoading:
             options.mem_fraction_static,
             options.max_total_tokens,
         )
-        plan = plan_pool(wish, memory, overhead + staging_reserve(options))
+        plan = plan_pool(wish, memory, overhead + channels_reserve(options))
         if plan.note is not None:
             log.warning("%s", plan.note)
         return plan.num_pages

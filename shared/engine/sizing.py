@@ -13,7 +13,12 @@ from phloem.shared.engine.rehearsal import HostGauge
 from phloem.shared.errors import ConfigError
 from phloem.shared.model_store.model_config import ModelConfig
 from phloem.shared.protocol.cluster import Role
-from phloem.shared.transfer.config import MAX_PEERS, num_staging_blocks
+from phloem.shared.transfer.config import (
+    COMMUNICATOR_CTAS,
+    MAX_PEERS,
+    NCCL_BYTES_PER_CTA,
+    num_staging_blocks,
+)
 
 CPU_SHARE = 0.125  # of free memory: several workers and the demo's other services share a host
 CPU_MAX_TOKENS = 131_072
@@ -51,6 +56,13 @@ def staging_reserve(options: EngineOptions) -> int:
     """Bytes that the transfer endpoint allocates for all its channels, beside the KV pool; the options'
     `transfer_peers` are set by now."""
     return num_staging_blocks(options.transfer_peers, options.staging_slots) * options.staging_bytes
+
+
+def channels_reserve(options: EngineOptions) -> int:
+    """Bytes of a GPU that channels with all peers take: staging memory, and what NCCL allocates for each when
+    it opens. Without room for that a worker would run out of memory when its peers come."""
+    ctas = COMMUNICATOR_CTAS * options.transfer_max_ctas
+    return staging_reserve(options) + options.transfer_peers * ctas * NCCL_BYTES_PER_CTA
 
 
 def context_length(options: EngineOptions, config: ModelConfig) -> int:

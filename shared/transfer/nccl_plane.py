@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from phloem.kernels.cuda_driver import CudaEvent, cuda_driver
+from phloem.shared.transfer.config import COMMUNICATOR_CTAS
 from phloem.shared.transfer.device_event import ArrivalEvent, RecordedEvent
 from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.nccl_calls import NcclCalls
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of a communicator, for each that a message may use: NCCL gives a message between two ranks half of them, or
-# all when it is over 32 chunks (`NVLINK_CHUNK_BYTES`) for each of that half, which no staging slot is.
-_COMMUNICATOR_CTAS = 2
 _LONG_ABORT_S = 1.0
 _ABORT_WAIT_S = 1.0  # for who is posting: it does so in some microseconds, or never
 
@@ -42,7 +40,7 @@ class NcclPlane:
 
     def __init__(self, spec: PlaneSpec, store: ControlStore) -> None:
         device = torch.device(spec.device)
-        self._group = join_group(spec, store, _COMMUNICATOR_CTAS * spec.max_ctas)
+        self._group = join_group(spec, store, COMMUNICATOR_CTAS * spec.max_ctas)
         with torch.cuda.device(device):
             self._driver = cuda_driver(torch.cuda.current_device())
             self._calls = NcclCalls(self._group._comm_ptr(), 1 - RANKS[spec.side])

@@ -21,9 +21,10 @@ from phloem.shared.engine.memory import (
     step_bytes,
     step_too_large,
 )
-from phloem.shared.engine.sizing import staging_reserve, transfer_peers
+from phloem.shared.engine.sizing import channels_reserve, staging_reserve, transfer_peers
 from phloem.shared.errors import PhloemError
 from phloem.shared.model_store.model_config import load_model_config
+from phloem.shared.transfer.config import NCCL_BYTES_PER_CTA
 
 GB = 10**9
 PAGE = 16 * 131_072  # Llama-3.1-8B in bfloat16
@@ -204,6 +205,10 @@ def test_staging_is_set_aside_for_the_peers_that_a_role_has() -> None:
     few = msgspec.structs.replace(options, transfer_peers=3)
     assert [transfer_peers(few, role) for role in ("prefill", "unified")] == [3, 3]
     assert staging_reserve(few) == (3 - 1 + 4) << 20
+    narrow = msgspec.structs.replace(few, transfer_max_ctas=8)
+    for each, ctas in ((few, 32), (narrow, 16)):
+        assert channels_reserve(each) - staging_reserve(each) == 3 * ctas * NCCL_BYTES_PER_CTA
+    assert 150 << 20 < (channels_reserve(few) - staging_reserve(few)) / 3 < 256 << 20, "as measured"
     message = str(staging_not_allocated(staging_reserve(few) << 10, H100))
     assert message.startswith("6.4 GB of staging memory for KV transfer could not be allocated: 68.0 GB of")
     assert "lower --transfer-peers or --staging-bytes" in message
