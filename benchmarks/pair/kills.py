@@ -18,6 +18,7 @@ from phloem.shared.transfer_bench.memory import gpu_used_mib, growth_mib, reside
 
 MAX_NEXT_REQUEST_S = 2.0
 MAX_GROWTH_MIB = 64.0
+MIN_SAMPLES = 4  # of memory: fewer say nothing of growth
 # A layer of a page has 64 KiB: small slots make a transfer last long enough to be interrupted.
 _SLOW_STAGING = ((65_536, 1), (131_072, 1))
 
@@ -98,6 +99,7 @@ def _loss_bars(runs: list[LossRun]) -> list[Bar]:
     losses = [loss for run in runs for loss in run.losses]
     wanted = sum(run.plan.count for run in runs)
     nan = float("nan")
+    is_judged = min((len(run.memories_mib) for run in runs), default=0) >= MIN_SAMPLES
     return [
         Bar("peers lost in mid-transfer, all answered rightly, audits clean", len(losses), "", wanted, ">="),
         Bar(
@@ -115,7 +117,7 @@ def _loss_bars(runs: list[LossRun]) -> list[Bar]:
             "survivor's memory, growth over a run",
             max((growth_mib(run.memories_mib) for run in runs), default=nan),
             "MiB",
-            MAX_GROWTH_MIB,
+            MAX_GROWTH_MIB if is_judged else None,
         ),
     ]
 

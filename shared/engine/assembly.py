@@ -51,7 +51,7 @@ def build_engine(
     torch.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))
     endpoints: list[TransferEndpoint] = []  # one, once the model and the pool are there
     model, runner = load_model(
-        options, device, send, lambda: not any(endpoint.num_channels for endpoint in endpoints)
+        options, device, send, lambda: not any(endpoint.may_use_device for endpoint in endpoints)
     )
     tree = RadixTree(options.page_size)
     account = PageAccount(

@@ -27,7 +27,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     tree_pages: int = 0  # owned by the radix tree
     num_handing_over: int = 0  # accepted, neither running nor waiting: KV on its way here or from here
     cut_off: tuple[str, ...] = ()  # ids of workers that it can't hand over to now: no pair with it
-    num_channels: int = 0  # KV channels that are open, on either side
+    num_channels: int = 0  # KV channels that are open, on either side; not those that open or end
     staging_quarantined_bytes: int = 0  # that lost KV channels have not let go of
 
 

@@ -115,8 +115,8 @@ class Channel(ABC):
             if self._is_open:
                 self._is_open = False
                 self._deliver(ChannelLost(self.peer, self.side, error.info))
-            if self._opening is not None:
-                self._opening.give_up(error.info)
+            if (opening := self._opening) is not None:
+                opening.give_up(error.info)
         log.info("channel %s (%s side) ends: %s", self.name, self.side, error)
         self._wakes_beat.set()
         self._close_completions()

@@ -160,6 +160,12 @@ class TransferEndpoint:
         accepted = self._listener.num_open if self._listener is not None else 0
         return sum(channel.is_open for channel in channels) + accepted
 
+    @property
+    def may_use_device(self) -> bool:
+        """Whether NCCL may have a kernel there, which waits for a peer: from before a channel opens until
+        what is left of it is gone."""
+        return self._resources.pool.is_lent or self._resources.stuck.are_there
+
     def status(self) -> TransferStatus:
         """Of now."""
         with self._lock:

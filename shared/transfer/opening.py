@@ -140,6 +140,12 @@ class StuckOpenings:
             self._stuck = [(other, opening) for other, opening in self._stuck if not opening.is_over]
             return sum(other == peer for other, _ in self._stuck)
 
+    @property
+    def are_there(self) -> bool:
+        """Whether any is."""
+        with self._lock:
+            return any(not opening.is_over for _, opening in self._stuck)
+
     def check(self, peer: PeerRef) -> None:
         """Raises `overloaded` when one more would be one too many."""
         count = self.count(peer)

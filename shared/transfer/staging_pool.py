@@ -61,6 +61,12 @@ class StagingPool:
             return num_lent * self._config.staging_bytes
 
     @property
+    def is_lent(self) -> bool:
+        """Whether a channel has memory: from before it opens until NCCL has let go of it."""
+        with self._changed:
+            return any(not lease.is_closed or lease.is_quarantined for lease in self._leases)
+
+    @property
     def quarantined_bytes(self) -> int:
         """Lent to nobody any more: what held them has not let go."""
         with self._changed:

@@ -42,7 +42,7 @@ class Watched:
 
 def test_who_was_registered_and_is_not_for_the_time_out_hangs_once() -> None:
     watched = Watched()
-    assert watched.look(5, registered=True) == 0
+    assert watched.look(10, registered=True) == 0
     assert watched.look(HANG_S, registered=False) == 0
     assert watched.look(1, registered=False) == 1
     assert watched.look(10 * HANG_S, registered=False) == 0, (
@@ -56,14 +56,14 @@ def test_who_was_registered_and_is_not_for_the_time_out_hangs_once() -> None:
 @pytest.mark.parametrize("between", ["registered", "dead", "another process", "no redis", "nobody looked"])
 def test_what_happens_in_between_starts_the_time_anew(between: str) -> None:
     watched = Watched()
-    watched.look(1, registered=True)
+    watched.look(10, registered=True)
     assert watched.look(HANG_S - 1, registered=False) == 0
     if between == "registered":
         watched.look(1, registered=True)
     elif between == "dead":
         watched.look(1, pid=None, registered=False)
     elif between == "another process":
-        watched.look(1, pid=2, registered=True)
+        watched.look(10, pid=2, registered=True)
     elif between == "no redis":
         watched.liveness.look_away()
     else:
@@ -71,6 +71,17 @@ def test_what_happens_in_between_starts_the_time_anew(between: str) -> None:
     pid = 2 if between == "another process" else 1
     assert watched.look(HANG_S, pid=pid, registered=False) == 0
     assert watched.look(1, pid=pid, registered=False) == 1
+
+
+@pytest.mark.parametrize("dead_for_s", [0, 0.5])
+def test_a_predecessors_lease_is_not_taken_for_the_new_processs(dead_for_s: float) -> None:
+    watched = Watched()
+    watched.look(10, registered=True)
+    watched.look(dead_for_s, pid=None, registered=True)
+    assert watched.look(6, pid=2, registered=True) == 0, "what is left of the lease of who died"
+    assert watched.look(10 * HANG_S, pid=2, registered=False) == 0, "it loads a model"
+    assert watched.look(1, pid=2, registered=True) == 0
+    assert watched.look(HANG_S + 1, pid=2, registered=False) == 1
 
 
 # -- with processes ------------------------------------------------------------------------------------

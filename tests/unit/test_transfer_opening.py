@@ -246,11 +246,14 @@ def test_opening_that_hangs_holds_up_neither_the_end_of_an_endpoint_nor_of_a_pee
     prefill = Recorded(transfer_config(PREFILL, timeout_s=60.0))
     prefill.endpoint.peer_up(DECODE, decode.endpoint.address)
     wait_until(lambda: hanging.num_calls == 2)  # both sides
+    assert prefill.endpoint.may_use_device and decode.endpoint.may_use_device
+    assert prefill.endpoint.status().num_channels == 0, "none is open"
     if how == "peer_down":
         prefill.endpoint.peer_down(DECODE)
         decode.endpoint.peer_down(PREFILL)
         wait_until(lambda: prefill.endpoint.status().staging_lent_bytes == 0)
         wait_until(lambda: decode.endpoint.status().staging_lent_bytes == 0)
+        assert prefill.endpoint.may_use_device, "a thread of it hangs in NCCL"
     prefill.endpoint.close(0.0)
     decode.endpoint.close(0.0)
     assert time.monotonic() - began_s < 10.0

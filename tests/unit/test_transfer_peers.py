@@ -147,7 +147,9 @@ def test_memory_of_every_peer_comes_back_when_it_leaves(peers: Peers) -> None:
     """Decode workers that join, take a piece, and leave; one stays, and is served all the while."""
     prefill = peers.start("p", max_peers=2, slots=2)
     stays = peers.start("d-stays", slots=2)
+    assert [each.endpoint.may_use_device for each in (prefill, stays)] == [False, False]
     open_channel(prefill, stays, "d-stays")
+    assert [each.endpoint.may_use_device for each in (prefill, stays)] == [True, True]
     held = prefill.endpoint.status().staging_lent_bytes
     assert held == 2 * SLOT_BYTES
     for n in range(NUM_JOINS):

@@ -136,6 +136,7 @@ def test_channel_reopens_in_other_memory_than_the_lost_one_holds(
         pair.prefill.endpoint.peer_down(DECODE)
         wait_until(lambda: ours.endpoint.status().staging_lent_bytes == 0)
         assert ours.endpoint.status().staging_quarantined_bytes == quarantined
+        assert ours.endpoint.may_use_device
     finally:
         may_end.set()
         pair.close()

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 _LONGEST_PAUSE_S = 5.0  # between two looks: after a longer one nothing is known of the time between
+# A registration outlives a process that dies by its lease, 3 s, and by as much again when Redis starts anew.
+# Until then it may be the predecessor's, and who is still loading a model has none to lose.
+_PREDECESSORS_S = 7.0
 
 
 class Liveness:
@@ -16,7 +19,9 @@ class Liveness:
 
     def __init__(self, hang_timeout_s: float) -> None:
         self._hang_timeout_s = hang_timeout_s
-        self._registered_pids: dict[str, int] = {}  # of the processes that have been seen registered
+        # The processes, and since when they replace others.
+        self._seen: dict[str, tuple[int | None, float]] = {}
+        self._registered_pids: dict[str, int] = {}  # of those that have been seen registered
         self._missing_since_s: dict[str, float] = {}
         self._looked_at_s = 0.0
 
@@ -33,7 +38,9 @@ class Liveness:
         return [name for name, pid in pids.items() if self._hangs(name, pid, name in registered, now_s)]
 
     def _hangs(self, name: str, pid: int | None, is_registered: bool, now_s: float) -> bool:
-        if is_registered and pid is not None:
+        if self._seen.setdefault(name, (pid, float("-inf")))[0] != pid:
+            self._seen[name] = pid, now_s
+        if is_registered and pid is not None and now_s - self._seen[name][1] >= _PREDECESSORS_S:
             self._registered_pids[name] = pid
         if is_registered or pid is None or self._registered_pids.get(name) != pid:
             self._missing_since_s.pop(name, None)
