@@ -1,7 +1,7 @@
 """Decode steps of kernels whose blocks wait for each other, while nobody else runs kernels on the device.
 
 All blocks of such a launch are resident at once, one on each multiprocessor. A KV transfer holds some of
-them, and one with a peer that hangs holds them until its deadline: while channels are open, steps are made of
+them, and one with a peer that hangs holds them until its deadline: while channels are there, steps are made of
 other kernels (`decode_pass.py`), a little slower.
 """
 
@@ -37,7 +37,7 @@ class CooperativeStep(Protocol):
 
 class CooperativeSteps:
     """`steps`: the first that takes so many rows makes them. `is_alone` is asked for every step: whether no
-    channel is open."""
+    channel is there, or what is left of one."""
 
     def __init__(self, steps: Sequence[CooperativeStep], is_alone: Callable[[], bool]) -> None:
         self._steps = steps
