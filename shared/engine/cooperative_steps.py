@@ -1,8 +1,8 @@
 """Decode steps of kernels whose blocks wait for each other, while nobody else runs kernels on the device.
 
 All blocks of such a launch are resident at once, one on each multiprocessor. A KV transfer holds some of
-them, and one with a peer that hangs holds them until its deadline: while channels are there, steps are made of
-other kernels (`decode_pass.py`), a little slower.
+them, and one with a peer that hangs holds them until its deadline: while channels are there, steps are made
+of other kernels (`decode_pass.py`), a little slower.
 """
 
 from __future__ import annotations
