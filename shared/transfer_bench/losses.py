@@ -123,7 +123,7 @@ class LossRun:
         count, told = self.plan.count, False
         self.start_ahead()
         victim = await self._next_victim(count + 1)
-        self._settled_bytes = (await self._survivor.audit()).counters["staging_lent_bytes"]
+        self._settled_bytes = await self._until_channels_lend(None)
         while len(self.losses) < count:
             left = count - len(self.losses)
             if left <= self.plan.peers.num_ahead and not told:
@@ -241,18 +241,24 @@ class LossRun:
     async def _until_settled(self) -> None:
         """Until lost peers' channels are gone, and NCCL has let go of them: staging memory is lent until
         then. Raises `PhloemError` when one stays, or its memory does."""
+        await self._until_channels_lend(self._settled_bytes)
+        counters = (await self._survivor.audit()).counters
+        if quarantined := counters["staging_quarantined_bytes"]:
+            raise PhloemError("bench_failed", f"lost channels keep {quarantined} bytes of staging memory")
+
+    async def _until_channels_lend(self, most_bytes: int | None) -> int:
+        """Until as many channels are open as between two losses, with so much staging memory lent; the engine
+        looks at them from time to time. Returns how much is."""
         deadline = time.monotonic() + _SETTLE_TIMEOUT_S
         while True:
             counters = (await self._survivor.audit()).counters
-            lent = counters["staging_lent_bytes"]
-            if counters["channels"] == _CHANNELS_BETWEEN and lent <= self._settled_bytes:
-                break
+            channels, lent = counters["channels"], counters["staging_lent_bytes"]
+            if channels == _CHANNELS_BETWEEN and (most_bytes is None or lent <= most_bytes):
+                return lent
             if time.monotonic() > deadline:
-                left = f"{counters['channels']} channels are open, {lent} bytes of staging lent"
+                left = f"{channels} channels are open, {lent} bytes of staging lent, not {most_bytes}"
                 raise PhloemError("bench_failed", f"after a loss {left}")
             await asyncio.sleep(10 * _POLL_S)
-        if quarantined := counters["staging_quarantined_bytes"]:
-            raise PhloemError("bench_failed", f"lost channels keep {quarantined} bytes of staging memory")
 
     async def _bytes_moved(self) -> int:
         counters = (await self._survivor.audit()).counters

@@ -20,6 +20,7 @@ from phloem.shared.engine.rehearsal import HostGauge, measure_overhead
 from phloem.shared.engine.runners import for_device
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.engine import EngineUp, Progress
+from phloem.shared.transfer.config import NCCL_BYTES_PER_CTA
 from tests.support.tiny_model import tiny_decoder
 
 CPU = torch.device("cpu")
@@ -191,7 +192,8 @@ def test_cuda_pool_is_what_the_rehearsal_leaves(options: EngineOptions) -> None:
     pages = loading_.num_pages_of_pool(tiny_decoder(), "triton")
     assert loading_.rehearsed_pages == 100, "a step of as many requests as may run"
     staging = (flags.transfer_peers - 1 + flags.staging_slots) * flags.staging_bytes
-    room = 80 * GB - 10 * GB - 4 * GB - MARGIN_BYTES - staging
+    nccl = flags.transfer_peers * 2 * flags.transfer_max_ctas * NCCL_BYTES_PER_CTA
+    room = 80 * GB - 10 * GB - 4 * GB - MARGIN_BYTES - staging - nccl
     assert (pages + 1) * PAGE_BYTES <= room < (pages + 2) * PAGE_BYTES
     assert gauge.held == 10 * GB
     assert messages == [Progress("memory", 0, 1), Progress("memory", 1, 1)]
