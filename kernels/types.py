@@ -135,6 +135,13 @@ class StepLayer(Protocol):
     def down(self) -> LinearWeight: ...
 
 
+def norms_of(layer: StepLayer) -> tuple[Tensor, Tensor] | None:
+    """Of its queries and keys, `[D]` each; None where the model has none."""
+    if layer.q_norm is None or layer.k_norm is None:
+        return None
+    return layer.q_norm, layer.k_norm
+
+
 class StepWeights(NamedTuple):
     """eps: of the norms."""
 

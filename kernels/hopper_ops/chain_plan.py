@@ -107,11 +107,8 @@ def plan_chain(shape: DecodeShape, size: int, blocks: int) -> ChainPlan | None:
 
 
 def _choices(name: str, n: int, k: int, size: int, blocks: int) -> Iterator[Tiles]:
-    step, most_splits, slot = (
-        _STEP,
-        _MOST_SPLITS,
-        max(_LEAST_SLOT, Tiles(_MOST_ROWS, 1, 1, 1).unit_bytes(size)),
-    )
+    step, most_splits = _STEP, _MOST_SPLITS
+    slot = max(_LEAST_SLOT, Tiles(_MOST_ROWS, 1, 1, 1).unit_bytes(size))
     if name == "gate_up":
         step, n = 2 * _STEP, 2 * n
     if name in ("gate_up", "vocabulary"):  # tiles enough for all blocks

@@ -12,7 +12,15 @@ from phloem.kernels.hopper_ops.chain_plan import TEAMS, ChainPlan
 from phloem.kernels.hopper_ops.product_chain import MAX_ROWS, ChainLink, NextAttention, ProductChain
 from phloem.kernels.triton_ops.decode_begin import begin_rows
 from phloem.kernels.triton_ops.key_shares import MANY
-from phloem.kernels.types import DecodeRows, DecodeShape, LinearWeight, PagedKV, StepLayer, StepWeights
+from phloem.kernels.types import (
+    DecodeRows,
+    DecodeShape,
+    LinearWeight,
+    PagedKV,
+    StepLayer,
+    StepWeights,
+    norms_of,
+)
 
 if TYPE_CHECKING:
     from phloem.kernels.triton_ops.decode_kernels import DecodeKernels
@@ -76,8 +84,8 @@ class ChainStep:
         ]
         self.chain(0, [self._normed("qkv", count, weights.layers[0].qkv, qkv, 1)], eps, pages[0])
         for index, layer in enumerate(weights.layers):
-            norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
-            attended = self._attention.attend(qkv, rows, self._kv.k[index], self._kv.v[index], norms, eps)
+            k, v = pages[index].k_pages, pages[index].v_pages
+            attended = self._attention.attend(qkv, rows, k, v, norms_of(layer), eps)
             following = pages[index + 1] if index + 1 < len(pages) else None
             self.chain(index + 1, self._layer(index, layer, attended), eps, following)
         return self._logits[:count]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from phloem.kernels.types import DecodeRows, DecodeShape, StepWeights
+from phloem.kernels.types import DecodeRows, DecodeShape, StepWeights, norms_of
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.models.parameters import LayerParameters
@@ -44,7 +44,7 @@ class DecodePass:
         stream = kernels.begin(rows, parameters.embedding, parameters.layers[0].input_norm)
         for index, (layer, next_gain) in enumerate(zip(parameters.layers, gains, strict=True)):
             qkv = kernels.normed_linear(stream, layer.qkv, eps)
-            attended = kernels.attend(qkv, rows, kv.k[index], kv.v[index], _norms(layer), eps)
+            attended = kernels.attend(qkv, rows, kv.k[index], kv.v[index], norms_of(layer), eps)
             stream = kernels.add_linear(attended, layer.o, stream, layer.post_norm)
             gated = kernels.gated_linear(stream, layer.gate_up, eps)
             stream = kernels.add_linear(gated, layer.down, stream, next_gain)
@@ -54,7 +54,7 @@ class DecodePass:
         eps = self._config.norm_eps
 
         def attend(index: int, layer: LayerParameters, qkv: Tensor) -> Tensor:
-            return self._kernels.attend(qkv, rows, kv.k[index], kv.v[index], _norms(layer), eps)
+            return self._kernels.attend(qkv, rows, kv.k[index], kv.v[index], norms_of(layer), eps)
 
         tokens = torch.where(rows.token < 0, rows.last_token[rows.slot], rows.token)
         return self._decoder.decode(tokens, attend)
@@ -77,9 +77,3 @@ def step_weights(decoder: Decoder) -> StepWeights:
     return StepWeights(
         found.embedding, found.layers, found.final_norm, found.lm_head, decoder.config.norm_eps
     )
-
-
-def _norms(layer: LayerParameters) -> tuple[Tensor, Tensor] | None:
-    if layer.q_norm is None or layer.k_norm is None:
-        return None
-    return layer.q_norm, layer.k_norm
