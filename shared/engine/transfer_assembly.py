@@ -15,7 +15,7 @@ from phloem.shared.engine.rehearsal import memory_gauge
 from phloem.shared.engine.sizing import staging_reserve
 from phloem.shared.errors import ConfigError
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.transfer.config import TransferConfig
+from phloem.shared.transfer.config import TransferConfig, opening_bound_s
 from phloem.shared.transfer.endpoint import TransferEndpoint
 from phloem.shared.transfer.events import TransferEvent
 from phloem.shared.transfer.link_terms import link_terms
@@ -76,6 +76,7 @@ def _transfer_config(
         least_slot_bytes=layer_page_bytes,
         max_ctas=options.transfer_max_ctas,
         timeout_s=options.transfer_timeout_s,
+        opening_timeout_s=opening_bound_s(options.transfer_timeout_s),
         accepts=config.role != "prefill",
     )
 

@@ -175,7 +175,7 @@ class Channel(ABC):
                 self._on_message(message, plane)
 
     def _open(self) -> DataPlane:
-        store = ControlStore(self._frames, self._timeout_s)
+        store = ControlStore(self._frames, self._plane_spec.opening_timeout_s)
         with self._state:
             self._check_not_failed()
             opening = self._opening = Opening(self._plane_spec, store, self._label)

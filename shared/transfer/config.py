@@ -27,12 +27,20 @@ LAST_PIECE_BYTES = 16 * 1024 * 1024
 # posts the next piece. Two slots would do for the link, the others bear a host that is busy with a step.
 STAGING_BYTES = 128 * 1024 * 1024
 STAGING_SLOTS = 4
+# NCCL made a communicator in 3.8 s where engines were starting on the same host; as a rule it takes 0.1 s.
+OPENING_TIMEOUT_S = 10.0
 MAX_PEERS = 8  # of a host of eight GPUs all others, on one side or the other
 
 
 def num_staging_blocks(max_peers: int, staging_slots: int) -> int:
     """Blocks of an endpoint's `StagingPool`: one for each peer, and for the first of them all its slots."""
     return max_peers - 1 + staging_slots
+
+
+def opening_bound_s(timeout_s: float) -> float:
+    """What an opening gets where other operations get `timeout_s`: no less, and enough for NCCL on a busy
+    host."""
+    return max(OPENING_TIMEOUT_S, timeout_s)
 
 
 class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,9 +51,15 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     "" for a CPU) must not.
     `staging_bytes` is the size of one slot (a channel takes the smaller of both sides'), `staging_slots` the
     most slots per channel and side, `max_peers` how many channels are certain of memory, at least one;
-    `least_slot_bytes`: smaller slots are of no use. `timeout_s` bounds every operation: a peer that is silent
-    for that long is lost. `max_ctas`: of NCCL. `accepts`: decode and unified workers listen, prefill workers
-    don't.
+    `least_slot_bytes`: smaller slots are of no use. `timeout_s` bounds every operation of a channel: a peer
+    that is silent for that long is lost. `max_ctas`: of NCCL. `accepts`: decode and unified workers listen,
+    prefill workers don't.
+
+    `opening_timeout_s` bounds the opening of a channel instead, once for joining its plane and once for its
+    first byte: NCCL may need seconds for either while nothing is wrong. A peer that dies meanwhile is lost at
+    once all the same, by its control connection; one that hangs has the channel's staging memory for up to
+    twice that time, and so long steps that need the whole device rest (`may_use_device`). A dialer also gives
+    what is left of an opening so long before it begins the next one.
     """
 
     me: PeerRef
@@ -61,6 +75,7 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     least_slot_bytes: int = 1
     max_ctas: int = MAX_CTAS
     timeout_s: float = 10.0
+    opening_timeout_s: float = OPENING_TIMEOUT_S
     accepts: bool = False
 
     @property

@@ -143,7 +143,9 @@ class Dialer:
 
     def _attempt(self) -> _Attempt:
         """One channel from dial to loss, or the reason why there was none."""
-        self._resources.stuck.check(self.peer)
+        stuck, patience_s = self._resources.stuck, self._config.opening_timeout_s
+        stuck.check(self.peer)
+        stuck.wait_for_end(self.peer, patience_s, self._stopped)
         deadline = handshake_deadline(self._config.timeout_s)
         frames = self._connect(deadline)
         lease: StagingLease | None = None

@@ -83,6 +83,6 @@ def _options(spec: PlaneSpec) -> Any:
     """Any: the stubs lack `_Options` and its fields."""
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [ProcessGroupGloo.create_device(hostname=spec.host)]
-    options._timeout = timedelta(seconds=spec.timeout_s)
+    options._timeout = timedelta(seconds=spec.opening_timeout_s)
     options._threads = 1
     return options

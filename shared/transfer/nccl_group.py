@@ -31,7 +31,7 @@ def join_group(spec: PlaneSpec, store: ControlStore, max_ctas: int) -> Any:
     _bind_nccl_to(spec.host)
     device = torch.device(spec.device)
     options = ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=max(spec.timeout_s, _ABORT_S))
+    options._timeout = timedelta(seconds=max(spec.opening_timeout_s, _ABORT_S))
     options.config.max_ctas = max_ctas
     options.is_high_priority_stream = True  # few and short, among matmuls that fill the device
     try:

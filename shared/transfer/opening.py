@@ -1,7 +1,9 @@
 """The opening of a channel's plane: both ranks join it, then the first byte goes from prefill to decode.
 
 NCCL's first calls wait for the peer and know no deadline: if that stops just then, they never return. So they
-are made on a thread of their own, and whoever opens the channel waits for them in bounds. What is given up
+are made on a thread of their own, and whoever opens the channel waits for them in bounds, which are wide: on
+a busy host NCCL needs seconds. Meanwhile that thread beats on the control connection. So a peer that dies is
+noticed at once, and one that has opened its side already does not take this one for silent. What is given up
 cleans up behind itself when NCCL lets it, which may be when the peer's process ends, or never. It refers to
 nothing of the channel: others have its staging memory by then.
 """
@@ -10,7 +12,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -25,6 +29,8 @@ from phloem.shared.transfer.rendezvous import ControlStore
 log = logging.getLogger(__name__)
 
 _CLEAN_UP_S = 0.5  # what is given up ends by then as a rule, or hangs
+_BEAT_S = 0.05
+_LOOK_S = 0.05
 MAX_STUCK_PER_PEER = 4
 
 
@@ -42,7 +48,7 @@ class Opening:
         self._errands = [Errand(self._open, f"phloem-transfer-open-{name}")]
 
     def plane(self) -> DataPlane:
-        """Joined and connected. Each may take the spec's `timeout_s`.
+        """Joined and connected. Each may take the spec's `opening_timeout_s`.
 
         Raises `transfer_timeout`, what the opening failed with, or was given up with; then `clean_up`.
         """
@@ -71,12 +77,23 @@ class Opening:
         return all(errand.is_over for errand in self._errands)
 
     def _wait(self, is_there: Callable[[], bool], otherwise: str) -> None:
+        bound_s = self._spec.opening_timeout_s
+        deadline = time.monotonic() + bound_s
+        while not self._is_soon(is_there):
+            try:
+                self._store.beat()
+            except PhloemError as error:
+                self.give_up(error.info)
+            if time.monotonic() >= deadline:
+                self.give_up(transfer_timeout(f"{otherwise} within {bound_s:g} s").info)
+
+    def _is_soon(self, is_there: Callable[[], bool]) -> bool:
+        """Within a beat. Raises what the opening has failed with."""
         with self._changed:
-            self._changed.wait_for(lambda: is_there() or self._error is not None, self._spec.timeout_s)
-            if self._error is None and not is_there():
-                self._error = transfer_timeout(f"{otherwise} within {self._spec.timeout_s:g} s").info
+            self._changed.wait_for(lambda: is_there() or self._error is not None, _BEAT_S)
             if self._error is not None:
                 raise PhloemError.from_info(self._error)
+            return is_there()
 
     def _open(self) -> None:
         try:
@@ -113,13 +130,20 @@ def move_first_byte(plane: DataPlane, spec: PlaneSpec) -> None:
     sends = spec.side == "prefill"
     byte = torch.full((1,), int(sends), dtype=torch.uint8, device=spec.device)
     # It is written behind the steps, for which the plane does not wait: maybe when the byte has come.
-    settle(spec.device, spec.timeout_s)
+    settle(spec.device, spec.opening_timeout_s)
     if sends:
-        plane.post_send(byte).wait(spec.timeout_s)
+        plane.post_send(byte).wait(spec.opening_timeout_s)
         return
-    plane.post_receive(byte, 1).wait(spec.timeout_s)
+    plane.post_receive(byte, 1).wait(spec.opening_timeout_s)
     if int(byte) != 1:
         raise protocol_violation("the first byte is wrong")
+
+
+@dataclass(frozen=True, slots=True)
+class _Stuck:
+    peer: PeerRef
+    opening: Opening
+    since_s: float
 
 
 class StuckOpenings:
@@ -128,23 +152,30 @@ class StuckOpenings:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stuck: list[tuple[PeerRef, Opening]] = []
+        self._stuck: list[_Stuck] = []
 
     def add(self, peer: PeerRef, opening: Opening) -> None:
         with self._lock:
-            self._stuck.append((peer, opening))
+            self._stuck.append(_Stuck(peer, opening, time.monotonic()))
+
+    def wait_for_end(self, peer: PeerRef, patience_s: float, cancelled: threading.Event) -> None:
+        """Until those with the peer have ended that came within the last `patience_s`: NCCL needs longer for
+        what is opened beside them, and an opening that is given up for that leaves one more. One that does
+        not end in that time holds up nobody."""
+        while self._are_ending(peer, patience_s) and not cancelled.wait(_LOOK_S):
+            pass
 
     def count(self, peer: PeerRef) -> int:
         """Of one epoch of a worker: a new process has no part in the old one's."""
         with self._lock:
-            self._stuck = [(other, opening) for other, opening in self._stuck if not opening.is_over]
-            return sum(other == peer for other, _ in self._stuck)
+            self._stuck = [stuck for stuck in self._stuck if not stuck.opening.is_over]
+            return sum(stuck.peer == peer for stuck in self._stuck)
 
     @property
     def are_there(self) -> bool:
         """Whether any is."""
         with self._lock:
-            return any(not opening.is_over for _, opening in self._stuck)
+            return any(not stuck.opening.is_over for stuck in self._stuck)
 
     def check(self, peer: PeerRef) -> None:
         """Raises `overloaded` when one more would be one too many."""
@@ -153,4 +184,12 @@ class StuckOpenings:
             raise overloaded(
                 f"{count} channels with {peer} hang in the middle of opening: does NCCL reach from host to "
                 "host (NCCL_DEBUG=INFO tells more)? Restart one of the two workers to try again"
+            )
+
+    def _are_ending(self, peer: PeerRef, patience_s: float) -> bool:
+        since_s = time.monotonic() - patience_s
+        with self._lock:
+            return any(
+                stuck.peer == peer and stuck.since_s > since_s and not stuck.opening.is_over
+                for stuck in self._stuck
             )

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from phloem.shared.transfer.config import MAX_CTAS
+from phloem.shared.transfer.config import MAX_CTAS, OPENING_TIMEOUT_S
 from phloem.shared.transfer.events import Side
 from phloem.shared.transfer.pending import Moved, Pending
 from phloem.shared.transfer.rendezvous import ControlStore
@@ -42,19 +42,21 @@ class DataPlane(Protocol):
 @dataclass(frozen=True, slots=True)
 class PlaneSpec:
     """One rank's part of a plane; `host` is the own address that its sockets bind to, `max_ctas` bounds the
-    streaming multiprocessors that NCCL may use at a time. Planes of one device share `streams`."""
+    streaming multiprocessors that NCCL may use at a time. Joining the plane, and its first byte, may take
+    `opening_timeout_s` each, what comes then `timeout_s`. Planes of one device share `streams`."""
 
     host: str
     side: Side
     device: str
     timeout_s: float
     max_ctas: int = MAX_CTAS
+    opening_timeout_s: float = OPENING_TIMEOUT_S
     streams: StreamStock = field(default_factory=StreamStock, compare=False, repr=False)
 
 
 def open_plane(spec: PlaneSpec, store: ControlStore) -> DataPlane:
-    """Joins the group, waiting for the other rank at most `timeout_s`. Raises `channel_lost`,
-    `transfer_timeout`, or `transfer_protocol`."""
+    """Joins the group, waiting for the other rank at most `opening_timeout_s`. Raises
+    `channel_lost`, `transfer_timeout`, or `transfer_protocol`."""
     if spec.device == "cpu":
         from phloem.shared.transfer.gloo_plane import GlooPlane
 

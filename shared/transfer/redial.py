@@ -28,7 +28,7 @@ class Redial:
 
     def cut_off(self, now_s: float) -> ErrorInfo | None:
         """Why there is no channel to the peer and won't be one soon; None: there is one, or one may open at
-        any time."""
+        any time, as while the first one opens, however long that takes."""
         is_failing = self._error is not None and now_s - self._failing_since_s >= CUT_OFF_AFTER_S
         return self._error if self._is_refused or is_failing else None
 

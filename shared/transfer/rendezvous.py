@@ -35,6 +35,12 @@ class ControlStore(Store):
         self._using = threading.Lock()  # of who uses the connection; guards the next one
         self._sealed = False
 
+    def beat(self) -> None:
+        """Tells the peer that this side lives, whose own opening may be over by now. Never waits. Raises
+        `channel_lost` when the connection has broken, which nobody would read while NCCL is at work: the
+        second beat after the peer has left, if not the first."""
+        self._frames.post(KEEPALIVE)
+
     def seal(self) -> None:
         """The channel is open and other threads have the connection, or it is shut and about to be closed:
         from now on nothing is told or heard. Waits for who is at it, whom a shut connection lets go."""

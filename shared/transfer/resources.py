@@ -30,6 +30,7 @@ class Resources:
             device=config.device,
             timeout_s=config.timeout_s,
             max_ctas=config.max_ctas,
+            opening_timeout_s=config.opening_timeout_s,
             streams=self._streams,
         )
 

@@ -11,7 +11,7 @@ import torch
 
 from phloem.shared.engine.punctuality import ask_for_punctual_threads
 from phloem.shared.errors import PhloemError
-from phloem.shared.transfer.config import MAX_CTAS, TransferConfig
+from phloem.shared.transfer.config import MAX_CTAS, TransferConfig, opening_bound_s
 from phloem.shared.transfer.link_terms import link_terms
 from phloem.shared.transfer.planes import PlaneSpec
 from phloem.shared.transfer_bench.paged import DECODE, PREFILL, PagedSide, ReceivingSide, SendingSide
@@ -115,6 +115,7 @@ def _transfer_config(setup: RankSetup) -> TransferConfig:
         device=setup.device,
         link=link_terms(setup.device, chosen.get("max_ctas", MAX_CTAS)),
         timeout_s=setup.timeout_s,
+        opening_timeout_s=opening_bound_s(setup.timeout_s),
         accepts=setup.side == "decode",
         **chosen,
     )
@@ -127,6 +128,7 @@ def _plane_spec(setup: RankSetup, config: TransferConfig) -> PlaneSpec:
         side=setup.side,
         device=setup.device,
         timeout_s=setup.timeout_s,
+        opening_timeout_s=opening_bound_s(setup.timeout_s),
         max_ctas=config.max_ctas,
     )
 

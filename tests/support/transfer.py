@@ -15,7 +15,7 @@ from phloem.shared.errors import PhloemError
 from phloem.shared.host_port import split_host_port
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Open, Opened, Piece, Refused, TransferMessage, transfer_message
-from phloem.shared.transfer.config import TransferConfig
+from phloem.shared.transfer.config import OPENING_TIMEOUT_S, TransferConfig
 from phloem.shared.transfer.endpoint import TransferEndpoint
 from phloem.shared.transfer.events import ChannelOpened, Side, TransferEvent
 from phloem.shared.transfer.frames import FrameSocket
@@ -49,6 +49,7 @@ def transfer_config(
     layout: str = LAYOUT,
     staging_bytes: int = SLOT_BYTES,
     timeout_s: float = 10.0,
+    opening_timeout_s: float = OPENING_TIMEOUT_S,
 ) -> TransferConfig:
     return TransferConfig(
         me=me,
@@ -58,6 +59,7 @@ def transfer_config(
         staging_bytes=staging_bytes,
         staging_slots=NUM_SLOTS,
         timeout_s=timeout_s,
+        opening_timeout_s=opening_timeout_s,
         accepts=accepts,
     )
 
@@ -94,6 +96,15 @@ class Recorded:
         except Empty:
             return
         raise AssertionError(f"unexpected {event}")
+
+
+@contextmanager
+def one_end(config: TransferConfig) -> Iterator[Recorded]:
+    recorded = Recorded(config)
+    try:
+        yield recorded
+    finally:
+        recorded.endpoint.close(0.0)
 
 
 class Pair:
@@ -209,8 +220,8 @@ def rogue_prefill(decode: Recorded, timeout_s: float = 5.0) -> Iterator[RoguePee
 
 
 @contextmanager
-def rogue_decode(prefill: Recorded, timeout_s: float = 5.0) -> Iterator[RoguePeer]:
-    """A decode side whose channel has just opened, with `NUM_SLOTS` credits."""
+def accept_open(prefill: Recorded) -> Iterator[RoguePeer]:
+    """A decode side that has just been asked to open."""
     with socket.create_server((HOST, 0)) as server:
         prefill.endpoint.peer_up(DECODE, f"{HOST}:{server.getsockname()[1]}")
         sock, _ = server.accept()
@@ -219,14 +230,21 @@ def rogue_decode(prefill: Recorded, timeout_s: float = 5.0) -> Iterator[RoguePee
         prove_as_listener(rogue.frames, transfer_key(SECRET), handshake_deadline(3.0))
         request = rogue.read()
         assert isinstance(request, Open)
+        yield rogue
+    finally:
+        rogue.close()
+
+
+@contextmanager
+def rogue_decode(prefill: Recorded, timeout_s: float = 5.0) -> Iterator[RoguePeer]:
+    """A decode side whose channel has just opened, with `NUM_SLOTS` credits."""
+    with accept_open(prefill) as rogue:
         rogue.write(Opened(SLOT_BYTES, NUM_SLOTS))
         rogue.plane = _join("decode", rogue.frames, timeout_s)
         byte = torch.zeros(1, dtype=torch.uint8)
         rogue.plane.post_receive(byte, 1).wait(timeout_s)
         prefill.next(ChannelOpened)
         yield rogue
-    finally:
-        rogue.close()
 
 
 def _join(side: Side, frames: FrameSocket, timeout_s: float) -> DataPlane:

@@ -23,7 +23,14 @@ START_S = 60.0  # of a process that imports torch
 
 
 def config(me: PeerRef, device: str, timeout_s: float, *, accepts: bool) -> TransferConfig:
-    made = transfer_config(me, accepts=accepts, staging_bytes=SLOT_BYTES, timeout_s=timeout_s)
+    """An opening gets no longer than any other operation."""
+    made = transfer_config(
+        me,
+        accepts=accepts,
+        staging_bytes=SLOT_BYTES,
+        timeout_s=timeout_s,
+        opening_timeout_s=timeout_s,
+    )
     return msgspec.structs.replace(made, device=device, max_peers=4)
 
 

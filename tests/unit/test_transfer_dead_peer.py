@@ -20,6 +20,7 @@ from tests.support.transfer import (
     NUM_SLOTS,
     PREFILL,
     Recorded,
+    one_end,
     piece,
     transfer_config,
     wait_until,
@@ -39,11 +40,8 @@ deaths = pytest.mark.parametrize(
 
 @contextmanager
 def endpoint(config: TransferConfig) -> Iterator[Recorded]:
-    recorded = Recorded(config)
-    try:
+    with one_end(config) as recorded:
         yield recorded
-    finally:
-        recorded.endpoint.close(0.0)
     assert [t.name for t in threading.enumerate() if t.name.startswith("phloem-transfer")] == []
 
 

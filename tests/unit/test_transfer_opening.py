@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
@@ -18,69 +17,21 @@ from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.events import ChannelOpened, PieceReceived
 from phloem.shared.transfer.frames import FrameSocket
 from phloem.shared.transfer.opening import MAX_STUCK_PER_PEER, Opening, StuckOpenings
-from phloem.shared.transfer.pending import Moved, MovedNow, Pending
-from phloem.shared.transfer.planes import DataPlane, PlaneSpec, open_plane
+from phloem.shared.transfer.pending import MovedNow
+from phloem.shared.transfer.planes import DataPlane, PlaneSpec
 from phloem.shared.transfer.rendezvous import ControlStore
-from tests.support.transfer import DECODE, HOST, PREFILL, Recorded, piece, transfer_config, wait_until
+from tests.support.transfer import DECODE, HOST, PREFILL, Recorded, piece, wait_until
+from tests.support.transfer_opening import Hangs, both_ends, open_threads
 
 TIMEOUT_S = 0.3
 SOON_S = 2.0  # that, and what cleaning up may take
 
 
-class HangingPlane:
-    """Its first send does not return before it is aborted."""
-
-    runs_ahead = False
-
-    def __init__(self) -> None:
-        self.is_aborted = threading.Event()
-
-    def post_send(self, data: Tensor, after: Moved | None = None, num_bytes: int | None = None) -> Pending:
-        assert self.is_aborted.wait(60.0)
-        raise channel_lost("aborted")
-
-    def post_receive(self, slot: Tensor, num_bytes: int, after: Moved | None = None) -> Pending:
-        return self.post_send(slot)
-
-    def abort(self) -> None:
-        self.is_aborted.set()
-
-
-class Hanging:
-    """In the place of `open_plane`: hangs in its first `times` calls, until the test lets them go on."""
-
-    def __init__(self, times: int) -> None:
-        self._left = times
-        self.planes: list[HangingPlane] = []
-        self.num_calls = 0
-        self.may_go_on = threading.Event()
-
-    def __call__(self, spec: PlaneSpec, store: ControlStore) -> DataPlane:
-        self.num_calls += 1
-        if self.num_calls > self._left:
-            return open_plane(spec, store)
-        assert self.may_go_on.wait(60.0)
-        self.planes.append(HangingPlane())
-        return self.planes[-1]
-
-
 @pytest.fixture
-def hangs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Hanging]]:
-    made: list[Hanging] = []
-
-    def hang(times: int) -> Hanging:
-        made.append(Hanging(times))
-        monkeypatch.setattr(opening, "open_plane", made[-1])
-        return made[-1]
-
-    yield hang
-    for hanging in made:
-        hanging.may_go_on.set()
-    wait_until(lambda: not open_threads())
-
-
-def open_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("phloem-transfer-open")]
+def hangs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hangs]:
+    hangs = Hangs(monkeypatch)
+    yield hangs
+    hangs.end()
 
 
 @pytest.fixture
@@ -92,7 +43,7 @@ def store() -> Iterator[ControlStore]:
 
 
 def begin(store: ControlStore, timeout_s: float = TIMEOUT_S) -> Opening:
-    return Opening(PlaneSpec(HOST, "prefill", "cpu", timeout_s), store, "x")
+    return Opening(PlaneSpec(HOST, "prefill", "cpu", 60.0, opening_timeout_s=timeout_s), store, "x")
 
 
 def code_of(call: Callable[[], object]) -> str:
@@ -105,7 +56,7 @@ def code_of(call: Callable[[], object]) -> str:
 
 
 def test_rank_that_never_joins_is_given_up_and_its_late_plane_aborted(
-    hangs: Callable[[int], Hanging], store: ControlStore
+    hangs: Hangs, store: ControlStore
 ) -> None:
     hanging, began_s = hangs(1), time.monotonic()
     made = begin(store)
@@ -118,7 +69,7 @@ def test_rank_that_never_joins_is_given_up_and_its_late_plane_aborted(
 
 
 def test_first_byte_that_never_goes_through_is_given_up_and_its_plane_aborted(
-    hangs: Callable[[int], Hanging], store: ControlStore
+    hangs: Hangs, store: ControlStore
 ) -> None:
     hanging, began_s = hangs(1), time.monotonic()
     hanging.may_go_on.set()
@@ -129,9 +80,7 @@ def test_first_byte_that_never_goes_through_is_given_up_and_its_plane_aborted(
     assert time.monotonic() - began_s < SOON_S
 
 
-def test_who_waits_is_told_at_once_that_the_channel_has_failed(
-    hangs: Callable[[int], Hanging], store: ControlStore
-) -> None:
+def test_who_waits_is_told_at_once_that_the_channel_has_failed(hangs: Hangs, store: ControlStore) -> None:
     hangs(1)
     made, began_s = begin(store, timeout_s=60.0), time.monotonic()
     failing = threading.Timer(0.05, made.give_up, [ErrorInfo("peer_gone", "it left", True, 503)])
@@ -171,15 +120,13 @@ def test_thread_that_opens_has_the_planes_device(
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     monkeypatch.setattr(opening, "open_plane", open_plane)
     for device in ("cuda:1", "cpu"):
-        made = Opening(PlaneSpec(HOST, "prefill", device, TIMEOUT_S), store, "x")
+        made = Opening(PlaneSpec(HOST, "prefill", device, 60.0), store, "x")
         assert code_of(made.plane) == "channel_lost" and made.clean_up()
     thread = "phloem-transfer-open-x"
     assert seen == [(thread, torch.device("cuda:1")), (thread, "opens"), (thread, "opens")]
 
 
-def test_stuck_openings_are_counted_until_they_end(
-    hangs: Callable[[int], Hanging], store: ControlStore
-) -> None:
+def test_stuck_openings_are_counted_until_they_end(hangs: Hangs, store: ControlStore) -> None:
     hanging, stuck = hangs(MAX_STUCK_PER_PEER), StuckOpenings()
     for _ in range(MAX_STUCK_PER_PEER):
         stuck.check(DECODE)
@@ -199,15 +146,12 @@ def test_stuck_openings_are_counted_until_they_end(
 @pytest.fixture
 def ends() -> Iterator[tuple[Recorded, Recorded]]:
     """Prefill's and decode's."""
-    decode = Recorded(transfer_config(DECODE, accepts=True, timeout_s=TIMEOUT_S))
-    prefill = Recorded(transfer_config(PREFILL, timeout_s=TIMEOUT_S))
-    yield prefill, decode
-    prefill.endpoint.close(0.0)
-    decode.endpoint.close(0.0)
+    with both_ends(TIMEOUT_S, TIMEOUT_S) as made:
+        yield made
 
 
 def test_channel_opens_after_openings_that_hang_for_ever(
-    hangs: Callable[[int], Hanging], ends: tuple[Recorded, Recorded]
+    hangs: Hangs, ends: tuple[Recorded, Recorded]
 ) -> None:
     hanging, (prefill, decode) = hangs(2), ends  # of either side one, or both of a side
     prefill.endpoint.peer_up(DECODE, decode.endpoint.address)
@@ -223,7 +167,7 @@ def test_channel_opens_after_openings_that_hang_for_ever(
 
 
 def test_peer_with_which_too_many_openings_hang_is_not_dialed_again(
-    hangs: Callable[[int], Hanging], ends: tuple[Recorded, Recorded]
+    hangs: Hangs, ends: tuple[Recorded, Recorded]
 ) -> None:
     hanging, (prefill, decode) = hangs(1000), ends
     prefill.endpoint.peer_up(DECODE, decode.endpoint.address)
@@ -239,22 +183,19 @@ def test_peer_with_which_too_many_openings_hang_is_not_dialed_again(
 
 @pytest.mark.parametrize("how", ["close", "peer_down"])
 def test_opening_that_hangs_holds_up_neither_the_end_of_an_endpoint_nor_of_a_peer(
-    hangs: Callable[[int], Hanging], how: str
+    hangs: Hangs, how: str
 ) -> None:
     hanging, began_s = hangs(2), time.monotonic()
-    decode = Recorded(transfer_config(DECODE, accepts=True, timeout_s=60.0))
-    prefill = Recorded(transfer_config(PREFILL, timeout_s=60.0))
-    prefill.endpoint.peer_up(DECODE, decode.endpoint.address)
-    wait_until(lambda: hanging.num_calls == 2)  # both sides
-    assert prefill.endpoint.may_use_device and decode.endpoint.may_use_device
-    assert prefill.endpoint.status().num_channels == 0, "none is open"
-    if how == "peer_down":
-        prefill.endpoint.peer_down(DECODE)
-        decode.endpoint.peer_down(PREFILL)
-        wait_until(lambda: prefill.endpoint.status().staging_lent_bytes == 0)
-        wait_until(lambda: decode.endpoint.status().staging_lent_bytes == 0)
-        assert prefill.endpoint.may_use_device, "a thread of it hangs in NCCL"
-    prefill.endpoint.close(0.0)
-    decode.endpoint.close(0.0)
+    with both_ends(60.0, 60.0) as (prefill, decode):
+        prefill.endpoint.peer_up(DECODE, decode.endpoint.address)
+        wait_until(lambda: hanging.num_calls == 2)  # both sides
+        assert prefill.endpoint.may_use_device and decode.endpoint.may_use_device
+        assert prefill.endpoint.status().num_channels == 0, "none is open"
+        if how == "peer_down":
+            prefill.endpoint.peer_down(DECODE)
+            decode.endpoint.peer_down(PREFILL)
+            wait_until(lambda: prefill.endpoint.status().staging_lent_bytes == 0)
+            wait_until(lambda: decode.endpoint.status().staging_lent_bytes == 0)
+            assert prefill.endpoint.may_use_device, "a thread of it hangs in NCCL"
     assert time.monotonic() - began_s < 10.0
     prefill.assert_silent()
