@@ -2,10 +2,10 @@
 
 NCCL's first calls wait for the peer and know no deadline: if that stops just then, they never return. So they
 are made on a thread of their own, and whoever opens the channel waits for them in bounds, which are wide: on
-a busy host NCCL needs seconds. Meanwhile that thread beats on the control connection. So a peer that dies is
-noticed at once, and one that has opened its side already does not take this one for silent. What is given up
-cleans up behind itself when NCCL lets it, which may be when the peer's process ends, or never. It refers to
-nothing of the channel: others have its staging memory by then.
+a busy host NCCL needs seconds. Who waits beats on the control connection: so a peer that dies is noticed at
+once, and one that has opened its side already does not take this one for silent. What is given up cleans up
+behind itself when NCCL lets it, which may be when the peer's process ends, or never. It refers to nothing of
+the channel: others have its staging memory by then.
 """
 
 from __future__ import annotations

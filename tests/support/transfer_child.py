@@ -16,10 +16,11 @@ import psutil
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.transfer import opening
 from phloem.shared.transfer.config import TransferConfig
-from phloem.shared.transfer.events import ChannelOpened, PieceReceived
+from phloem.shared.transfer.events import ChannelOpened, PieceReceived, SlotAvailable
 from phloem.shared.transfer.pending import MovedNow
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec, open_plane
 from phloem.shared.transfer.rendezvous import ControlStore
+from phloem.shared.transfer.staging import StagingSlot
 from tests.support.transfer import Recorded, piece
 
 
@@ -70,14 +71,21 @@ def run_prefill(
     recorded.next_of(ChannelOpened, 60.0)
     while True:
         fill: int = pipe.recv()
-        slot = recorded.endpoint.acquire_slot(peer)
-        assert slot is not None
+        slot = _acquire(recorded, peer)
         if fill < 0:
             recorded.endpoint.announce(peer, [piece("r", 0, slot.tensor.numel())], [slot])
             os.kill(os.getpid(), -fill)
         slot.tensor.fill_(fill)
         assert int(slot.tensor[0]) == fill  # a device has done it
         recorded.endpoint.send_piece(peer, piece("r", 0, slot.tensor.numel()), slot, MovedNow(0))
+
+
+def _acquire(recorded: Recorded, peer: PeerRef) -> StagingSlot:
+    """As an engine does: word of the next piece may come before the slots of the last ones, or their credits,
+    are back."""
+    while (slot := recorded.endpoint.acquire_slot(peer)) is None:
+        recorded.next_of(SlotAvailable, 10.0)
+    return slot
 
 
 class Child:

@@ -78,6 +78,21 @@ def test_bytes_cross_between_two_processes() -> None:
             assert child.read() == (page, page + 1, (page + 1) * BIG)
 
 
+def test_who_is_told_of_more_pieces_than_there_are_slots_gets_every_slot_back() -> None:
+    with (
+        endpoint(decode_config(10.0)) as decode,
+        prefill_child(prefill_config(10.0), DECODE, decode.endpoint.address) as child,
+    ):
+        decode.next(ChannelOpened, 30.0)
+        fills = range(1, 5 * NUM_SLOTS)
+        for fill in fills:
+            child.pipe.send(fill)
+        for fill in fills:
+            received = decode.next(PieceReceived)
+            assert int(received.data[0]) == fill
+            decode.endpoint.release(received)
+
+
 @deaths
 def test_decode_peer_that_dies_while_idle_is_lost_and_dialed_again(
     signal_number: signal.Signals, timeout_s: float, bound_s: float
