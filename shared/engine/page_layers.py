@@ -38,7 +38,7 @@ class PageLayers:
         layers   4 4 4 4 2 2 2 0 0      four layers: pages 0 to 3 are complete, 7 and 8 untouched
 
     Both sides keep one. Each layer of each page goes exactly once, a page's layers in ascending order. What
-    goes next begins at the first page that is not complete, or where the span before it began or ended.
+    goes next begins where pages begin that have come equally far.
     """
 
     def __init__(self, num_pages: int, num_layers: int, num_held: int) -> None:
@@ -48,7 +48,6 @@ class PageLayers:
         self._runs: list[tuple[int, int]] = []
         _append(self._runs, 0, min(num_held, num_pages), num_layers)
         _append(self._runs, num_held, num_pages, 0)
-        self._latest: Span | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -76,8 +75,8 @@ class PageLayers:
             return False
         if not 0 <= span.layer_start < span.layer_end <= self.num_layers:
             return False
-        return self._is_in_order(span) and any(
-            start <= span.page_start
+        return any(
+            start == span.page_start
             and span.page_start + span.num_pages <= self._end(index)
             and gone == span.layer_start
             for index, (start, gone) in enumerate(self._runs)
@@ -97,18 +96,6 @@ class PageLayers:
             _append(runs, max(start, first), min(end, after), span.layer_end)
             _append(runs, after, end, gone)
         self._runs = runs
-        self._latest = span
-
-    def _is_in_order(self, span: Span) -> bool:
-        latest = self._latest
-        if latest is not None and span.page_start in (
-            latest.page_start,
-            latest.page_start + latest.num_pages,
-        ):
-            return True
-        return span.page_start == next(
-            (start for start, gone in self._runs if gone < self.num_layers), self._num_pages
-        )
 
     def _end(self, index: int) -> int:
         """Of a run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from phloem.shared.engine.page_layers import PageLayers, Span
@@ -48,6 +48,7 @@ def test_page_larger_than_a_slot_goes_alone_by_layers() -> None:
     ]
 
 
+@example(num_pages=3, held=0, slot_bytes=BYTES, chunks=[(1, [2], True), (3, [1, 2], False)])
 @given(
     num_pages=st.integers(1, 12),
     held=st.integers(0, 12),
