@@ -239,11 +239,22 @@ class Engine:
     # -- inbox -----------------------------------------------------------------------------------------
 
     def _take_inbox(self, *, wait: bool) -> None:
-        """Handles all that is there; with `wait`, sleeps until something is or a deadline may be due."""
-        wait_s = (_POLL_S if self._receiver.is_moving else _TICK_S) if wait else 0.0
-        while not self._stopped and (item := self._inbox.next(wait_s)) is not None:
+        """Handles all that is there; with `wait`, sleeps until something is, KV can move on, or a deadline
+        may be due."""
+        item = self._await_item() if wait else self._inbox.next()
+        while item is not None:
             self._handle(item)
-            wait_s = 0.0
+            item = None if self._stopped else self._inbox.next()
+
+    def _await_item(self) -> InboxItem | None:
+        if not self._receiver.is_moving:
+            return self._inbox.next(_TICK_S)
+        item = self._inbox.next()
+        while item is None and not (self._receiver.has_news or self._sender.has_news):
+            if self._clock() >= self._next_tick_s:
+                return None
+            item = self._inbox.next(self._receiver.next_look_s)
+        return item
 
     def _handle(self, item: InboxItem) -> None:
         match item:

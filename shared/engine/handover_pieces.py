@@ -9,9 +9,10 @@ from typing import NamedTuple
 from phloem.shared.engine.handover import Channels, PageStore
 from phloem.shared.engine.layer_groups import next_piece_bytes
 from phloem.shared.engine.page_layers import PageLayers, Span
-from phloem.shared.engine.send_plan import Chunk, SendPlan
+from phloem.shared.engine.send_plan import Chunk, Draft, SendPlan
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.transfer import Piece
+from phloem.shared.transfer.config import STAGING_BYTES
 from phloem.shared.transfer.pending import Pending
 from phloem.shared.transfer.staging import StagingSlot
 
@@ -21,10 +22,8 @@ _FIRST_TOGETHER = 2
 class _Ready(NamedTuple):
     """A piece that goes now."""
 
-    piece: Piece
-    span: Span
+    draft: Draft
     slot: StagingSlot
-    before: int  # bytes of the piece that crosses meanwhile
 
 
 class PieceSender:
@@ -32,7 +31,8 @@ class PieceSender:
 
     The first two pieces are announced, gathered and posted before the others are even planned: nothing
     crosses until then, and both sides must have posted the second one when the first one has crossed. The
-    others are announced together while these cross, so that decode's host prepares for all of them.
+    others are announced together while these cross, so that decode's host prepares for all of them. A
+    request that is computed before decode has room for it has the first two planned by then.
     """
 
     def __init__(self, channels: Channels, store: PageStore, clock: Callable[[], float]) -> None:
@@ -41,6 +41,7 @@ class PieceSender:
         self._clock = clock
         self._awaited: list[Pending] = []  # marks that `send_computed` found not done
         self._was_told = False  # since the last `send_computed`
+        self._slot_bytes = STAGING_BYTES  # of the slot that was acquired last, and as a rule of all
         self.num_pages_sent = 0
         self.num_bytes_sent = 0
 
@@ -54,30 +55,46 @@ class PieceSender:
         """A peer is ready for a request, or a staging slot is free."""
         self._was_told = True
 
+    def draft(self, plan: SendPlan) -> None:
+        """Plans the first pieces of a request that is computed and of which nothing has gone, so that its
+        go-ahead waits for less."""
+        whole = plan.whole(self._store.num_layers)
+        if whole is None:
+            return
+        gone = PageLayers(whole.num_pages, self._store.num_layers, 0)
+        before = 0
+        while len(plan.drafts) < _FIRST_TOGETHER and (run := gone.next_run(whole.num_pages, gone.num_layers)):
+            plan.drafts.append(self._next(plan, run, self._slot_bytes, before))
+            gone.note(plan.drafts[-1].span)
+            before = plan.drafts[-1].piece.num_bytes
+
     def send_computed(self, plans: Iterable[SendPlan]) -> None:
         """Whatever is computed, wanted and has a slot; a plan whose channel is lost gets its error."""
         self._awaited, self._was_told = [], False
         for plan in plans:
             if plan.gone is not None and plan.error is None:
                 try:
-                    computed = self._computed(plan, plan.gone)
+                    slots = self._send_drafts(plan, plan.gone)
+                    computed = self._computed(plan, plan.gone, slots)
                     self._send(plan, list(islice(computed, _FIRST_TOGETHER)))
                     self._send(plan, list(computed))
                 except PhloemError as error:
                     plan.error = error.info
 
-    def _computed(self, plan: SendPlan, gone: PageLayers) -> Iterator[_Ready]:
-        """What may go now; it counts as gone."""
+    def _computed(self, plan: SendPlan, gone: PageLayers, slots: list[StagingSlot]) -> Iterator[_Ready]:
+        """What may go now, in `slots` first; it counts as gone."""
         while plan.chunks:
             chunk = plan.chunks[0]
             if plan.request.num_computed_tokens < chunk.num_tokens:
                 return  # retracted: its pages are gone
-            yield from self._computed_groups(plan, gone, chunk)
+            yield from self._computed_groups(plan, gone, chunk, slots)
             if not chunk.is_sent:
                 return
             plan.chunks.popleft()
 
-    def _computed_groups(self, plan: SendPlan, gone: PageLayers, chunk: Chunk) -> Iterator[_Ready]:
+    def _computed_groups(
+        self, plan: SendPlan, gone: PageLayers, chunk: Chunk, slots: list[StagingSlot]
+    ) -> Iterator[_Ready]:
         """The groups of layers that are computed, while there are staging slots."""
         while chunk.marks:
             layer_end, mark = chunk.marks[0]
@@ -85,7 +102,7 @@ class PieceSender:
                 self._awaited.append(mark)
                 return
             while (run := gone.next_run(chunk.num_pages, layer_end)) is not None:
-                slot = self._channels.acquire_slot(plan.peer)
+                slot = slots.pop(0) if slots else self._channels.acquire_slot(plan.peer)
                 if slot is None:
                     return
                 yield self._ready(plan, gone, run, slot)
@@ -93,20 +110,44 @@ class PieceSender:
             chunk.is_sent = layer_end == self._store.num_layers
 
     def _ready(self, plan: SendPlan, gone: PageLayers, run: Span, slot: StagingSlot) -> _Ready:
-        layer_page_bytes, before = self._store.layer_page_bytes, plan.latest_piece_bytes
-        size = next_piece_bytes(run.layers_of_pages() * layer_page_bytes, slot.tensor.numel(), before)
+        """The next piece of `run`; it counts as gone."""
+        self._slot_bytes = slot.tensor.numel()
+        draft = self._next(plan, run, self._slot_bytes, plan.latest_piece_bytes)
+        gone.note(draft.span)
+        plan.latest_piece_bytes = draft.piece.num_bytes
+        return _Ready(draft, slot)
+
+    def _next(self, plan: SendPlan, run: Span, slot_bytes: int, before: int) -> Draft:
+        layer_page_bytes = self._store.layer_page_bytes
+        size = next_piece_bytes(run.layers_of_pages() * layer_page_bytes, slot_bytes, before)
         span = run.head(size, layer_page_bytes)
-        gone.note(span)
-        num_bytes = plan.latest_piece_bytes = span.layers_of_pages() * layer_page_bytes
+        num_bytes = span.layers_of_pages() * layer_page_bytes
         more = span.layers_of_pages() < run.layers_of_pages()
         piece = Piece(plan.request.request_id, plan.request.attempt, *span, num_bytes, more=more)
-        return _Ready(piece, span, slot, before)
+        return Draft(piece, span, before)
+
+    def _send_drafts(self, plan: SendPlan, gone: PageLayers) -> list[StagingSlot]:
+        """As many as there are slots for; nothing has gone before. They are noted when they are posted:
+        nothing crosses until then. Slots that are too small are for who plans anew, and needs them all."""
+        drafts, plan.drafts = plan.drafts, []
+        if not drafts or plan.request.num_computed_tokens < plan.chunks[0].num_tokens:
+            return []  # none, or retracted: its pages are gone
+        slots = [slot for _ in drafts if (slot := self._channels.acquire_slot(plan.peer)) is not None]
+        if slots and drafts[0].piece.num_bytes > slots[0].tensor.numel():
+            return slots
+        ready = [_Ready(draft, slot) for draft, slot in zip(drafts, slots, strict=False)]
+        self._send(plan, ready)
+        for draft, _ in ready:
+            gone.note(draft.span)
+            plan.latest_piece_bytes = draft.piece.num_bytes
+        return []
 
     def _send(self, plan: SendPlan, ready: list[_Ready]) -> None:
         if not ready:
             return
-        self._channels.announce(plan.peer, [item.piece for item in ready], [item.slot for item in ready])
-        for piece, span, slot, before in ready:
+        pieces, slots = [draft.piece for draft, _ in ready], [slot for _, slot in ready]
+        self._channels.announce(plan.peer, pieces, slots)
+        for (piece, span, before), slot in ready:
             gathered = self._store.gather(
                 span.of(plan.request.page_ids),
                 span.layer_start,

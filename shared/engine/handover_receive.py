@@ -18,49 +18,18 @@ from typing import NamedTuple
 
 from phloem.shared.engine.handover import Channels, Ended, PageStore, RecentKeys
 from phloem.shared.engine.kv_pool import OwnerKey
-from phloem.shared.engine.page_layers import PageLayers, Span
+from phloem.shared.engine.page_layers import Span
+from phloem.shared.engine.receive_plan import ReceivePlan, Scattering
 from phloem.shared.engine.requests import Request
 from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Admitted, Cancel, Last, Ready
 from phloem.shared.transfer.events import PieceReceived
-from phloem.shared.transfer.pending import Moved
 
 log = logging.getLogger(__name__)
 
-
-class _Scattering(NamedTuple):
-    moved: Moved
-    piece: PieceReceived
-
-    @property
-    def is_over(self) -> bool:
-        """Both digests are known."""
-        return self.piece.digest is not None and self.moved.done()
-
-
-class _ReceivePlan:
-    def __init__(self, request: Request, peer: PeerRef, num_layers: int, now_s: float) -> None:
-        self.request = request
-        self.peer = peer
-        self.num_held_pages = request.num_tree_pages
-        self.arrived = PageLayers(len(request.page_ids), num_layers, request.num_tree_pages)
-        self.announced = False
-        self.since_s = now_s  # reserved, then announced
-        self.first_piece_s = 0.0
-        self.last_piece_s = 0.0
-        self.num_pieces = 0
-        self.scattering: deque[_Scattering] = deque()
-        self.last: Last | None = None
-
-    @property
-    def key(self) -> OwnerKey:
-        return self.request.key
-
-    @property
-    def has_come(self) -> bool:
-        """Nothing of it is still on its way from the sender."""
-        return self.last is not None and all(item.piece.has_come for item in self.scattering)
+_LOOK_S = 0.000_05
+_LANDING_LOOK_S = 0.000_002  # more with the wake-up; others get the interpreter meanwhile
 
 
 class Arrived(NamedTuple):
@@ -80,8 +49,8 @@ class HandoverReceiver:
         self._store = store
         self._timeout_s = timeout_s
         self._clock = clock
-        self._plans: dict[OwnerKey, _ReceivePlan] = {}
-        self._moving: dict[OwnerKey, _ReceivePlan] = {}  # those with pieces or a `Last` that `poll` sees to
+        self._plans: dict[OwnerKey, ReceivePlan] = {}
+        self._moving: dict[OwnerKey, ReceivePlan] = {}  # those with pieces or a `Last` that `poll` sees to
         self._heard_s: dict[PeerRef, float] = {}  # when something last came of a peer's hand-overs
         self._untold: deque[tuple[PeerRef, Admitted]] = deque()
         self._recent = RecentKeys()
@@ -99,6 +68,12 @@ class HandoverReceiver:
         return bool(self._moving)
 
     @property
+    def next_look_s(self) -> float:
+        """How long to wait, while no message comes, until one looks again whether `has_news`: hardly for a
+        request whose last bytes are crossing, which they do for a tenth of a millisecond."""
+        return _LANDING_LOOK_S if any(plan.is_landing for plan in self._moving.values()) else _LOOK_S
+
+    @property
     def has_news(self) -> bool:
         """`poll` has something to say now."""
         return any(plan.scattering[0].is_over if plan.scattering else True for plan in self._moving.values())
@@ -108,7 +83,7 @@ class HandoverReceiver:
         assert request.peer is not None
         if request.key in self._cancelled_early:
             return Ended(request.key, _cancelled(request.peer, "it had ended there before"))
-        plan = _ReceivePlan(request, request.peer, self._store.num_layers, self._clock())
+        plan = ReceivePlan(request, request.peer, self._store.num_layers, self._clock())
         self._plans[request.key] = plan
         self._announce(plan)
         return None
@@ -161,7 +136,7 @@ class HandoverReceiver:
         plan.num_pieces += 1
         plan.last_piece_s = self._heard_s[event.peer]
         plan.first_piece_s = plan.first_piece_s or plan.last_piece_s
-        plan.scattering.append(_Scattering(moved, event))
+        plan.scattering.append(Scattering(moved, event))
         self._moving[plan.key] = plan
         self.num_bytes_received += header.num_bytes
         self.num_pages_received += span.num_pages if span.layer_end == self._store.num_layers else 0
@@ -237,7 +212,7 @@ class HandoverReceiver:
 
     # -- inside ----------------------------------------------------------------------------------------
 
-    def _announce(self, plan: _ReceivePlan) -> None:
+    def _announce(self, plan: ReceivePlan) -> None:
         if plan.announced or not self._channels.is_open(plan.peer, "decode"):
             return
         plan.announced = True
@@ -249,7 +224,7 @@ class HandoverReceiver:
     def _has_bytes_of(self, span: Span, num_bytes: int) -> bool:
         return num_bytes == span.layers_of_pages() * self._store.layer_page_bytes
 
-    def _is_sound(self, plan: _ReceivePlan) -> bool:
+    def _is_sound(self, plan: ReceivePlan) -> bool:
         """Compares, in order, what is done; whether all of that came as it was sent."""
         while plan.scattering and plan.scattering[0].is_over:
             moved, piece = plan.scattering.popleft()
@@ -257,7 +232,7 @@ class HandoverReceiver:
                 return False
         return True
 
-    def _admit(self, plan: _ReceivePlan, last: Last) -> Arrived:
+    def _admit(self, plan: ReceivePlan, last: Last) -> Arrived:
         self._forget(plan)
         log.debug(
             "KV of %s has arrived: since Ready, in ms: first piece %.1f, last piece %.1f, admitted %.1f",
@@ -269,17 +244,17 @@ class HandoverReceiver:
         self._untold.append((plan.peer, Admitted(*plan.key)))
         return Arrived(plan.request, last.token_ids)
 
-    def _refuse(self, plan: _ReceivePlan, code: str, message: str) -> Ended:
+    def _refuse(self, plan: ReceivePlan, code: str, message: str) -> Ended:
         """Fails the request for what the prefill side did, and tells it."""
         error = ErrorInfo(code, message, True, 503)
         self._cancel(plan.peer, plan.key, error)
         return self._fail(plan, error)
 
-    def _fail(self, plan: _ReceivePlan, error: ErrorInfo) -> Ended:
+    def _fail(self, plan: ReceivePlan, error: ErrorInfo) -> Ended:
         self._forget(plan)
         return Ended(plan.key, error)
 
-    def _forget(self, plan: _ReceivePlan) -> None:
+    def _forget(self, plan: ReceivePlan) -> None:
         del self._plans[plan.key]
         self._moving.pop(plan.key, None)
         self._recent.add(plan.key)

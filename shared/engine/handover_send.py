@@ -136,6 +136,8 @@ class HandoverSender:
         if plan is not None:
             plan.made = token_ids
             plan.times.made_s = self._clock()
+            if not plan.is_ready:
+                self._pieces.draft(plan)
 
     def drop(self, key: OwnerKey, code: str, message: str = "") -> None:
         """The request ended here for another reason: the decode side is told, nothing more is sent."""
@@ -204,7 +206,7 @@ class HandoverSender:
 
     def _chunk(self, plan: SendPlan, row: Row) -> Chunk:
         if row.start < plan.num_launched_tokens:
-            plan.chunks.clear()  # it was retracted, and what this step computes is not what was there
+            plan.recompute()  # what this step computes is not what was there
         plan.times.launched_s = plan.times.launched_s or self._clock()
         end = plan.num_launched_tokens = row.start + row.num_tokens
         # The last page may be partial: what follows in it is computed on the decode side.
@@ -228,6 +230,8 @@ class HandoverSender:
         plan.times.ready_s = self._clock()
         num_pages = -(-plan.request.num_submitted_tokens // self._page_size)
         plan.gone = PageLayers(num_pages, self._store.num_layers, min(ready.num_held_pages, num_pages))
+        if ready.num_held_pages:
+            plan.drafts = []
         self._pieces.tell()
 
     # -- how it ends -----------------------------------------------------------------------------------

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 from phloem.shared.engine.exposure import SendTimes
-from phloem.shared.engine.page_layers import PageLayers
+from phloem.shared.engine.page_layers import PageLayers, Span
 from phloem.shared.engine.requests import Request
 from phloem.shared.errors import ErrorInfo
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.transfer.pending import Pending
+from phloem.shared.protocol.transfer import Piece
+from phloem.shared.transfer.pending import DONE, Pending
 
 
 class Chunk:
@@ -23,6 +25,14 @@ class Chunk:
         self.is_sent = False
 
 
+class Draft(NamedTuple):
+    """A piece that is planned and has no slot yet."""
+
+    piece: Piece
+    span: Span
+    before: int  # bytes of the piece that crosses meanwhile
+
+
 class SendPlan:
     """One request that is handed over, from its submission to its end."""
 
@@ -32,6 +42,7 @@ class SendPlan:
         self.times = SendTimes(now_s)
         self.gone: PageLayers | None = None  # what was sent, of all pages; None until decode is ready
         self.chunks: deque[Chunk] = deque()
+        self.drafts: list[Draft] = []  # of the first pieces, for a decode that holds no page of it
         self.num_launched_tokens = 0
         self.num_pieces = 0
         self.latest_piece_bytes = 0
@@ -46,3 +57,18 @@ class SendPlan:
     def is_sent(self) -> bool:
         """The whole prompt is computed, and all of it that decode lacks has gone."""
         return self.made is not None and self.gone is not None and not self.chunks and self.gone.is_complete
+
+    def whole(self, num_layers: int) -> Chunk | None:
+        """All of its chunks as one, which they are from now on: nothing has gone of them, and all is
+        computed. None when some of it is not."""
+        if not self.chunks or any(not mark.done() for chunk in self.chunks for _, mark in chunk.marks):
+            return None
+        whole = Chunk(self.chunks[-1].num_tokens, self.chunks[-1].num_pages)
+        whole.marks.append((num_layers, DONE))
+        self.chunks = deque([whole])
+        return whole
+
+    def recompute(self) -> None:
+        """It was retracted: what was computed of it is gone."""
+        self.chunks.clear()
+        self.drafts = []

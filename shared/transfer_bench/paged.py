@@ -39,7 +39,6 @@ from phloem.shared.transfer_bench.rank_protocol import KvShape, PagesRun
 PREFILL, DECODE = PeerRef("bench-prefill", 1), PeerRef("bench-decode", 1)
 _TOKEN = 7
 _LOOK_S = 0.000_05  # between two looks at the device, as an engine does
-_LAST_LOOK_S = 0.000_01  # when all is queued: who waits for a plain receive looks all the time
 _IDLE_S = 0.01  # when only an event can change anything
 
 
@@ -199,7 +198,7 @@ class ReceivingSide(PagedSide):
             num_last += self._take(self.next_event(deadline))
             num_admitted += self._admit()
         while (num_admitted := num_admitted + self._admit()) < len(requests):
-            self._take(self.next_event(deadline, _LAST_LOOK_S))
+            self._take(self.next_event(deadline, self._receiver.next_look_s))  # as an engine does
         there_s = time.monotonic()
         self._receiver.tell_admitted()
         return there_s

@@ -68,7 +68,7 @@ class FakePageStore:
         self.beside: list[int] = []  # of what it moved: bytes that cross meanwhile
         self.num_withdrawn = 0
         self.holds_back = False  # a device that takes its time
-        self._held: list[HeldBack] = []
+        self.held: list[HeldBack] = []  # what it has not finished
 
     def gather(
         self, page_ids: Sequence[int], layer_start: int, layer_end: int, out: Tensor, beside: int = 0
@@ -105,13 +105,13 @@ class FakePageStore:
 
     def finish(self) -> None:
         """The device is done with all that it was given."""
-        for moved in self._held:
+        for moved in self.held:
             moved.is_done = True
-        self._held.clear()
+        self.held.clear()
 
     def _moved(self, digest: int) -> Moved:
         moved = HeldBack(digest)
-        self._held.append(moved)
+        self.held.append(moved)
         if not self.holds_back:
             self.finish()
         return moved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from phloem.shared.errors import ErrorInfo
 from phloem.shared.protocol.engine import AbortGateway, EngineAbort
 from phloem.shared.protocol.session import TokensOut
 from phloem.shared.transfer.events import PieceReceived
+from phloem.shared.transfer.pending import Moved, MovedNow
 from phloem.shared.transfer.stats import TransferStatus
 from tests.support.engine_pair import PAGE, Pair, Sides, assert_tokens
 from tests.support.engine_world import HANDOVER_TIMEOUT_S, next_tokens
@@ -47,6 +49,40 @@ def test_both_workers_report_their_timeline_with_their_first_token() -> None:
     for world, count in ((pair.prefill, 1), (pair.decode, 7)):
         tokens = [o for r in world.reports for g in r.outputs for o in g.outputs if isinstance(o, TokensOut)]
         assert [sorted(o.timeline) for o in tokens] == [["first_token", "queued"]] + [[]] * (count - 1)
+
+
+def test_idle_engine_wakes_up_for_kv_that_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No message tells it."""
+    pair = Pair(Wire(slot_bytes=64 * PAGE, num_slots=8))
+    scatter, arriving = pair.decode.device.scatter, list[_Late]()
+
+    def late(*args: Any, **options: Any) -> Moved:
+        arriving.append(_Late(scatter(*args, **options).digest()))
+        return arriving[-1]
+
+    monkeypatch.setattr(pair.decode.device, "scatter", late)
+    sides = pair.submit("r", [3] * 9)
+    while not (sides.prefill.ended and arriving and pair.decode.engine._receiver.is_moving):
+        pair.step()
+    while pair.decode.turn():
+        pass
+    assert not sides.decode.token_ids and arriving[-1].looks_left
+    pair.decode.engine.turn(wait=True)
+    assert not any(moved.looks_left for moved in arriving), "it waited for the device"
+    pair.assert_idle()
+    assert_tokens(sides, [3] * 9, 8)
+
+
+class _Late(MovedNow):
+    """Over when somebody has asked a thousand times."""
+
+    def __init__(self, digest: int) -> None:
+        super().__init__(digest)
+        self.looks_left = 1000
+
+    def done(self) -> bool:
+        self.looks_left = max(0, self.looks_left - 1)
+        return not self.looks_left
 
 
 def test_decode_is_sent_only_what_it_lacks() -> None:

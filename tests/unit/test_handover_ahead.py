@@ -115,3 +115,24 @@ def test_lost_channel_leaves_what_has_come() -> None:
     assert world.admitted[job.key] == [7] and job.kv_arrived
     assert not world.receiver.active
     assert_settled(world)
+
+
+def test_device_is_looked_at_all_the_time_while_the_last_piece_lands() -> None:
+    world, job, pieces = announced()
+    looks = [world.receiver.next_look_s]
+    for piece in pieces[:-1]:
+        tell(piece)
+    finish_all_but_last(world)
+    looks.append(world.receiver.next_look_s)
+    tell(pieces[-1])
+    looks.append(world.receiver.next_look_s)
+    assert looks[0] == looks[1] > 10 * looks[2]
+    finish(world)
+    assert_handed_over(world, job)
+    assert world.receiver.next_look_s == looks[0]
+
+
+def finish_all_but_last(world: HandoverWorld) -> None:
+    for moved in world.decode_store.held[:-1]:
+        moved.is_done = True
+    world.poll()
