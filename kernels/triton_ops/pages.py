@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -116,41 +116,46 @@ class PageMover:
         # Any: triton does not type its kernels.
         gather: Any = _move_kernel.warmup(*common, True, block, grid=(1,), num_warps=num_warps)
         scatter: Any = _move_kernel.warmup(*common, False, block, grid=(1,), num_warps=num_warps)
-        self._arguments = _Arguments(page_words=page_words)
-        self._gather, self._scatter = (
-            _Launch(gather, driver, self._arguments),
-            _Launch(scatter, driver, self._arguments),
-        )
+        self._page_words = page_words
+        self._gather, self._scatter = _Launch(gather, driver), _Launch(scatter, driver)
 
     def new_cells(self) -> Tensor:
         """Cleared cells for the digest of one move at a time."""
         return torch.zeros(_CELLS, dtype=torch.int64, device=self._planes.device)
 
+    def new_arguments(self, page_ids: int, cells: int, told: int) -> MoveArguments:
+        """For one move at a time, of addresses that are multiples of 16: of int64 page ids and of the int64
+        where the digest will be when all has moved, both maybe in pinned memory, and of cells of its own."""
+        values = _Arguments(page_words=self._page_words, page_ids=page_ids, cells=cells, told=told)
+        return MoveArguments(values, values.addresses())
+
     def move(
         self,
         gathers: bool,
-        page_ids: int,
+        arguments: MoveArguments,
         num_pages: int,
         layers: tuple[int, int],
         staging: int,
-        cells: int,
-        told: int,
         stream: int,
         beside: float = 0.0,
     ) -> None:
-        """Launches, in `stream`, what `gather_pages` or `scatter_pages` do. Everything else is an address, a
-        multiple of 16: of `num_pages` int64 page ids and of the int64 where the digest will be when all has
-        moved, both maybe in pinned memory, of staging, and of cells that no other move uses until then.
-        `beside`: what crosses the link meanwhile, in parts of what is moved (`num_programs`)."""
+        """Launches, in `stream`, what `gather_pages` or `scatter_pages` do with the first `num_pages` of the
+        arguments' page ids and the memory at `staging`, a multiple of 16. `beside`: what crosses the link
+        meanwhile, in parts of what is moved (`num_programs`)."""
         layer_start, layer_end = layers
-        arguments = self._arguments
-        arguments.planes = self._first_plane + 16 * layer_start
-        arguments.page_ids, arguments.staging = page_ids, staging
-        arguments.cells, arguments.told = cells, told
-        arguments.num_pages, arguments.num_planes = num_pages, 2 * (layer_end - layer_start)
-        launch = self._gather if gathers else self._scatter
-        programs = num_programs(self._most_programs, beside)
-        launch(min(programs, num_pages * arguments.num_planes), stream)
+        values = arguments.values
+        num_planes = 2 * (layer_end - layer_start)
+        values.planes, values.staging = self._first_plane + 16 * layer_start, staging
+        values.num_pages, values.num_planes = num_pages, num_planes
+        programs = min(num_programs(self._most_programs, beside), num_pages * num_planes)
+        (self._gather if gathers else self._scatter)(programs, stream, arguments.addresses)
+
+
+class MoveArguments(NamedTuple):
+    """What is written to `values` before a launch is what the kernel gets; the launch reads it at once."""
+
+    values: _Arguments
+    addresses: ctypes.Array[ctypes.c_void_p]  # of each value
 
 
 class _Arguments(ctypes.Structure):
@@ -180,7 +185,7 @@ class _Arguments(ctypes.Structure):
 class _Launch:
     """Of one compiled kernel."""
 
-    def __init__(self, kernel: Any, driver: CudaDriver, arguments: _Arguments) -> None:
+    def __init__(self, kernel: Any, driver: CudaDriver) -> None:
         """`kernel` is Triton's, which does not type it. Its module is loaded here."""
         assert not kernel.metadata.global_scratch_size, "the kernel wants no scratch memory"
         kernel[(1, 1, 1)]  # loads it
@@ -188,11 +193,10 @@ class _Launch:
         self._num_threads = 32 * kernel.metadata.num_warps
         self._shared_bytes: int = kernel.metadata.shared
         self._driver = driver
-        self._arguments = arguments.addresses()
 
-    def __call__(self, num_programs: int, stream: int) -> None:
+    def __call__(self, num_programs: int, stream: int, arguments: ctypes.Array[ctypes.c_void_p]) -> None:
         self._driver.launch(
-            self._function, num_programs, self._num_threads, self._shared_bytes, stream, self._arguments
+            self._function, num_programs, self._num_threads, self._shared_bytes, stream, arguments
         )
 
 

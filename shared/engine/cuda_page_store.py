@@ -11,6 +11,7 @@ memory, where its digest is then.
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -116,14 +117,13 @@ class CudaPageStore:
         address = staging.data_ptr()
         assert address % 16 == 0, "the kernel reads 16 bytes at a time"
         lane = self._take_lane(num_pages, stream)
-        lane.ids[:num_pages] = page_ids
+        struct.pack_into(f"{num_pages}q", lane.words, 8 * _IDS_AT, *page_ids)
         lane.staging = staging
         lane.told[0] = _UNTOLD
         if after is not None:
             after.hold_back(stream)
-        ids, cells, told = lane.address + 8 * _IDS_AT, lane.cells_address, lane.address
         share = beside / (num_pages * (layers[1] - layers[0]) * self.layer_page_bytes)
-        self._mover.move(gathers, ids, num_pages, layers, address, cells, told, stream.cuda_stream, share)
+        self._mover.move(gathers, lane.arguments, num_pages, layers, address, stream.cuda_stream, share)
         lane.event.record(stream)
         lane.is_over = False
         return _Moved(lane, after, self._free)
@@ -132,34 +132,37 @@ class CudaPageStore:
         """The one that was given back first, if the device is done with it."""
         for _ in range(len(self._free)):
             lane = self._free.popleft()
-            if len(lane.ids) >= num_pages and lane.sees_its_end():
+            if lane.num_pages >= num_pages and lane.sees_its_end():
                 return lane
             self._free.append(lane)
         with torch.cuda.stream(stream):  # where its cells are cleared, before the move
             return self._new_lane(max(_USUAL_PAGES, num_pages))
 
     def _new_lane(self, num_pages: int) -> _Lane:
-        return _Lane(self._mover.new_cells(), num_pages, self._driver)
+        return _Lane(self._mover, num_pages, self._driver)
 
 
 class _Lane:
     """What one move at a time needs: pinned memory `on_host` for [digest, .., page ids], which the device
     reads and writes where it is, cells for the digest, and the event behind it."""
 
-    def __init__(self, cells: Tensor, num_pages: int, driver: CudaDriver) -> None:
-        self.cells = cells
-        self.cells_address = cells.data_ptr()
+    def __init__(self, mover: PageMover, num_pages: int, driver: CudaDriver) -> None:
+        self.num_pages = num_pages
         self.on_host = torch.zeros(_IDS_AT + num_pages, dtype=torch.int64, pin_memory=True)
-        self.address = self.on_host.data_ptr()
-        self.told = self.on_host.numpy()[:1]
         self.ids = self.on_host.numpy()[_IDS_AT:]
+        # Python's own views: to read or write an element of an array makes an object of numpy's.
+        self.words = self.on_host.numpy().data
+        self.told = self.words[:1]
+        self.cells = mover.new_cells()
+        told = self.on_host.data_ptr()
+        self.arguments = mover.new_arguments(told + 8 * _IDS_AT, self.cells.data_ptr(), told)
         self.event = CudaEvent(driver)
         self.is_over = True  # seen to be; otherwise the digest or the event tells
         self.staging: Tensor | None = None  # kept until the device is done with it
 
     def sees_its_end(self) -> bool:
         """Of the latest move. Raises `RuntimeError` when the device failed."""
-        self.is_over = self.is_over or bool(self.told[0] != _UNTOLD) or self.event.query()
+        self.is_over = self.is_over or self.told[0] != _UNTOLD or self.event.query()
         return self.is_over
 
 
@@ -182,7 +185,7 @@ class _Moved(RecordedEvent):
             raise channel_lost(f"the device failed: {error}") from error
 
     def digest(self) -> int:
-        return int(self._lane.told[0])
+        return self._lane.told[0]
 
     def may_still_write(self) -> bool:
         """Takes the page ids back. The device reads them when the bytes have come: if they have not come by
