@@ -239,22 +239,26 @@ class Engine:
     # -- inbox -----------------------------------------------------------------------------------------
 
     def _take_inbox(self, *, wait: bool) -> None:
-        """Handles all that is there; with `wait`, sleeps until something is, KV can move on, or a deadline
-        may be due."""
+        """Handles all that is there; with `wait`, sleeps until something is, or `_step` has something to do."""
         item = self._await_item() if wait else self._inbox.next()
         while item is not None:
             self._handle(item)
             item = None if self._stopped else self._inbox.next()
 
     def _await_item(self) -> InboxItem | None:
-        if not self._receiver.is_moving:
-            return self._inbox.next(_TICK_S)
-        item = self._inbox.next()
-        while item is None and not (self._receiver.has_news or self._sender.has_news):
-            if self._clock() >= self._next_tick_s:
-                return None
-            item = self._inbox.next(self._receiver.next_look_s)
-        return item
+        """The next one; None when there is something to do without."""
+        while not (self._receiver.has_news or self._sender.has_news):
+            item = self._inbox.next(self._next_look_s)
+            if item is not None or self._clock() >= self._next_tick_s:
+                return item
+        return self._inbox.next()
+
+    @property
+    def _next_look_s(self) -> float:
+        """How long to sleep while no message comes."""
+        if self._receiver.is_moving:
+            return self._receiver.next_look_s
+        return _POLL_S if self._sender.expects_ready else _TICK_S
 
     def _handle(self, item: InboxItem) -> None:
         match item:

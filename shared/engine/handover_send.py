@@ -32,6 +32,7 @@ from phloem.shared.protocol.transfer import Cancel, Last, Ready
 from phloem.shared.transfer.pending import Pending
 
 _MAX_EARLY = 4096
+_EXPECTED_S = 0.005  # decode answers within this time, or has no room yet
 _STARVED_S = 1.0  # a request that decode has room for waits at most this long for pages held in vain
 
 
@@ -57,6 +58,7 @@ class HandoverSender:
         self._early: OrderedDict[OwnerKey, tuple[PeerRef, Ready]] = OrderedDict()
         self._cancelled_early = RecentKeys()
         self._recent = RecentKeys()
+        self._expected_until_s = 0.0
         self.exposure = Exposure()
 
     @property
@@ -68,6 +70,12 @@ class HandoverSender:
         """Another `pump` may send something: the device has done what the last one found undone, or a peer
         has become ready or has room."""
         return self._pieces.has_news
+
+    @property
+    def expects_ready(self) -> bool:
+        """A request was computed a moment ago, and its go-ahead is all that it waits for. Who has slept for
+        longer takes three times as long to send its first pieces."""
+        return self._clock() < self._expected_until_s
 
     @property
     def num_pages_sent(self) -> int:
@@ -138,6 +146,7 @@ class HandoverSender:
             plan.times.made_s = self._clock()
             if not plan.is_ready:
                 self._pieces.draft(plan)
+                self._expected_until_s = plan.times.made_s + _EXPECTED_S
 
     def drop(self, key: OwnerKey, code: str, message: str = "") -> None:
         """The request ended here for another reason: the decode side is told, nothing more is sent."""
@@ -228,6 +237,7 @@ class HandoverSender:
         if plan.gone is not None:
             return
         plan.times.ready_s = self._clock()
+        self._expected_until_s = 0.0
         num_pages = -(-plan.request.num_submitted_tokens // self._page_size)
         plan.gone = PageLayers(num_pages, self._store.num_layers, min(ready.num_held_pages, num_pages))
         if ready.num_held_pages:

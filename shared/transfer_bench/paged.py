@@ -38,7 +38,7 @@ from phloem.shared.transfer_bench.rank_protocol import KvShape, PagesRun
 
 PREFILL, DECODE = PeerRef("bench-prefill", 1), PeerRef("bench-decode", 1)
 _TOKEN = 7
-_LOOK_S = 0.000_05  # between two looks at the device, as an engine does
+_LOOK_S = 0.000_05  # between two looks, as an engine does
 _IDLE_S = 0.01  # when only an event can change anything
 
 
@@ -150,7 +150,7 @@ class SendingSide(PagedSide):
             self._count_as_computed(request)
         while len(self._readies) < len(requests):
             _check(self._sender.pump())  # nothing may go yet
-            self._stash(self.next_event(deadline, _LOOK_S))  # as an engine that has something under way
+            self._stash(self.next_event(deadline, _LOOK_S if self._sender.expects_ready else _IDLE_S))
         began_s = time.monotonic()
         for _ in requests:
             ready = self._readies.popleft()

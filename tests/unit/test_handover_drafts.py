@@ -116,3 +116,25 @@ def test_retracted_request_sends_what_was_computed_again() -> None:
     job.make_token()
     world.run()
     assert_handed_over(world, job)
+
+
+def test_go_ahead_is_expected_for_a_moment() -> None:
+    world = HandoverWorld()
+    early, late = world.job("early", 8), world.job("late", 8)
+    for job in (early, late):
+        job.begin()
+    early.reserve()
+    world.wire.pass_all()
+    early.make_token()
+    assert not world.sender.expects_ready, "it has come before"
+    late.make_token()
+    assert world.sender.expects_ready
+    world.pass_time(0.01)
+    assert not world.sender.expects_ready, "decode has no room yet"
+    world.run()
+    late.reserve()
+    world.wire.pass_all()
+    assert not world.sender.expects_ready
+    world.run()
+    for job in (early, late):
+        assert_handed_over(world, job)
