@@ -239,7 +239,7 @@ class Engine:
     # -- inbox -----------------------------------------------------------------------------------------
 
     def _take_inbox(self, *, wait: bool) -> None:
-        """Handles all that is there; with `wait`, sleeps until something is, or `_step` has something to do."""
+        """Handles all that is there; with `wait`, sleeps until something is, or until a step is due."""
         item = self._await_item() if wait else self._inbox.next()
         while item is not None:
             self._handle(item)
