@@ -37,7 +37,7 @@ async def lose_peers(setting: Setting, lab: Lab, *, kills: int, freezes: int) ->
         for run, after in zip(runs, [*runs[1:], None], strict=True):
             plan = run.plan
             print(f"a {plan.survivor} engine survives {plan.kills} kills and {plan.freezes} freezes")
-            await run.run(nearly_over=after.start_ahead if after is not None else lambda: None)
+            await (run.run(after.start_beside) if after is not None else run.run())
     finally:
         for run in runs:
             await run.close()

@@ -22,7 +22,8 @@ from phloem.shared.transfer_bench.streams import EngineStream
 HOST = "127.0.0.1"
 _SECRET = b"phloem transfer bench"
 HAND_OVER_TIMEOUT_S = 120.0
-_STARTS_AT_ONCE = 4
+# Ten processes that make their CUDA contexts at once hold the driver up for seconds, for all others.
+STARTS_AT_ONCE = 4
 
 
 class HandOver(NamedTuple):
@@ -70,8 +71,7 @@ class Lab:
     num_started: int = 0
 
     def __post_init__(self) -> None:
-        # Ten processes that make their CUDA contexts at once hold the driver up for seconds, for all others.
-        self._starts = asyncio.Semaphore(_STARTS_AT_ONCE)
+        self._starts = asyncio.Semaphore(STARTS_AT_ONCE)
 
     async def start(
         self,

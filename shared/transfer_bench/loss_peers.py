@@ -1,4 +1,8 @@
-"""The peers that a run of losses uses up: processes start ahead, channels are opened in turn."""
+"""The peers that a run of losses uses up: processes start ahead, channels are opened in turn.
+
+Where engines start, NCCL's calls take seconds instead of tenths. So few start beside losses, one for one that
+was taken. When none is left, several start at once, and the run goes on when all of these are there.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,9 @@ import msgspec
 
 from phloem.shared.protocol.cluster import Role
 from phloem.shared.transfer_bench.engine_client import EngineClient
-from phloem.shared.transfer_bench.lab import Lab
+from phloem.shared.transfer_bench.lab import STARTS_AT_ONCE, Lab
+
+STARTS_BESIDE_LOSSES = 2
 
 
 class PeerPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,22 +41,32 @@ class Peers:
         """A peer with the staging slots of the lab's options."""
         return await self._start({})
 
-    def start_ahead(self, wanted: int) -> None:
-        """Lets `wanted` peers, or as many as may be, be under way."""
-        while len(self._starting) < min(wanted, self._plan.num_ahead):
+    @property
+    def num_starting(self) -> int:
+        """Processes that don't run yet."""
+        return sum(not task.done() for task in self._starting)
+
+    def start_ahead(self, wanted: int, at_once: int) -> None:
+        """Lets `wanted` peers, or as many as may be, be under way, if no more than `at_once` of them have to
+        start at a time."""
+        num_missing = min(wanted, self._plan.num_ahead) - len(self._starting)
+        for _ in range(min(num_missing, at_once - self.num_starting)):
             num_bytes, slots = self._plan.staging[self._num_small % len(self._plan.staging)]
             self._num_small += 1
             small = {"staging_bytes": num_bytes, "staging_slots": slots}
             self._starting.append(asyncio.create_task(self._start(small)))
 
     async def take(self, wanted_after: int) -> EngineClient:
-        """The next peer once it runs; others are started in its place, up to `wanted_after`.
+        """The next peer once it runs; others are started in its place, up to `wanted_after`. Is it not there
+        yet, all that are starting are waited for: nothing is lost meanwhile.
 
         Raises `PhloemError` when it did not start.
         """
-        self.start_ahead(1)
+        if not self._starting or not self._starting[0].done():
+            self.start_ahead(wanted_after + 1, STARTS_AT_ONCE)
+            await asyncio.wait(self._starting)
         peer = await self._starting.pop(0)
-        self.start_ahead(wanted_after)
+        self.start_ahead(wanted_after, STARTS_BESIDE_LOSSES)
         return peer
 
     async def close(self) -> None:

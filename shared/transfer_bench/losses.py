@@ -27,7 +27,7 @@ from phloem.shared.protocol.cluster import Role
 from phloem.shared.protocol.session import SamplingParams
 from phloem.shared.transfer_bench.engine_client import EngineClient
 from phloem.shared.transfer_bench.lab import HandOver, Lab, hand_over, prove_channel, whole
-from phloem.shared.transfer_bench.loss_peers import PeerPlan, Peers
+from phloem.shared.transfer_bench.loss_peers import STARTS_BESIDE_LOSSES, PeerPlan, Peers
 
 _GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 _MAX_TRIES_PER_LOSS = 4
@@ -100,8 +100,14 @@ class LossRun:
         self._settled_bytes = 0  # of staging, lent to two channels
 
     def start_ahead(self) -> None:
-        """Starts processes of the first victims, for a later `run`."""
-        self._peers.start_ahead(self.plan.count + 1)
+        """Starts processes of the first victims, for a later `run`; nothing else is going on."""
+        num_victims = self.plan.count + 1
+        self._peers.start_ahead(num_victims, num_victims)
+
+    def start_beside(self, num_processes: int, num_starts: int) -> None:
+        """Starts some of them while another run loses its own: up to so many processes, of which so many have
+        to start at a time."""
+        self._peers.start_ahead(min(num_processes, self.plan.count + 1), num_starts)
 
     async def prepare(self) -> None:
         """The survivor and its steady peer serve. Raises `PhloemError` when one does not start."""
@@ -115,20 +121,18 @@ class LossRun:
         )
         await self._join(self._steady)
 
-    async def run(self, nearly_over: Callable[[], None] = lambda: None) -> list[Loss]:
-        """After `prepare`. `nearly_over` is called once, when no more victims need to be started.
+    async def run(self, hand_on: Callable[[int, int], None] = lambda processes, starts: None) -> list[Loss]:
+        """After `prepare`. Before each loss `hand_on` is told of how many processes ahead, and starts at a
+        time, this run has no need any more: those of the next run come one by one in place of its own.
 
         Raises `PhloemError` when a bound is not kept, a token is wrong, or an audit is not clean.
         """
-        count, told = self.plan.count, False
-        self.start_ahead()
+        count, num_ahead = self.plan.count, self.plan.peers.num_ahead
         victim = await self._next_victim(count + 1)
         self._settled_bytes = await self._until_channels_lend(None)
         while len(self.losses) < count:
             left = count - len(self.losses)
-            if left <= self.plan.peers.num_ahead and not told:
-                nearly_over()
-                told = True
+            hand_on(max(0, num_ahead - left), STARTS_BESIDE_LOSSES - self._peers.num_starting)
             self.num_tries += 1
             if self.num_tries > _MAX_TRIES_PER_LOSS * count:
                 raise PhloemError("bench_failed", "transfers end before they can be interrupted")

@@ -11,7 +11,7 @@ import msgspec
 import psutil
 
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.transfer.config import TransferConfig
+from phloem.shared.transfer.config import OPENING_TIMEOUT_S, TransferConfig
 from phloem.shared.transfer.events import ChannelLost, ChannelOpened, PieceReceived
 from phloem.shared.transfer.pending import MovedNow
 from tests.support.transfer import Recorded, piece, transfer_config, wait_until
@@ -22,24 +22,30 @@ US, STOPS, LIVES = PeerRef("us", 1), PeerRef("stops", 1), PeerRef("lives", 1)
 START_S = 60.0  # of a process that imports torch
 
 
-def config(me: PeerRef, device: str, timeout_s: float, *, accepts: bool) -> TransferConfig:
-    """An opening gets no longer than any other operation."""
+def config(
+    me: PeerRef, device: str, timeout_s: float, *, accepts: bool, opening_timeout_s: float = OPENING_TIMEOUT_S
+) -> TransferConfig:
     made = transfer_config(
         me,
         accepts=accepts,
         staging_bytes=SLOT_BYTES,
         timeout_s=timeout_s,
-        opening_timeout_s=timeout_s,
+        opening_timeout_s=opening_timeout_s,
     )
     return msgspec.structs.replace(made, device=device, max_peers=4)
 
 
+def hasty(me: PeerRef, device: str, timeout_s: float, *, accepts: bool) -> TransferConfig:
+    """An opening gets no longer than any other operation."""
+    return config(me, device, timeout_s, accepts=accepts, opening_timeout_s=timeout_s)
+
+
 def survive_stopped_decode(ours: str, theirs: str, after_s: float, timeout_s: float) -> None:
     """`ours` and `theirs` are devices; `after_s`: from when the peer has begun to open."""
-    stopping = decode_child(config(STOPS, theirs, timeout_s, accepts=True), after_s)
-    living = decode_child(config(LIVES, theirs, timeout_s, accepts=True))
+    stopping = decode_child(hasty(STOPS, theirs, timeout_s, accepts=True), after_s)
+    living = decode_child(hasty(LIVES, theirs, timeout_s, accepts=True))
     with stopping as (stopped, stopped_address), living as (lives, address):
-        prefill = Recorded(config(US, ours, timeout_s, accepts=False))
+        prefill = Recorded(hasty(US, ours, timeout_s, accepts=False))
         prefill.endpoint.peer_up(STOPS, stopped_address)
         wait_until(functools.partial(_is_stopped, stopped), START_S)
         stopped_s = time.monotonic()
@@ -52,13 +58,13 @@ def survive_stopped_decode(ours: str, theirs: str, after_s: float, timeout_s: fl
 
 
 def survive_stopped_prefill(ours: str, theirs: str, after_s: float, timeout_s: float) -> None:
-    decode = Recorded(config(US, ours, timeout_s, accepts=True))
+    decode = Recorded(hasty(US, ours, timeout_s, accepts=True))
     address = decode.endpoint.address
-    stopping = prefill_child(config(STOPS, theirs, timeout_s, accepts=False), US, address, after_s)
+    stopping = prefill_child(hasty(STOPS, theirs, timeout_s, accepts=False), US, address, after_s)
     with stopping as stopped:
         wait_until(functools.partial(_is_stopped, stopped), START_S)
         stopped_s = time.monotonic()
-        with prefill_child(config(LIVES, theirs, timeout_s, accepts=False), US, address) as lives:
+        with prefill_child(hasty(LIVES, theirs, timeout_s, accepts=False), US, address) as lives:
             while decode.next_of(ChannelOpened, START_S).peer != LIVES:
                 pass
             for fill in (1, 2):
