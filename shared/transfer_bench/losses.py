@@ -111,9 +111,10 @@ class LossRun:
 
     async def prepare(self) -> None:
         """The survivor and its steady peer serve. Raises `PhloemError` when one does not start."""
-        # Staging for the steady peer, two victims and one just lost.
-        changes = {"transfer_peers": _CHANNELS_BETWEEN + 2}
         plan = self.plan
+        # Staging for the steady peer, two victims, and those lost since memory was read, when NCCL has given
+        # all of them up: on a busy host it takes longer for one than the next loss does.
+        changes = {"transfer_peers": _CHANNELS_BETWEEN + plan.memory_every + 1}
         name = f"survivor-{plan.survivor}"
         self._survivor, self._steady = await asyncio.gather(
             self.lab.start(plan.survivor, plan.survivor_gpu, name=name, changes=changes),
