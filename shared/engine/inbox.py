@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import queue
 from collections import deque
 from collections.abc import Iterator
 from typing import TypeAlias
 
 from phloem.shared.engine.engine_socket import FrontGone
 from phloem.shared.engine.grammar.desk import GrammarReady
+from phloem.shared.engine.prompt_queue import PromptQueue
 from phloem.shared.protocol.engine import EngineMessage
 from phloem.shared.transfer.events import TransferEvent
 
@@ -19,7 +19,7 @@ class Inbox:
     """Any thread may `deliver`; all else is for the one that takes."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[InboxItem] = queue.SimpleQueue()
+        self._queue: PromptQueue[InboxItem] = PromptQueue()
         self._passed_over: deque[InboxItem] = deque()  # older than all in the queue
 
     @property
@@ -34,16 +34,12 @@ class Inbox:
         """The oldest item; None when there is none, or none comes within `wait_s` seconds."""
         if self._passed_over:
             return self._passed_over.popleft()
-        try:
-            return self._queue.get(timeout=wait_s) if wait_s else self._queue.get_nowait()
-        except queue.Empty:
-            return None
+        return self._queue.get(wait_s)
 
     def urgent(self, kinds: tuple[type, ...]) -> Iterator[InboxItem]:
         """Takes the items of `kinds` that are here, up to the first of another kind: that and what comes
         after it keep their order for `next`."""
-        while not self._passed_over and not self._queue.empty():
-            item = self._queue.get_nowait()
+        while not self._passed_over and (item := self._queue.get()) is not None:
             if isinstance(item, kinds):
                 yield item
             else:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from queue import Empty, SimpleQueue
 
 import torch
 
@@ -18,6 +17,7 @@ from phloem.shared.engine.handover_receive import HandoverReceiver
 from phloem.shared.engine.handover_send import HandoverSender
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.page_store import page_store
+from phloem.shared.engine.prompt_queue import PromptQueue
 from phloem.shared.engine.requests import Request
 from phloem.shared.engine.step_plan import Row
 from phloem.shared.errors import PhloemError
@@ -54,7 +54,7 @@ class PagedSide:
         self.device = torch.device(config.device)
         self.kv = _allocate(shape, pool_pages, self.device)
         self.store = page_store(self.kv, self.device)
-        self.events: SimpleQueue[TransferEvent] = SimpleQueue()
+        self.events: PromptQueue[TransferEvent] = PromptQueue()
         self.endpoint = TransferEndpoint(config, self.events.put)
         generator = torch.Generator().manual_seed(1 + len(self.phase))
         self._page_table = torch.randperm(pool_pages, generator=generator).tolist()
@@ -83,10 +83,7 @@ class PagedSide:
         lost."""
         if time.monotonic() > deadline:
             raise PhloemError("bench_timeout", f"no hand-over within {self._timeout_s:.0f} s")
-        try:
-            event = self.events.get(timeout=wait_s)
-        except Empty:
-            return None
+        event = self.events.get(wait_s)
         if isinstance(event, ChannelLost | CancelReceived):
             raise PhloemError("bench_failed", f"the transfer broke: {event}")
         return event
