@@ -24,6 +24,11 @@ class Chunk:
         self.marks: deque[tuple[int, Pending]] = deque()
         self.is_sent = False
 
+    def is_computed(self, num_layers: int) -> bool:
+        """All of its layers; nothing has gone of it."""
+        groups = self.marks
+        return bool(groups) and groups[-1][0] == num_layers and all(mark.done() for _, mark in groups)
+
 
 class Draft(NamedTuple):
     """A piece that is planned and has no slot yet."""
@@ -61,7 +66,7 @@ class SendPlan:
     def whole(self, num_layers: int) -> Chunk | None:
         """All of its chunks as one, which they are from now on: nothing has gone of them, and all is
         computed. None when some of it is not."""
-        if not self.chunks or any(not mark.done() for chunk in self.chunks for _, mark in chunk.marks):
+        if not self.chunks or not all(chunk.is_computed(num_layers) for chunk in self.chunks):
             return None
         whole = Chunk(self.chunks[-1].num_tokens, self.chunks[-1].num_pages)
         whole.marks.append((num_layers, DONE))
