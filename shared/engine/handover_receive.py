@@ -70,7 +70,7 @@ class HandoverReceiver:
     @property
     def next_look_s(self) -> float:
         """How long to wait, while no message comes, until one looks again whether `has_news`: hardly for a
-        request whose last bytes are crossing, which they do for a tenth of a millisecond."""
+        request whose last bytes are crossing."""
         return _LANDING_LOOK_S if any(plan.is_landing for plan in self._moving.values()) else _LOOK_S
 
     @property
