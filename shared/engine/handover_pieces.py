@@ -76,8 +76,8 @@ class PieceSender:
                 try:
                     slots = self._send_drafts(plan, plan.gone)
                     computed = self._computed(plan, plan.gone, slots)
-                    self._send(plan, list(islice(computed, _FIRST_TOGETHER)))
-                    self._send(plan, list(computed))
+                    self._send(plan, *_apart(islice(computed, _FIRST_TOGETHER)))
+                    self._send(plan, *_apart(computed))
                 except PhloemError as error:
                     plan.error = error.info
 
@@ -135,19 +135,18 @@ class PieceSender:
         slots = [slot for _ in drafts if (slot := self._channels.acquire_slot(plan.peer)) is not None]
         if slots and drafts[0].piece.num_bytes > slots[0].tensor.numel():
             return slots
-        ready = [_Ready(draft, slot) for draft, slot in zip(drafts, slots, strict=False)]
-        self._send(plan, ready)
-        for draft, _ in ready:
+        self._send(plan, drafts[: len(slots)], slots)
+        for draft in drafts[: len(slots)]:
             gone.note(draft.span)
             plan.latest_piece_bytes = draft.piece.num_bytes
         return []
 
-    def _send(self, plan: SendPlan, ready: list[_Ready]) -> None:
-        if not ready:
+    def _send(self, plan: SendPlan, drafts: list[Draft], slots: list[StagingSlot]) -> None:
+        """One slot for each."""
+        if not slots:
             return
-        pieces, slots = [draft.piece for draft, _ in ready], [slot for _, slot in ready]
-        self._channels.announce(plan.peer, pieces, slots)
-        for (piece, span, before), slot in ready:
+        self._channels.announce(plan.peer, [draft.piece for draft in drafts], slots)
+        for (piece, span, before), slot in zip(drafts, slots, strict=True):
             gathered = self._store.gather(
                 span.of(plan.request.page_ids),
                 span.layer_start,
@@ -161,3 +160,8 @@ class PieceSender:
             plan.times.first_piece_s = plan.times.first_piece_s or plan.times.last_piece_s
             self.num_bytes_sent += piece.num_bytes
             self.num_pages_sent += span.num_pages if span.layer_end == self._store.num_layers else 0
+
+
+def _apart(ready: Iterable[_Ready]) -> tuple[list[Draft], list[StagingSlot]]:
+    together = list(ready)
+    return [draft for draft, _ in together], [slot for _, slot in together]
