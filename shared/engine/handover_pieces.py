@@ -122,8 +122,7 @@ class PieceSender:
         size = next_piece_bytes(run.layers_of_pages() * layer_page_bytes, slot_bytes, before)
         span = run.head(size, layer_page_bytes)
         num_bytes = span.layers_of_pages() * layer_page_bytes
-        more = span.layers_of_pages() < run.layers_of_pages()
-        piece = Piece(plan.request.request_id, plan.request.attempt, *span, num_bytes, more=more)
+        piece = Piece(plan.request.request_id, plan.request.attempt, *span, num_bytes)
         return Draft(piece, span, before)
 
     def _send_drafts(self, plan: SendPlan, gone: PageLayers) -> list[StagingSlot]:

@@ -71,7 +71,6 @@ class Piece(msgspec.Struct, frozen=True, tag="piece"):
     layer_end: int
     num_bytes: int
     digest: int = 0  # comes in `PieceDigest`: the header leaves while the pages are still being gathered
-    more: bool = False  # of the request follow at once, as far as the sender knows
 
 
 class PieceDigest(msgspec.Struct, frozen=True, tag="digest"):

@@ -86,8 +86,6 @@ class DecodeChannel(Channel):
             case Piece():
                 check_header(message, self._staging_bytes)
                 self._expect(message, plane)
-                if not message.more:
-                    self._tell_of_pieces()
             case PieceDigest():
                 self._tell_of_pieces()
                 if not self._untold:
@@ -133,13 +131,14 @@ class DecodeChannel(Channel):
         self._posted.append(_Receiving(piece, sent_digest, pending, posted_at))
 
     def _tell_of_pieces(self) -> None:
-        """When no other comes at once: the engine's thread would keep the interpreter from the receives of
-        those, to scatter bytes that have not come."""
+        """When no other frame is there: the engine's thread would keep the interpreter from the receives of
+        pieces that were announced together, to scatter bytes that have not come."""
         while self._unheard:
             self._emit(self._unheard.popleft())
 
     def _on_silence(self) -> None:
         """Only now does the completing thread wake up: it would take the interpreter from the engine's."""
+        self._tell_of_pieces()
         while self._posted:
             self._arrivals.put(self._posted.popleft(), self._timeout_s)
 

@@ -120,21 +120,25 @@ def test_retracted_request_sends_what_was_computed_again() -> None:
 
 def test_go_ahead_is_expected_for_a_moment() -> None:
     world = HandoverWorld()
+
+    def expects() -> bool:
+        return world.sender.expects_ready
+
     early, late = world.job("early", 8), world.job("late", 8)
     for job in (early, late):
         job.begin()
     early.reserve()
     world.wire.pass_all()
     early.make_token()
-    assert not world.sender.expects_ready, "it has come before"
+    assert not expects(), "it has come before"
     late.make_token()
-    assert world.sender.expects_ready
+    assert expects()
     world.pass_time(0.01)
-    assert not world.sender.expects_ready, "decode has no room yet"
+    assert not expects(), "decode has no room yet"
     world.run()
     late.reserve()
     world.wire.pass_all()
-    assert not world.sender.expects_ready
+    assert not expects()
     world.run()
     for job in (early, late):
         assert_handed_over(world, job)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
-
 from phloem.shared.protocol.transfer import Piece
-from phloem.shared.transfer.events import AdmittedReceived, PieceReceived
+from phloem.shared.transfer.events import AdmittedReceived
 from tests.support.handover_wire import Wire
 from tests.support.handover_world import HandoverWorld, Job, assert_handed_over
 
@@ -55,14 +53,6 @@ def test_two_pieces_are_posted_before_the_others_are_planned() -> None:
     assert wire.calls == [*first, *others, "send", "send"]
     world.run()
     assert_handed_over(world, job)
-
-
-@pytest.mark.parametrize(("num_tokens", "more"), [(4, [False]), (12, [True, True, False])])
-def test_all_pieces_but_the_last_say_that_more_follow(num_tokens: int, more: list[bool]) -> None:
-    world, wire, _ = go_ahead(num_tokens)
-    world.pump()
-    headers = [event.header for event in wire.to_decode if isinstance(event, PieceReceived)]
-    assert [header.more for header in headers] == more
 
 
 def test_page_stores_are_told_what_crosses_while_they_move_pages() -> None:

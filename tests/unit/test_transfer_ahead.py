@@ -190,17 +190,15 @@ def test_engine_is_told_by_the_header_then_come_bytes_and_digest(decode: Recorde
         assert received.has_come
 
 
-@pytest.mark.parametrize("then", [GOOD, PieceDigest(1), Last("r", 1, 1, [7]), Cancel("r", 1)])
-def test_engine_is_told_of_a_piece_when_no_other_follows_at_once(
-    decode: Recorded, then: TransferMessage
+def test_engine_is_told_of_pieces_when_the_receives_of_all_that_came_together_are_posted(
+    decode: Recorded, planes: list[_AheadPlane]
 ) -> None:
-    """Whatever comes instead of the other one: it may be missing for want of a staging slot."""
     with rogue_prefill(decode) as rogue:
-        more = msgspec.structs.replace(GOOD, more=True)
-        rogue.write(more)
-        decode.assert_silent(0.1)
-        rogue.write(then)
-        assert decode.next(PieceReceived).header == more
+        rogue.frames.post(*[transfer_message.encode(GOOD)] * NUM_SLOTS)
+        decode.next(PieceReceived)
+        assert len(planes[0].receives_after) == 1 + NUM_SLOTS, "and the channel's first byte"
+        for _ in range(NUM_SLOTS - 1):
+            decode.next(PieceReceived)
 
 
 def test_what_follows_a_piece_does_not_wait_for_its_bytes(decode: Recorded) -> None:
