@@ -69,6 +69,7 @@ class World:
         self._rows = DecodeRows(
             token=torch.randint(0, config.vocab_size, (num_rows,)).to(CUDA),
             slot=slots.to(CUDA),
+            position=torch.full((num_rows,), last).to(CUDA),
             write_index=(table[:, last // PAGE_SIZE] * PAGE_SIZE + last % PAGE_SIZE).to(CUDA),
             last_token=torch.zeros(num_rows, dtype=torch.int64, device=CUDA),
             page_table=table.to(torch.int32).to(CUDA),

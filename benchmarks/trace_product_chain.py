@@ -7,13 +7,15 @@ a sum reads in the same run. The time line has medians over the middle layers, i
 the product before (its last block): its span; when x may be read; when half of the blocks, and the last one,
 have their first unit, and their last unit; how long after that, in half of the blocks, their parts of sums
 are written, those of others known, and all finished. Attention is from the end of a launch until the next one
-may read its output.
+may read its output; where it is page_attention.cu, when the first, half and the last of its blocks begin,
+have asked for their first and last keys, have queries, have their first and last keys, have ended.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,20 +37,43 @@ CUDA = torch.device("cuda")
 PRODUCTS = ("o", "gate_up", "down", "qkv")
 MAX_LAUNCHES, MAX_PRODUCTS, STAMPS, MAX_BLOCKS = 96, 4, 6, 160  # as in product_chain.cu
 MAY_READ, FIRST_UNIT, LAST_UNIT, WRITTEN, KNOWN, FINISHED = range(STAMPS)
+ATTENTION = (
+    "begins",
+    "asked",
+    "asked all",
+    "queries",
+    "keys",
+    "all keys",
+    "ended",
+)  # as in page_attention.cu
 Float64Array = npt.NDArray[np.float64]
 
 
-def traced(world: World, plan: ChainPlan, kernels: DecodeKernels, rows: DecodeRows) -> Float64Array:
-    """Stamps of the last of some steps, us: `[launches, products, STAMPS, blocks]`."""
+class Times(NamedTuple):
+    """Stamps of a step, us: products `[launches, products, STAMPS, blocks]`, attention `[layers, stamps,
+    blocks]`, None where it is Triton's."""
+
+    products: Float64Array
+    attention: Float64Array | None
+
+
+def traced(world: World, plan: ChainPlan, kernels: DecodeKernels, rows: DecodeRows) -> Times:
+    """Of the last of some steps."""
     shape, weights = decode_shape(world.decoder.config), step_weights(world.decoder)
     step = ChainStep(shape, weights, world.kv, {plan.size: plan}, kernels, trace=True)
     graph_ms(lambda: step(rows), repeats=4)
     stamps = np.frombuffer(step.chain.kernels[plan.size].read_global("trace"), np.int64)
     stamps = stamps.reshape(MAX_LAUNCHES, MAX_PRODUCTS, STAMPS, MAX_BLOCKS)
-    return stamps[: len(weights.layers) + 1, ..., : plan.blocks] / 1e3
+    products = stamps[: len(weights.layers) + 1, ..., : plan.blocks] / 1e3
+    if step.pages is None:
+        return Times(products, None)
+    stamps = np.frombuffer(step.pages.kernel.read_global("trace"), np.int64)
+    stamps = stamps.reshape(MAX_LAUNCHES, len(ATTENTION), MAX_BLOCKS)
+    return Times(products, stamps[: len(weights.layers), :, : step.pages.plan.blocks] / 1e3)
 
 
-def show_time_line(times: Float64Array) -> None:
+def show_time_line(all_times: Times) -> None:
+    times = all_times.products
     layers = range(len(times) // 4, len(times) - len(times) // 4)
     names = ("span", "x may", "unit 1", "all 1", "unit n", "all n", "written", "known", "finished")
     print(f"{'us':10} " + " ".join(f"{name:>8}" for name in names))
@@ -62,6 +87,12 @@ def show_time_line(times: Float64Array) -> None:
     ends = {layer: times[layer, -1, FINISHED].max() for layer in layers}
     attention = [begins[layer] - ends[layer - 1] for layer in layers if layer - 1 in ends]
     print(f"{'attention':10} {np.median(attention):8.2f}")
+    if all_times.attention is None:
+        return
+    since = {layer: all_times.attention[layer] - ends[layer] for layer in layers}
+    for what, name in enumerate(ATTENTION):
+        lines = [np.percentile(since[layer][what], (0, 50, 100)) for layer in layers]
+        print(f"  {name:10} " + " ".join(f"{value:8.2f}" for value in np.median(np.array(lines), axis=0)))
 
 
 def _line(product: Float64Array) -> list[float]:
@@ -108,7 +139,8 @@ def main() -> int:
     print(
         f"chain {ms:.3f} ms = {ms / floor:.3f} x; Triton's kernels {other_ms:.3f} = {other_ms / floor:.3f} x"
     )
-    print(f"{plan.stages} units of {plan.slot_bytes} bytes; {dict(plan.tiles)}")
+    print(f"{plan.blocks} blocks in clusters of {plan.cluster}")
+    print(f"rings of {plan.weight_bytes} and {plan.x_bytes} bytes; {dict(plan.tiles)}")
     show_time_line(traced(world, plan, kernels, rows))
     return 0
 

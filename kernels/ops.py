@@ -291,12 +291,14 @@ def plan_decode_step(shape: DecodeShape, dtype: torch.dtype, device: torch.devic
 def plan_chain_step(
     shape: DecodeShape, dtype: torch.dtype, device: torch.device
 ) -> dict[int, ChainPlan] | None:
-    """How the products between two attentions would be one launch, by rows; None where they can't be."""
+    """How the products between two attentions would be one launch, by rows; None where they can't be. Raises
+    CudaError where the compiler or the driver fails."""
     if not _is_for_hopper(dtype, device) or shape.head_dim not in (64, 128, 256):
         return None
-    from phloem.kernels.hopper_ops.chain_plan import SIZES, plan_chain
+    from phloem.kernels.hopper_ops.chain_plan import CLUSTERS, SHARED_BYTES, SIZES, plan_chain
+    from phloem.kernels.hopper_ops.program import resident_blocks
 
-    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    blocks = {cluster: resident_blocks(device, cluster, SHARED_BYTES) for cluster in CLUSTERS}
     plans = {size: plan_chain(shape, size, blocks) for size in SIZES}
     return {size: plan for size, plan in plans.items() if plan is not None} or None
 

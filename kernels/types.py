@@ -99,13 +99,14 @@ class DecodeShape(NamedTuple):
 class DecodeRows(NamedTuple):
     """B sequences with one new token each, on the device; all that changes from step to step.
 
-    token, slot, write_index: int64 `[B]`; a negative token stands for `last_token[slot]` (int64
+    token, slot, position, write_index: int64 `[B]`; a negative token stands for `last_token[slot]` (int64
     `[num_slots]`). page_table: int32 `[num_slots, max_pages]`, by slot. work: int32 `[items, 8]`, which
     block of the attention reads which keys (`triton_ops/key_shares.py`). cos, sin: `[max_position, D / 2]`.
     """
 
     token: Tensor
     slot: Tensor
+    position: Tensor
     write_index: Tensor
     last_token: Tensor
     page_table: Tensor

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from phloem.kernels.hopper_ops.chain_plan import TEAMS, ChainPlan
-from phloem.kernels.hopper_ops.product_chain import MAX_ROWS, ChainLink, NextAttention, ProductChain
+from phloem.kernels.hopper_ops.page_attention import PageAttention
+from phloem.kernels.hopper_ops.page_plan import plan_pages
+from phloem.kernels.hopper_ops.product_chain import MAX_ROWS, ChainLink, ProductChain
 from phloem.kernels.triton_ops.decode_begin import begin_rows
 from phloem.kernels.triton_ops.key_shares import MANY
 from phloem.kernels.types import (
@@ -45,9 +47,15 @@ class ChainStep:
         *,
         trace: bool = False,
     ) -> None:
-        """plans by size; `attention` has room for MAX_ROWS. Raises CudaError where kernels can't be made."""
+        """plans by size; `attention` has room for MAX_ROWS, and is for models that page_attention.cu does not
+        take. Raises CudaError where kernels can't be made."""
         device, dtype = weights.embedding.device, weights.embedding.dtype
         self._weights, self._kv, self._attention = weights, kv, attention
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self.pages: PageAttention | None = None
+        if (page_plan := plan_pages(shape, kv.k[0].shape[1], multiprocessors)) is not None:
+            has_norms = norms_of(weights.layers[0]) is not None
+            self.pages = PageAttention(shape, kv, page_plan, has_norms=has_norms, trace=trace)
         self.chain = ProductChain(plans, len(weights.layers) + 1, dtype, device, trace=trace)
         queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
 
@@ -55,7 +63,8 @@ class ChainStep:
             return torch.zeros((MAX_ROWS, width), dtype=dtype, device=device)
 
         self._residual, self._scaled = empty(shape.hidden_size), empty(shape.hidden_size)
-        self._qkv, self._gated = empty(queries + 2 * keys), empty(shape.intermediate_size)
+        self._qkv, self._attended = empty(queries + 2 * keys), empty(queries)
+        self._gated = empty(shape.intermediate_size)
         self._logits = empty(shape.vocab_size, torch.float32)
         items = max(plan.tiles[name].items for plan in plans.values() for name in ("o", "down"))
         self._squares = torch.zeros((items * TEAMS, MAX_ROWS), dtype=torch.float32, device=device)
@@ -78,17 +87,19 @@ class ChainStep:
             self._scaled,
             self._squares,
         )
-        pages = [
-            NextAttention(k, v, rows.work, rows.page_table)
-            for k, v in zip(self._kv.k, self._kv.v, strict=True)
-        ]
-        self.chain(0, [self._normed("qkv", count, weights.layers[0].qkv, qkv, 1)], eps, pages[0])
+        self.chain(0, [self._normed("qkv", count, weights.layers[0].qkv, qkv, 1)], eps)
         for index, layer in enumerate(weights.layers):
-            k, v = pages[index].k_pages, pages[index].v_pages
-            attended = self._attention.attend(qkv, rows, k, v, norms_of(layer), eps)
-            following = pages[index + 1] if index + 1 < len(pages) else None
-            self.chain(index + 1, self._layer(index, layer, attended), eps, following)
+            attended = self._attend(index, layer, qkv, rows)
+            self.chain(index + 1, self._layer(index, layer, attended), eps)
         return self._logits[:count]
+
+    def _attend(self, index: int, layer: StepLayer, qkv: Tensor, rows: DecodeRows) -> Tensor:
+        norms, eps = norms_of(layer), self._weights.eps
+        if self.pages is None:
+            return self._attention.attend(qkv, rows, self._kv.k[index], self._kv.v[index], norms, eps)
+        out = self._attended[: len(qkv)]
+        self.pages(index, qkv, rows, norms, eps, out)
+        return out
 
     def _layer(self, index: int, layer: StepLayer, attended: Tensor) -> list[ChainLink]:
         """What comes between this layer's attention and the next one's."""

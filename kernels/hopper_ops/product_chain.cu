@@ -5,16 +5,19 @@
 //   block     one per multiprocessor, all resident
 //   item      of a product: a tile of up to 256 rows of the weight, and one of some parts of k; a block has every
 //             `gridDim.x`th. x is the left operand of the matrix units, whose 64 rows it may leave empty; a tile the right one
-//   unit      of an item: some times 64 inputs of its rows, with the same inputs of x; a slot of the ring
-//   join      of the parts of a tile's sums: each block finishes a share of the columns, out of what all have written
+//   unit      of an item: some times 64 inputs of its rows, and the same inputs of x: each in a ring
+//   join      of the parts of a tile's sums: each block finishes a share of the columns, out of what all have made; a tile's
+//             blocks are of one cluster and write into each other's shared memory, or else into memory
 //
-// One warp brings weights into the ring by TMA and runs ahead of everybody: weights depend on nothing, so memory is
+// One warp brings weights into their ring by TMA and runs ahead of everybody: weights depend on nothing, so memory is
 // busy while a product ends, and while the attention before this launch does. A second warp brings x when the product
 // before has ended, a third finds the factors of the rows' RMS norm; two teams of four multiply, each by half of a tile, or
 // by all of a small one every other unit. Sums are added in a fixed order: the same step gives the same bits.
 //
 // Compiled by NVRTC (product_chain.py) with
-//   HALF 0: bfloat16, 1: float16;  ROWS of x: 16, 32 or 64;  STAGES of the ring, bytes of a SLOT;
+//   HALF 0: bfloat16, 1: float16;  ROWS of x: 16, 32 or 64;  bytes of shared memory: W_BYTES and X_BYTES of the rings,
+//   EXCHANGED by teams, and then what a cluster's blocks give each other;
+//   CLUSTER: blocks of one, 1: none;
 //   TILES: of each product the rows of the weight in a tile;  DEPTHS: times 64 inputs of a unit;  SPLITS: parts of k;
 //   TRACE, if defined: times (`trace`)
 //
@@ -32,11 +35,13 @@ constexpr int ROW_BYTES = 128;             // of 64 inputs, what the swizzle spa
 constexpr int MAX_PRODUCTS = 4;            // of a launch
 constexpr int MAX_JOINS = 128;             // tiles of a product whose parts are joined
 constexpr int COUNTERS = MAX_PRODUCTS * (1 + MAX_JOINS * WARPS);
+constexpr int QUEUE = 16;                  // units under way
 constexpr int SMALL = 64;                  // rows of the weight: less would keep two teams busy with x alone
 
 constexpr int QKV = 0, O = 1, GATE_UP = 2, DOWN = 3, VOCABULARY = 4;  // products
 __device__ constexpr int tiles[] = {TILES}, depths[] = {DEPTHS}, all_splits[] = {SPLITS};
 __device__ __forceinline__ constexpr int weight_bytes(int which) { return depths[which] * tiles[which] * ROW_BYTES; }
+__device__ __forceinline__ constexpr int x_bytes(int which) { return depths[which] * ROWS * ROW_BYTES; }
 __device__ __forceinline__ constexpr bool is_small(int which) { return tiles[which] <= SMALL && which != GATE_UP; }
 
 // As `product_chain.py` packs it.
@@ -60,18 +65,11 @@ struct Chain {
   float4* parts;           // [items][tile / 8 / TEAMS][THREADS]
   u32* counters;           // of this launch, zero when it begins
   u32* others;             // of the one before, which it clears
-  // What the attention after this launch reads first, see `ask_pages`.
-  const char* k_pages;
-  const char* v_pages;
-  const int* work;         // [num_items][8], see key_shares.py
-  const int* page_table;
   int num_products, num_rows;
   float eps;
   int launch;
-  int num_items, table_stride, page_size, page_bytes, asked_pages;
-  int unused[5];
 };
-static_assert(sizeof(Chain) == 4 * 384 + 128, "as product_chain.py packs it");
+static_assert(sizeof(Chain) == 4 * 384 + 64, "as product_chain.py packs it");
 
 #ifdef TRACE  // nanoseconds, by launch, product, stamp and block; named in benchmarks/trace_product_chain.py
 constexpr int STAMPS = 6, MAX_BLOCKS = 160, MAX_LAUNCHES = 96;
@@ -97,12 +95,48 @@ __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(TH
 // The compiler has to know that it is the same for all threads of a warp.
 __device__ __forceinline__ int uniform_warp() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
+// Both rings as those who multiply go through them. A unit lies in one piece: what is left at a ring's end is left.
 struct Ring {
-  u32 slots, weights, rows, empty;  // the slots, and barriers of each: both have arrived, and all have read
-  int stage, parity;
-  __device__ u32 slot() const { return slots + stage * SLOT; }
-  __device__ void advance() {
-    if (++stage == STAGES) { stage = 0; parity ^= 1; }
+  u32 w_first, x_first, weights, rows, empty;  // the rings, and barriers of each unit: both have arrived, and all have read
+  int unit, parity, w_at, x_at;
+  __device__ void place(int w_bytes, int x_bytes) {
+    if (w_at + w_bytes > W_BYTES) w_at = 0;
+    if (x_at + x_bytes > X_BYTES) x_at = 0;
+  }
+  __device__ u32 w() const { return w_first + w_at; }
+  __device__ u32 x() const { return x_first + x_at; }
+  __device__ void advance(int w_bytes, int x_bytes) {
+    w_at += w_bytes;
+    x_at += x_bytes;
+    if (++unit == QUEUE) { unit = 0; parity ^= 1; }
+  }
+};
+
+// A ring as the one thread goes through it that brings its units. Positions only rise: a ring's length further is the same
+// place.
+struct Room {
+  const u32 empty;    // barriers
+  u32* starts;        // of units, [QUEUE] in shared memory
+  const u32 length;
+  u32 at = 0, at_place = 0, tail_at = 0, head = 0, tail = 0;  // the next unit, and the oldest that may still be read
+  __device__ Room(u32 empty, u32* starts, u32 length) : empty(empty), starts(starts), length(length) {}
+  // Waits until there is room for the next unit. Returns its place; `head - 1` is its number then.
+  __device__ u32 take(u32 bytes) {
+    if (at_place + bytes > length) {
+      at += length - at_place;
+      at_place = 0;
+    }
+    starts[head % QUEUE] = at;
+    while (at + bytes - tail_at > length || head - tail == QUEUE) {
+      await(empty + 8 * (tail % QUEUE), tail / QUEUE & 1);
+      ++tail;
+      tail_at = starts[tail % QUEUE];
+    }
+    u32 place = at_place;
+    at += bytes;
+    at_place += bytes;
+    ++head;
+    return place;
   }
 };
 
@@ -130,27 +164,9 @@ struct Part {
   }
 };
 
-// Into L2, when all weights are asked for: memory would stand still while qkv ends and attention begins.
-__device__ __forceinline__ void ask_pages(const Chain& c) {
-  int asked = 0;
-  for (int step = 0; asked < c.asked_pages; ++step) {
-    bool any = false;
-    for (int item = blockIdx.x; item < c.num_items && asked < c.asked_pages; item += gridDim.x) {
-      const int* record = c.work + item * 8;
-      int page = record[3] / c.page_size + step;
-      if (record[0] < 0 || page * c.page_size >= record[4]) continue;
-      u64 place = (u64)c.page_table[(u64)record[1] * c.table_stride + page] * c.page_bytes;
-      ask(c.k_pages + place, c.page_bytes);
-      ask(c.v_pages + place, c.page_bytes);
-      any = true;
-      ++asked;
-    }
-    if (!any) break;
-  }
-}
-
 // One thread.
-__device__ __forceinline__ void bring_weights(const Chain& c, Ring ring) {
+__device__ __forceinline__ void bring_weights(const Chain& c, const Ring& ring, u32* starts) {
+  Room room(ring.empty, starts, W_BYTES);
   u64 policy = streaming_policy();
 #pragma unroll 1
   for (int index = 0; index < c.num_products; ++index) {
@@ -161,12 +177,11 @@ __device__ __forceinline__ void bring_weights(const Chain& c, Ring ring) {
     for (Walk at(p); at.goes_on(); at.advance()) {
       Part part(p, at.item);
 #pragma unroll 1
-      for (int i = 0; i < part.count; ++i, part.advance(), ring.advance()) {
-        await(ring.empty + 8 * ring.stage, ring.parity ^ 1);
-        u32 barrier = ring.weights + 8 * ring.stage;
+      for (int i = 0; i < part.count; ++i, part.advance()) {
+        u32 first = ring.w_first + room.take(bytes), barrier = ring.weights + 8 * ((room.head - 1) % QUEUE);
         arrive_expecting(barrier, bytes);
         for (int team = 0; team < boxes; ++team) {
-          u32 to = ring.slot() + team * (bytes / boxes);
+          u32 to = first + team * (bytes / boxes);
           int row = part.tile * boxes + team;
           if (gated) bring_gated_box(to, &p.w, part.unit * depth, row * (rows / boxes / 2), barrier, policy);
           else bring_weight_box(to, &p.w, part.unit * depth, row * (rows / boxes), barrier, policy);
@@ -174,11 +189,11 @@ __device__ __forceinline__ void bring_weights(const Chain& c, Ring ring) {
       }
     }
   }
-  ask_pages(c);
 }
 
 // One thread. `begun`: a barrier that tells, for each product, that what it reads is there.
-__device__ __forceinline__ void bring_x(const Chain& c, Ring ring, u32 begun) {
+__device__ __forceinline__ void bring_x(const Chain& c, const Ring& ring, u32* starts, u32 begun) {
+  Room room(ring.empty, starts, X_BYTES);
   await_launches();
 #pragma unroll 1
   for (int index = 0; index < c.num_products; ++index) {
@@ -188,16 +203,15 @@ __device__ __forceinline__ void bring_x(const Chain& c, Ring ring, u32 begun) {
     asm volatile("fence.proxy.async.global;" ::: "memory");
     arrive(begun);
     if (index + 1 == c.num_products) let_launch();
-    int depth = depths[p.which], before = weight_bytes(p.which);  // a unit's weights come first
+    int depth = depths[p.which], bytes = x_bytes(p.which);
 #pragma unroll 1
     for (Walk at(p); at.goes_on(); at.advance()) {
       Part part(p, at.item);
 #pragma unroll 1
-      for (int i = 0; i < part.count; ++i, part.advance(), ring.advance()) {
-        await(ring.empty + 8 * ring.stage, ring.parity ^ 1);
-        u32 barrier = ring.rows + 8 * ring.stage;
-        arrive_expecting(barrier, depth * ROWS * ROW_BYTES);
-        bring_box(ring.slot() + before, &p.x, part.unit * depth, 0, barrier);
+      for (int i = 0; i < part.count; ++i, part.advance()) {
+        u32 to = ring.x_first + room.take(bytes), barrier = ring.rows + 8 * ((room.head - 1) % QUEUE);
+        arrive_expecting(barrier, bytes);
+        bring_box(to, &p.x, part.unit * depth, 0, barrier);
       }
     }
   }
@@ -212,7 +226,7 @@ __device__ __forceinline__ void find_factors(const Chain& c, float (&factors)[2]
 #pragma unroll 1
   for (int index = 0; index < c.num_products; ++index) {
     const Product& p = c.products[index];
-    await(begun, index & 1);
+    await_together(begun, index & 1);
     if (p.squares) {
       float total[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 1
@@ -354,28 +368,90 @@ template <int COUNT> __device__ __forceinline__ void exchange(float (&d)[COUNT],
 template <int WHICH> struct Columns {
   static constexpr int EIGHTS = tiles[WHICH] / 8 / TEAMS, SPLIT = all_splits[WHICH], MOST = (EIGHTS + SPLIT - 1) / SPLIT;
   int begin, end, first;
+  static __device__ constexpr int begin_of(int split) { return EIGHTS * split / SPLIT; }
   __device__ Columns(const Part& part) {
-    begin = EIGHTS * part.split / SPLIT;
-    end = EIGHTS * (part.split + 1) / SPLIT;
+    begin = begin_of(part.split);
+    end = begin_of(part.split + 1);
     first = (part.tile * TEAMS + team()) * (WHICH == GATE_UP ? EIGHTS / 2 : EIGHTS);
   }
   __device__ int column(int eight) const { return 8 * (first + eight) + threadIdx.x % 4 * 2; }
 };
 
+// What tells a block that others' parts are there; each of its products has a turn.
+struct Bell {
+  u32 barrier, pool;
+  int parity;
+  bool met;  // the others of the cluster are there
+};
+
+// How the parts of a tile's sums are joined within a cluster.
+template <int WHICH> struct ClusterJoin {
+  using Mine = Columns<WHICH>;
+  static constexpr int SPLIT = Mine::SPLIT, MOST = Mine::MOST, EIGHTS = Mine::EIGHTS;
+  static constexpr int HAVE_ROWS = ROWS / 16 * 32 * TEAMS;  // threads
+  static_assert(CLUSTER % SPLIT == 0, "the blocks of a tile are of one cluster");
+
+  // A block's place for the others' sums: [SPLIT - 1][MOST][THREADS].
+  static __device__ __forceinline__ int place_of(int from, int to) {
+    return ((from < to ? from : from - 1) * MOST * THREADS + (int)threadIdx.x) * 16;
+  }
+
+  // Gives the others what is theirs, and returns what is this block's, out of all parts in their order.
+  template <int COUNT>
+  static __device__ __forceinline__ void join(const float (&d)[COUNT], int split, u32 pool, u32 barrier, int parity, Four (&sums)[MOST]) {
+    int rank = blockIdx.x % CLUSTER - split, count = Mine::begin_of(split + 1) - Mine::begin_of(split);
+    if (threadIdx.x == 0) arrive_expecting(barrier, (SPLIT - 1) * count * HAVE_ROWS * 16);
+    Four own[MOST];
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) own[i] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int to = 0; to < SPLIT; ++to) {
+      u32 theirs = of_other(pool + place_of(split, to), rank + to), bell = of_other(barrier, rank + to);
+#pragma unroll
+      for (int i = 0; i < Mine::begin_of(to + 1) - Mine::begin_of(to); ++i) {
+        int at = 4 * (Mine::begin_of(to) + i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) own[i].v[j] = to == split ? d[at + j] : own[i].v[j];
+        if (to != split) give(theirs + i * THREADS * 16, d[at], d[at + 1], d[at + 2], d[at + 3], bell);
+      }
+    }
+    await_together(barrier, parity);
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) {
+      sums[i] = {0.f, 0.f, 0.f, 0.f};
+      if (i >= count) break;
+#pragma unroll
+      for (int from = 0; from < SPLIT; ++from) {
+        Four one = own[i];
+        if (from != split) one = taken(pool + place_of(from, split) + i * THREADS * 16);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i].v[j] += one.v[j];
+      }
+    }
+  }
+
+  static __device__ __forceinline__ Four taken(u32 from) {
+    Four one;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(one.v[0]), "=f"(one.v[1]), "=f"(one.v[2]), "=f"(one.v[3]) : "r"(from) : "memory");
+    return one;
+  }
+};
+
 template <int WHICH>
-__device__ __forceinline__ void multiply_product(const Chain& c, int index, Ring& ring, const float* factors, u32 found, float4* pool) {
+__device__ __forceinline__ void multiply_product(const Chain& c, int index, Ring& ring, const float* factors, u32 found, float4* pool, Bell& bell) {
   using Mine = Columns<WHICH>;
   constexpr int DEPTH = depths[WHICH], SPLIT = Mine::SPLIT, EIGHTS = Mine::EIGHTS;
   constexpr bool SHARED = is_small(WHICH);  // by both teams
   constexpr int N = SHARED ? tiles[WHICH] : tiles[WHICH] / TEAMS;
   constexpr bool ADDS = WHICH == O || WHICH == DOWN;
-  static_assert(weight_bytes(WHICH) + DEPTH * ROWS * ROW_BYTES <= SLOT, "a unit is in one slot");
+  constexpr int W_UNIT = weight_bytes(WHICH), X_UNIT = x_bytes(WHICH);
+  static_assert(W_UNIT <= W_BYTES && X_UNIT <= X_BYTES, "a unit fits");
   const Product& p = c.products[index];
   int warp = uniform_warp(), lane = threadIdx.x % 32;
   bool has_rows = warp % 4 * 16 < ROWS, knows_factors = false;
-  auto release = [&](int stage) {
+  auto release = [&](int unit) {
     __syncwarp();
-    if (lane == 0) arrive(ring.empty + 8 * stage);
+    if (lane == 0) arrive(ring.empty + 8 * unit);
   };
 #pragma unroll 1
   for (Walk at(p); at.goes_on(); at.advance()) {
@@ -391,11 +467,12 @@ __device__ __forceinline__ void multiply_product(const Chain& c, int index, Ring
     keep(d);
     int last = 0;
 #pragma unroll 1
-    for (int i = 0; i < part.count; ++i, ring.advance()) {
-      await(ring.weights + 8 * ring.stage, ring.parity);
-      await(ring.rows + 8 * ring.stage, ring.parity);
+    for (int i = 0; i < part.count; ++i, ring.advance(W_UNIT, X_UNIT)) {
+      ring.place(W_UNIT, X_UNIT);
+      await(ring.weights + 8 * ring.unit, ring.parity);
+      await_together(ring.rows + 8 * ring.unit, ring.parity);
       STAMP(threadIdx.x == 0 && i == 0 && at.item < gridDim.x, 1);
-      u32 x = ring.slot() + weight_bytes(WHICH), w = ring.slot() + (SHARED ? 0 : warp / 4 * (weight_bytes(WHICH) / TEAMS));
+      u32 x = ring.x(), w = ring.w() + (SHARED ? 0 : warp / 4 * (W_UNIT / TEAMS));
       auto multiply_unit = [&] {
         begin_products();
 #pragma unroll
@@ -408,19 +485,19 @@ __device__ __forceinline__ void multiply_product(const Chain& c, int index, Ring
           multiply_unit();
           await_products<0>();
         }
-        release(ring.stage);
+        release(ring.unit);
       } else {
         multiply_unit();
         await_products<1>();  // those of the unit before
         if (i > 0) release(last);
-        last = ring.stage;
+        last = ring.unit;
       }
     }
     await_products<0>();
     keep(d);
     if (!SHARED) release(last);
     STAMP(threadIdx.x == 0, 2);
-    if (!knows_factors) await(found, index & 1);
+    if (!knows_factors) await_together(found, index & 1);
     knows_factors = true;
     if constexpr (SHARED) exchange(d, pool, has_rows);
     if (!has_rows) continue;
@@ -429,6 +506,13 @@ __device__ __forceinline__ void multiply_product(const Chain& c, int index, Ring
     if constexpr (SPLIT == 1) {
 #pragma unroll
       for (int i = 0; i < EIGHTS; ++i) sums[i] = {d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]};
+    } else if constexpr (CLUSTER > 1) {
+      if (!bell.met) await_cluster();
+      bell.met = true;
+      ClusterJoin<WHICH>::join(d, part.split, bell.pool, bell.barrier, bell.parity, sums);
+      STAMP(threadIdx.x == 0, 3);
+      STAMP(threadIdx.x == 0, 4);
+      bell.parity ^= 1;
     } else {
       float4* to = c.parts + (u64)at.item * EIGHTS * THREADS + threadIdx.x;
 #pragma unroll
@@ -477,7 +561,7 @@ __device__ __forceinline__ void multiply_product(const Chain& c, int index, Ring
       if (ADDS) tell_squares(p, at.item, squares);
     }
   }
-  if (!knows_factors) await(found, index & 1);
+  if (!knows_factors) await_together(found, index & 1);
   meet();
   STAMP(threadIdx.x == 0, 5);
   if (threadIdx.x == 0 && index + 1 < c.num_products) count(ended(c, index));
@@ -486,41 +570,46 @@ __device__ __forceinline__ void multiply_product(const Chain& c, int index, Ring
 extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) product_chain(const __grid_constant__ Chain c) {
   extern __shared__ __align__(1024) char raw[];
   __shared__ float factors[2][ROWS];
-  __shared__ u64 barriers[3 * STAGES + 2];
+  __shared__ u64 barriers[3 * QUEUE + 3];
+  __shared__ u32 starts[2][QUEUE];
   int thread = threadIdx.x, warp = uniform_warp();
-  u32 first = shared_address(barriers), begun = first + 24 * STAGES, found = begun + 8;
-  Ring ring{shared_address(raw), first, first + 8 * STAGES, first + 16 * STAGES, 0, 0};
+  u32 first = shared_address(barriers), begun = first + 24 * QUEUE, found = begun + 8;
+  u32 w_first = shared_address(raw);
+  Ring ring{w_first, w_first + W_BYTES, first, first + 8 * QUEUE, first + 16 * QUEUE, 0, 0, 0, 0};
   if (thread == 0) {
-    if (ring.slots & 1023) asm volatile("trap;");
-    for (int i = 0; i < STAGES; ++i) {
+    if (w_first & 1023) asm volatile("trap;");
+    for (int i = 0; i < QUEUE; ++i) {
       make_barrier(ring.weights + 8 * i, 1);
       make_barrier(ring.rows + 8 * i, 1);
       make_barrier(ring.empty + 8 * i, WARPS);
     }
     make_barrier(begun, 1);
     make_barrier(found, 1);
+    make_barrier(found + 8, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async;" ::: "memory");
   }
   __syncthreads();
+  if (CLUSTER > 1) arrive_at_cluster();
   if (warp == BRINGS_WEIGHTS) {
-    if (thread % 32 == 0) bring_weights(c, ring);
+    if (thread % 32 == 0) bring_weights(c, ring, starts[0]);
   } else if (warp == BRINGS_X) {
-    if (thread % 32 == 0) bring_x(c, ring, begun);
+    if (thread % 32 == 0) bring_x(c, ring, starts[1], begun);
   } else if (warp == FINDS_FACTORS) {
     find_factors(c, factors, begun, found);
   } else {
     await_launches();
-    float4* pool = (float4*)(raw + STAGES * SLOT);
+    float4* pool = (float4*)(raw + W_BYTES + X_BYTES);
+    Bell bell{found + 8, shared_address(pool) + EXCHANGED, 0, false};
 #pragma unroll 1
     for (int index = 0; index < c.num_products; ++index) {
       int which = c.products[index].which;
       const float* mine = factors[index & 1];
-      if (which == QKV) multiply_product<QKV>(c, index, ring, mine, found, pool);
-      else if (which == O) multiply_product<O>(c, index, ring, mine, found, pool);
-      else if (which == GATE_UP) multiply_product<GATE_UP>(c, index, ring, mine, found, pool);
-      else if (which == DOWN) multiply_product<DOWN>(c, index, ring, mine, found, pool);
-      else multiply_product<VOCABULARY>(c, index, ring, mine, found, pool);
+      if (which == QKV) multiply_product<QKV>(c, index, ring, mine, found, pool, bell);
+      else if (which == O) multiply_product<O>(c, index, ring, mine, found, pool, bell);
+      else if (which == GATE_UP) multiply_product<GATE_UP>(c, index, ring, mine, found, pool, bell);
+      else if (which == DOWN) multiply_product<DOWN>(c, index, ring, mine, found, pool, bell);
+      else multiply_product<VOCABULARY>(c, index, ring, mine, found, pool, bell);
     }
   }
 }

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from phloem.kernels.hopper_ops.chain_plan import (
-    ASKED_BYTES,
     MAX_JOINS,
     NAMES,
     SIZES,
@@ -51,16 +50,6 @@ class ChainLink(NamedTuple):
     squares_out: Tensor | None = None
 
 
-class NextAttention(NamedTuple):
-    """What the attention after a launch reads: K and V pages `[num_pages, page_size, H_kv, D]`, and the
-    step's work and page table (`DecodeRows`)."""
-
-    k_pages: Tensor
-    v_pages: Tensor
-    work: Tensor
-    page_table: Tensor
-
-
 class ProductChain:
     """The kernels of one model on one device, with what a step's launches share. It must outlive every graph
     that holds one of them."""
@@ -91,9 +80,7 @@ class ProductChain:
         """How many sums of each row's squares a product leaves."""
         return self._plans[size_of(num_rows)].tiles[name].items * TEAMS
 
-    def __call__(
-        self, launch: int, links: list[ChainLink], eps: float, attention: NextAttention | None = None
-    ) -> None:
+    def __call__(self, launch: int, links: list[ChainLink], eps: float) -> None:
         """`launch`: its number in the step, from 0 on; all of a step's are launched, in order."""
         num_rows = len(links[0].x)
         plan = self._plans[size_of(num_rows)]
@@ -102,12 +89,10 @@ class ProductChain:
             self._parts.data_ptr(),
             self._counters[launch].data_ptr(),
             self._counters[launch - 1].data_ptr(),
-            *(_address(tensor) for tensor in attention or (None,) * 4),
             len(links),
             num_rows,
             eps,
             launch,
-            *(_asked(attention) if attention is not None else ()),
         )
         self.kernels[plan.size](_launch(plan), ((chain,), (None,)))
 
@@ -165,8 +150,10 @@ def chain_defines(plan: ChainPlan, dtype: torch.dtype) -> dict[str, object]:
     return {
         "HALF": int(dtype == torch.float16),
         "ROWS": plan.size,
-        "STAGES": plan.stages,
-        "SLOT": plan.slot_bytes,
+        "W_BYTES": plan.weight_bytes,
+        "X_BYTES": plan.x_bytes,
+        "EXCHANGED": plan.exchanged,
+        "CLUSTER": plan.cluster,
         "TILES": ",".join(str(each.rows) for each in tiles),
         "DEPTHS": ",".join(str(each.depth) for each in tiles),
         "SPLITS": ",".join(str(each.splits) for each in tiles),
@@ -183,7 +170,7 @@ def _image(plan: ChainPlan, dtype: torch.dtype, trace: bool) -> bytes:
 
 
 def _launch(plan: ChainPlan) -> Launch:
-    return Launch(plan.blocks, _THREADS, plan.shared_bytes, dependent=True)
+    return Launch(plan.blocks, _THREADS, plan.shared_bytes, dependent=True, cluster=plan.cluster)
 
 
 class _Product(ctypes.Structure):
@@ -203,27 +190,15 @@ class _Chain(ctypes.Structure):
 
     _fields_ = [
         ("products", _Product * MAX_PRODUCTS),
-        *((f"pointer_{index}", ctypes.c_void_p) for index in range(7)),
+        *((f"pointer_{index}", ctypes.c_void_p) for index in range(3)),
         *((f"int_{index}", ctypes.c_int) for index in range(2)),
         ("eps", ctypes.c_float),
-        *((f"int_{index}", ctypes.c_int) for index in range(2, 8)),
-        ("unused", ctypes.c_ubyte * 36),
+        ("launch", ctypes.c_int),
+        ("unused", ctypes.c_ubyte * 24),
     ]
 
 
-assert (ctypes.sizeof(_Product), ctypes.sizeof(_Chain)) == (384, 4 * 384 + 128), "as in product_chain.cu"
-
-
-def _asked(attention: NextAttention) -> tuple[int, ...]:
-    pages = attention.k_pages
-    page_bytes = pages.stride(0) * pages.element_size()
-    return (
-        len(attention.work),
-        attention.page_table.stride(0),
-        pages.shape[1],
-        page_bytes,
-        ASKED_BYTES // page_bytes,
-    )
+assert (ctypes.sizeof(_Product), ctypes.sizeof(_Chain)) == (384, 4 * 384 + 64), "as in product_chain.cu"
 
 
 def _bytes(data: bytes) -> Any:

@@ -157,7 +157,7 @@ __device__ __forceinline__ void multiply_phase(const Step& s, const Phase& p, Ri
       // Weights first: those of this unit were asked for when the slot was empty, so that its rows of x are no
       // longer of the unit before. Of rows alone a parity could not tell: boxes arrive in any order.
       await(ring.weights + 8 * ring.stage, ring.parity);
-      await(ring.rows + 8 * ring.stage, ring.parity);
+      await_together(ring.rows + 8 * ring.stage, ring.parity);
 #pragma unroll
       for (int i = 0; i < STEPS / 2; ++i) load_matrices(b[i], slot + b_place[i]);
       STAMP(done == 0 && unit == 0, 2);
@@ -170,8 +170,7 @@ __device__ __forceinline__ void multiply_phase(const Step& s, const Phase& p, Ri
 #pragma unroll
         for (int i = 0; i < STEPS; ++i) multiply(d[t], a[i], b[i / 2][i % 2 * 2], b[i / 2][i % 2 * 2 + 1]);
       }
-      __syncwarp();
-      if (lane == 0) arrive(ring.empty + 8 * ring.stage);
+      release(ring.empty + 8 * ring.stage);
     }
     STAMP(done + TILES >= share.count, 3);
 #pragma unroll

@@ -18,13 +18,15 @@ from phloem.kernels.types import CudaError
 
 class Launch(NamedTuple):
     """threads of a block; dynamic shared memory, bytes; cooperative: begins when all blocks fit at once;
-    dependent: may be resident before the launch before it has ended, and waits for that itself."""
+    dependent: may be resident before the launch before it has ended, and waits for that itself; cluster:
+    blocks that are side by side on multiprocessors that reach each other's shared memory."""
 
     num_blocks: int
     num_threads: int
     shared_bytes: int
     cooperative: bool = False
     dependent: bool = False
+    cluster: int = 1
 
 
 class Kernel:
@@ -40,26 +42,37 @@ class Kernel:
             self._function = checked(self._driver.cuModuleGetFunction(self._module, name.encode()))
             limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             checked(self._driver.cuFuncSetAttribute(self._function, limit, largest.shared_bytes))
-            resident = checked(
-                self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                    self._function, largest.num_threads, largest.shared_bytes
-                )
-            )
-        room = resident * torch.cuda.get_device_properties(device).multi_processor_count
+            room = self.room(largest)
         if room < largest.num_blocks:
             raise CudaError(f"{name} needs {largest.num_blocks} blocks at once, and {room} fit")
 
+    def room(self, launch: Launch) -> int:
+        """Blocks that can be resident at once."""
+        driver = self._driver
+        if launch.cluster > 1:
+            clusters = driver.cuOccupancyMaxActiveClusters(self._function, self._config(launch))
+            return launch.cluster * int(checked(clusters))
+        resident = checked(
+            driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                self._function, launch.num_threads, launch.shared_bytes
+            )
+        )
+        return int(resident) * torch.cuda.get_device_properties(self._device).multi_processor_count
+
     def __call__(self, launch: Launch, arguments: tuple[tuple[Any, ...], tuple[Any, ...]]) -> None:
         """arguments: values and their ctypes; tensors are given by `data_ptr()`, structures have None."""
-        driver = self._driver
-        config = driver.CUlaunchConfig()
+        config = self._config(launch)
+        config.hStream = torch.cuda.current_stream(self._device).cuda_stream
+        checked(self._driver.cuLaunchKernelEx(config, self._function, arguments, 0))
+
+    def _config(self, launch: Launch) -> Any:
+        config = self._driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = launch.num_blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = launch.num_threads, 1, 1
         config.sharedMemBytes = launch.shared_bytes
-        config.hStream = torch.cuda.current_stream(self._device).cuda_stream
         config.attrs = self._attributes(launch)
         config.numAttrs = len(config.attrs)
-        checked(driver.cuLaunchKernelEx(config, self._function, arguments, 0))
+        return config
 
     def _attributes(self, launch: Launch) -> list[Any]:
         ids, attributes = self._driver.CUlaunchAttributeID, []
@@ -71,6 +84,11 @@ class Kernel:
             attributes.append(self._driver.CUlaunchAttribute())
             attributes[-1].id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attributes[-1].value.programmaticStreamSerializationAllowed = 1
+        if launch.cluster > 1:
+            attributes.append(self._driver.CUlaunchAttribute())
+            attributes[-1].id = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            shape = attributes[-1].value.clusterDim
+            shape.x, shape.y, shape.z = launch.cluster, 1, 1
         return attributes
 
     def read_global(self, name: str) -> bytes:
@@ -80,6 +98,17 @@ class Kernel:
         data = bytearray(size)
         checked(self._driver.cuMemcpyDtoH(ctypes.addressof(ctypes.c_char.from_buffer(data)), place, size))
         return bytes(data)
+
+
+_NOTHING = 'extern "C" __global__ void nothing() {}'
+
+
+@functools.cache
+def resident_blocks(device: torch.device, cluster: int, shared_bytes: int) -> int:
+    """How many blocks that take so much dynamic shared memory can be resident at once in such clusters.
+    Raises CudaError."""
+    kernel = Kernel(compile_cuda(_NOTHING, {}, {}, "sm_90a"), "nothing", device, Launch(0, 32, shared_bytes))
+    return kernel.room(Launch(cluster, 32, shared_bytes, cluster=cluster))
 
 
 def compile_cuda(

@@ -57,6 +57,20 @@ __device__ __forceinline__ void await(u32 barrier, int parity) {
                "@!done bra again; }" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// By all of a warp. Its lanes may see it in different looks: what wants them together, as matrix instructions do, comes after.
+__device__ __forceinline__ void await_together(u32 barrier, int parity) {
+  await(barrier, parity);
+  __syncwarp();
+}
+
+// By all of a warp: what it has read in shared memory, or written there, may be overwritten by TMA. Without the fence
+// a load may still wait behind stores to a busy memory when the barrier has it that all is read.
+__device__ __forceinline__ void release(u32 barrier) {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) arrive(barrier);
+}
+
 struct alignas(64) TensorMap { u64 words[16]; };
 
 // Before its first use by a thread: a map that was copied to memory is read past the caches of ordinary loads.

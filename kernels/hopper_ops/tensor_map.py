@@ -35,6 +35,13 @@ def gated_map(weight: Tensor, box_rows: int) -> Any:
     return _encode(weight, sizes, strides, (INNER, 8, 2, box_rows // 16, WIDTH // INNER))
 
 
+def tiles_map(pages: Tensor) -> Any:
+    """Boxes `[H_kv, D / 64, 16, 64]` of 16 tokens of a pool `[num_pages, page_size, H_kv, D]`."""
+    num_pages, page_size, heads, dim = pages.shape
+    sizes, strides = (INNER, num_pages * page_size, dim // INNER, heads), (heads * dim, INNER, dim)
+    return _encode(pages, sizes, strides, (INNER, 16, dim // INNER, heads))
+
+
 def _encode(matrix: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> Any:
     """sizes and strides in elements, the inner dimension first, whose stride is 1."""
     assert matrix.is_contiguous() and matrix.data_ptr() % 16 == 0, "tiles are copied from dense rows"

@@ -23,6 +23,26 @@ __device__ __forceinline__ void await_count(const u32* counter, u32 all) {
   while (seen < all);
 }
 
+// -- clusters: blocks that write into each other's shared memory --------------------------------------------------
+
+__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+
+// Until all threads of the cluster have arrived.
+__device__ __forceinline__ void await_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// What this block has at an address, in another block of the cluster.
+__device__ __forceinline__ u32 of_other(u32 address, int rank) {
+  u32 other;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(other) : "r"(address), "r"(rank));
+  return other;
+}
+
+// 16 bytes to another block, counted by a barrier of its own.
+__device__ __forceinline__ void give(u32 to, float a, float b, float c, float d, u32 barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];"
+               ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier) : "memory");
+}
+
 // -- loads --------------------------------------------------------------------------------------------------------
 
 // What other blocks wrote: past the first-level cache.
@@ -36,11 +56,6 @@ __device__ __forceinline__ u32 load_two(const half_t* p) {
   u32 v;
   asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
-}
-
-// Into L2 only; whole 16s of bytes.
-__device__ __forceinline__ void ask(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // Boxes of DEPTH times 64 inputs, from the 64 times `inputs`th on: of x, all its rows; of a weight, rows from `row` on; of a

@@ -154,6 +154,7 @@ class CudaStepRunner:
         return DecodeRows(
             token=inputs.rows.token,
             slot=inputs.rows.slot,
+            position=inputs.rows.position,
             write_index=inputs.rows.write_index,
             last_token=self._last_token,
             page_table=parts.tables.page_table,

@@ -24,12 +24,13 @@ ROWS = (1, 13, 16, 17, 32, 33, 64)
 
 
 class Variant(NamedTuple):
-    """depth and splits of what can be joined; rows of a tile; blocks."""
+    """depth and splits of what can be joined; rows of a tile; blocks, and how many of them are a cluster."""
 
     rows: int
     depth: int
     splits: int
     blocks: int
+    cluster: int = 1
 
 
 VARIANTS = [
@@ -39,6 +40,10 @@ VARIANTS = [
     Variant(32, 4, 1, 40),
     Variant(64, 2, 2, 132),  # teams share a tile, and blocks its inputs
     Variant(128, 2, 3, 60),
+    Variant(128, 1, 4, 96, 4),
+    Variant(112, 1, 4, 120, 4),  # shares of unequal size
+    Variant(64, 2, 2, 64, 4),  # two tiles of a cluster
+    Variant(48, 2, 2, 128, 2),
 ]
 
 
@@ -50,11 +55,12 @@ def plan(variant: Variant, size: int) -> ChainPlan:
 
     widths = (QKV, HIDDEN, 2 * INTER, HIDDEN, VOCAB)
     found = {name: tiles(name, n) for name, n in zip(NAMES, widths, strict=True)}
-    empty = ChainPlan(size, variant.blocks, 0, found)
-    return empty._replace(stages=min(6, empty.most_stages))
+    return ChainPlan(size, variant.blocks, found, variant.cluster)
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids="{0.rows}x{0.depth}s{0.splits}b{0.blocks}".format)
+@pytest.fixture(
+    scope="module", params=VARIANTS, ids="{0.rows}x{0.depth}s{0.splits}b{0.blocks}c{0.cluster}".format
+)
 def chain(request: pytest.FixtureRequest) -> ProductChain:
     if torch.cuda.get_device_capability() != (9, 0) or not has_bindings():
         pytest.skip("the kernels are for Hopper")

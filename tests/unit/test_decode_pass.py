@@ -100,7 +100,7 @@ def test_logits_and_kv_are_the_decoders(
         monkeypatch.setattr(kernels, "takes", lambda num_rows: False)
     assert kernels.takes(3) is few
     logits = DecodePass(decoder, kernels).forward(
-        DecodeRows(given, slots, at.write_index, last_token, page_table, work, cos, sin), mine
+        DecodeRows(given, slots, at.positions, at.write_index, last_token, page_table, work, cos, sin), mine
     )
     assert relative_error(logits, expected(decoder, at, tokens, theirs)) < 1e-5
     for ours, other in zip(mine.k + mine.v, theirs.k + theirs.v, strict=True):
