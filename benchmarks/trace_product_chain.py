@@ -89,7 +89,12 @@ def show_time_line(all_times: Times) -> None:
     print(f"{'attention':10} {np.median(attention):8.2f}")
     if all_times.attention is None:
         return
-    since = {layer: all_times.attention[layer] - ends[layer] for layer in layers}
+    since = {}
+    for layer in layers:
+        stamps = all_times.attention[layer]
+        since[layer] = (
+            stamps[:, stamps[ATTENTION.index("all keys")] > begins[layer]] - ends[layer]
+        )  # have keys
     for what, name in enumerate(ATTENTION):
         lines = [np.percentile(since[layer][what], (0, 50, 100)) for layer in layers]
         print(f"  {name:10} " + " ".join(f"{value:8.2f}" for value in np.median(np.array(lines), axis=0)))

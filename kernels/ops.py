@@ -298,7 +298,7 @@ def plan_chain_step(
     from phloem.kernels.hopper_ops.chain_plan import CLUSTERS, SHARED_BYTES, SIZES, plan_chain
     from phloem.kernels.hopper_ops.program import resident_blocks
 
-    blocks = {cluster: resident_blocks(device, cluster, SHARED_BYTES) for cluster in CLUSTERS}
+    blocks = resident_blocks(device, CLUSTERS, SHARED_BYTES)
     plans = {size: plan_chain(shape, size, blocks) for size in SIZES}
     return {size: plan for size, plan in plans.items() if plan is not None} or None
 
@@ -327,8 +327,9 @@ def chain_step(
     plans: dict[int, ChainPlan],
     kernels: DecodeKernels,
 ) -> ChainStep:
-    """A whole decode step of a launch of attention (`kernels`') and one of products for each layer, compiled;
-    `plans` are `plan_chain_step`'s. Raises CudaError where it can't be made or run."""
+    """A whole decode step of a launch of attention (`kernels`' for models that page_attention.cu does not take)
+    and one of products for each layer, compiled; `plans` are `plan_chain_step`'s. Raises CudaError where it
+    can't be made or run."""
     from phloem.kernels.hopper_ops.chain_step import ChainStep
 
     return ChainStep(shape, weights, kv, plans, kernels)

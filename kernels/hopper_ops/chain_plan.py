@@ -69,8 +69,8 @@ class ChainPlan(NamedTuple):
 
     @property
     def x_bytes(self) -> int:
-        """Of the ring of x."""
-        return max(_X_BYTES, 2 * max(tiles.x_bytes(self.size) for tiles in self.tiles.values()))
+        """Of the ring of x. A unit is freed when the one behind it is there: three so fit in any case."""
+        return max(_X_BYTES, 3 * max(tiles.x_bytes(self.size) for tiles in self.tiles.values()))
 
     @property
     def weight_bytes(self) -> int:
@@ -132,7 +132,7 @@ def plan_chain(shape: DecodeShape, size: int, blocks: Mapping[int, int]) -> Chai
     if any(n % _STEP or k % INPUTS for _, n, k in shape.products()):
         return None
     plans = [_plan(shape, size, count, cluster) for cluster, count in blocks.items() if count]
-    return min(plans, key=lambda plan: plan[0])[1]
+    return min(plans, key=lambda plan: plan[0])[1] if plans else None
 
 
 def _plan(shape: DecodeShape, size: int, blocks: int, cluster: int) -> tuple[float, ChainPlan]:

@@ -13,7 +13,7 @@ from phloem.kernels.hopper_ops.program import Kernel, Launch, compile_cuda
 from phloem.kernels.hopper_ops.tensor_map import MAP_BYTES, map_bytes, tiles_map
 from phloem.kernels.types import DecodeRows, DecodeShape, PagedKV
 
-_HEADERS = ("ptx.cuh", "wgmma.cuh", "shares.cuh")
+_HEADERS = ("ptx.cuh", "wgmma.cuh", "shares.cuh", "page_step.cuh", "new_tokens.cuh", "sums.cuh")
 _LOG2_E = 1.4426950408889634
 
 
@@ -50,7 +50,8 @@ class PageAttention:
         headers = {name: folder.joinpath(name).read_text() for name in _HEADERS}
         image = compile_cuda(folder.joinpath("page_attention.cu").read_text(), headers, defines, "sm_90a")
         self._launch = Launch(plan.blocks, 32 * (shape.num_kv_heads + 1), plan.shared_bytes, dependent=True)
-        self.kernel = Kernel(image, "page_attention", device, self._launch)
+        # Its blocks don't wait for each other: one at a time would do.
+        self.kernel = Kernel(image, "page_attention", device, self._launch._replace(num_blocks=1))
         cells = 2 * plan.blocks * shape.num_kv_heads
         self._parts = torch.empty((cells, shape.head_dim // 16, 32, 4), dtype=torch.float32, device=device)
         self._stats = torch.empty((cells, 4, 4), dtype=torch.float32, device=device)
@@ -93,7 +94,6 @@ class PageAttention:
             len(rows.token),
             rows.page_table.stride(0),
             self._kv.k[0].shape[1],
-            self.plan.blocks,
         )
 
 

@@ -11,10 +11,12 @@ MAX_ROWS = 64  # likewise
 _MOST_GROUP, _MOST_HEADS = 8, 8  # the matrix units' narrow side; a warp for each KV head
 _SHARED_BYTES = 225 << 10  # of a multiprocessor, for rings
 _MOST_STAGES = 8
+_MOST_EACH = 4  # blocks of a multiprocessor: more would have too few registers
 
 
 class PagePlan(NamedTuple):
-    """blocks: of a launch; per_multiprocessor: of them; stages: tiles in the ring of each."""
+    """blocks: of a launch; per_multiprocessor: of them; stages: tiles in the ring of each; slot_bytes: of a
+    tile's keys and values."""
 
     blocks: int
     per_multiprocessor: int
@@ -32,7 +34,7 @@ def plan_pages(shape: DecodeShape, page_size: int, num_multiprocessors: int) -> 
     if group > _MOST_GROUP or heads not in (1, 2, 4, _MOST_HEADS) or page_size % TILE or shape.head_dim % 64:
         return None
     slot_bytes = 2 * TILE * heads * shape.head_dim * 2
-    each = _MOST_HEADS // heads
+    each = min(_MOST_EACH, _MOST_HEADS // heads)
     while True:
         stages = min(_MOST_STAGES, (_SHARED_BYTES // each - 1024) // slot_bytes)
         if stages >= 3:

@@ -28,7 +28,7 @@ MAX_PRODUCTS = 4
 _WARPS = 4 * TEAMS  # that multiply
 _THREADS = 32 * (_WARPS + 3)
 _COUNTERS = MAX_PRODUCTS * (1 + MAX_JOINS * _WARPS)
-_HEADERS = ("ptx.cuh", "wgmma.cuh")
+_HEADERS = ("ptx.cuh", "wgmma.cuh", "chain.cuh", "rings.cuh", "finish.cuh", "joins.cuh")
 
 
 class ChainLink(NamedTuple):
@@ -65,6 +65,10 @@ class ProductChain:
     ) -> None:
         """plans by size. Raises CudaError where the kernels can't be made or run."""
         self._plans, self._num_launches = plans, num_launches
+        for plan in plans.values():
+            assert plan.blocks % plan.cluster == 0, "clusters are whole"
+            joined = [tiles for tiles in plan.tiles.values() if tiles.splits > 1]
+            assert all(tiles.items <= plan.blocks for tiles in joined), "parts meet once in a launch"
         with ThreadPoolExecutor() as pool:  # the compiler leaves the interpreter to others
             images = list(pool.map(lambda plan: _image(plan, dtype, trace), plans.values()))
         self.kernels = {

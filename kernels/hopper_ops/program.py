@@ -42,22 +42,22 @@ class Kernel:
             self._function = checked(self._driver.cuModuleGetFunction(self._module, name.encode()))
             limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             checked(self._driver.cuFuncSetAttribute(self._function, limit, largest.shared_bytes))
-            room = self.room(largest)
-        if room < largest.num_blocks:
+        if (room := self.room(largest)) < largest.num_blocks:
             raise CudaError(f"{name} needs {largest.num_blocks} blocks at once, and {room} fit")
 
     def room(self, launch: Launch) -> int:
         """Blocks that can be resident at once."""
         driver = self._driver
-        if launch.cluster > 1:
-            clusters = driver.cuOccupancyMaxActiveClusters(self._function, self._config(launch))
-            return launch.cluster * int(checked(clusters))
-        resident = checked(
-            driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                self._function, launch.num_threads, launch.shared_bytes
+        with torch.cuda.device(self._device):
+            if launch.cluster > 1:
+                clusters = driver.cuOccupancyMaxActiveClusters(self._function, self._config(launch))
+                return launch.cluster * int(checked(clusters))
+            resident = checked(
+                driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                    self._function, launch.num_threads, launch.shared_bytes
+                )
             )
-        )
-        return int(resident) * torch.cuda.get_device_properties(self._device).multi_processor_count
+            return int(resident) * torch.cuda.get_device_properties(self._device).multi_processor_count
 
     def __call__(self, launch: Launch, arguments: tuple[tuple[Any, ...], tuple[Any, ...]]) -> None:
         """arguments: values and their ctypes; tensors are given by `data_ptr()`, structures have None."""
@@ -104,11 +104,11 @@ _NOTHING = 'extern "C" __global__ void nothing() {}'
 
 
 @functools.cache
-def resident_blocks(device: torch.device, cluster: int, shared_bytes: int) -> int:
-    """How many blocks that take so much dynamic shared memory can be resident at once in such clusters.
-    Raises CudaError."""
+def resident_blocks(device: torch.device, clusters: tuple[int, ...], shared_bytes: int) -> dict[int, int]:
+    """How many blocks with so much dynamic shared memory can be resident at once, by the size of their
+    clusters. Raises CudaError."""
     kernel = Kernel(compile_cuda(_NOTHING, {}, {}, "sm_90a"), "nothing", device, Launch(0, 32, shared_bytes))
-    return kernel.room(Launch(cluster, 32, shared_bytes, cluster=cluster))
+    return {size: kernel.room(Launch(size, 32, shared_bytes, cluster=size)) for size in clusters}
 
 
 def compile_cuda(

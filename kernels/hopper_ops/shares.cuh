@@ -12,8 +12,7 @@ struct Rows {
   const long long* slot;
   const long long* position;  // of the new token
   const int* page_table;      // by slot
-  int num_rows, table_stride, page_size;
-  int num_blocks;             // of attention, at most
+  int num_rows, table_stride, page_size, unused;
 
   // The token of the pool that the tile from `token` of a sequence begins with.
   __device__ int place_of(int slot, int token) const {
@@ -51,7 +50,7 @@ struct Shares {
     starts[2 * lane + 1] = up_to - tiles[1];
     if (lane == 0) {
       starts[MOST_ROWS] = all;
-      num_blocks = max(1, min(rows.num_blocks, all / LEAST));
+      num_blocks = max(1, min((int)gridDim.x, all / LEAST));
       begin = begin_of(blockIdx.x);
       end = begin_of(blockIdx.x + 1);
     }

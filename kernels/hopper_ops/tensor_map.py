@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phloem.kernels.hopper_ops.page_plan import TILE
 from phloem.kernels.hopper_ops.program import bindings, checked
 
 MAP_BYTES = 128
@@ -39,7 +40,7 @@ def tiles_map(pages: Tensor) -> Any:
     """Boxes `[H_kv, D / 64, 16, 64]` of 16 tokens of a pool `[num_pages, page_size, H_kv, D]`."""
     num_pages, page_size, heads, dim = pages.shape
     sizes, strides = (INNER, num_pages * page_size, dim // INNER, heads), (heads * dim, INNER, dim)
-    return _encode(pages, sizes, strides, (INNER, 16, dim // INNER, heads))
+    return _encode(pages, sizes, strides, (INNER, TILE, dim // INNER, heads))
 
 
 def _encode(matrix: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> Any:

@@ -27,6 +27,9 @@ LENGTHS = {
     "one long": [3, 3000, 16],
     "full": [1024] * 64,
     "mixed": [1 + 37 * row % 700 for row in range(61)],
+    "ones": [1] * 64,
+    "a row a block": [128] * 64,
+    "two a row": [256] * 64,
 }
 
 
@@ -51,6 +54,10 @@ CASES = [
     Case(4, 2, 64, 16, has_norms=True),
     Case(8, 8, 64),
     Case(4, 1, 256, has_norms=True),
+    Case(8, 1, 64),
+    Case(6, 2, 128),
+    Case(12, 4, 256, dtype=torch.float16),
+    Case(20, 4, 64, 64),
 ]
 
 
@@ -69,6 +76,10 @@ class World:
             table[slots[row], : pages[row]] = ids[row].int()
             at = torch.arange(length)
             self.token_of.append((ids[row][at // size] * size + at % size).to(CUDA))
+        self.spare_page, self.spare_slot = (
+            int(ids[-1][0]),
+            next(n for n in range(count + 2) if n not in slots),
+        )
         pool = (sum(pages) + 3, size, case.kv_heads, case.head_dim)
         self.kv = KVCache(
             *([torch.full(pool, float("nan"), dtype=case.dtype, device=CUDA)] for _ in range(2))
@@ -162,3 +173,47 @@ def test_as_in_float64_and_the_same_bits_every_time(case: Case, lengths: list[in
     pool = (-1, case.kv_heads, case.head_dim)
     for plane, new in ((world.kv.k[0], key), (world.kv.v[0], value)):
         assert relative_error(plane.view(pool)[world.rows.write_index], new) < TOLERANCE
+
+
+def padding(world: World, num_rows: int) -> DecodeRows:
+    """`world`'s rows and then so many of padding: of one token, in a page that nobody else has."""
+    rows, page = world.rows, world.spare_page
+    rows.page_table[world.spare_slot, 0] = page
+
+    def padded(x: Tensor, value: int) -> Tensor:
+        return torch.cat([x, torch.full((num_rows,), value, dtype=x.dtype, device=CUDA)])
+
+    return rows._replace(
+        token=padded(rows.token, 0),
+        slot=padded(rows.slot, world.spare_slot),
+        position=padded(rows.position, 0),
+        write_index=padded(rows.write_index, page * world.case.page_size),
+    )
+
+
+def test_rows_of_padding_leave_the_others_alone() -> None:
+    world = World(Case(32, 8, 128), [700, 33])
+    attend, rows = kernel(world), padding(world, 62)
+    expected, _, _ = world.expected()
+    out = torch.full((64, 32 * 128), float("nan"), dtype=torch.bfloat16, device=CUDA)
+    qkv = torch.cat([world.qkv, random(world.case, 62, world.qkv.shape[1])])
+    attend(0, qkv, rows, None, EPS, out)
+    assert relative_error(out[:2], expected) < TOLERANCE
+    assert not out[2:].isnan().any()
+
+
+def test_a_step_leaves_nothing_behind_for_the_next() -> None:
+    """Of a row that many blocks have, then of rows that one block has several of, then of the first again."""
+    world = World(Case(32, 8, 128), [3, 3000, 16])
+    attend, short = kernel(world), padding(world, 61)
+    outs = [torch.full((3, 4096), float("nan"), dtype=torch.bfloat16, device=CUDA) for _ in range(2)]
+    for out in outs:
+        attend(0, world.qkv, world.rows, None, EPS, out)
+        short = short._replace(
+            position=torch.zeros_like(short.position), slot=short.slot[-1:].expand(64).clone()
+        )
+        short = short._replace(write_index=short.write_index[-1:].expand(64).clone())
+        attend(
+            0, random(world.case, 64, 6144), short, None, EPS, torch.empty_like(outs[0]).repeat(22, 1)[:64]
+        )
+    assert torch.equal(*outs)

@@ -8,9 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from phloem.kernels.hopper_ops.chain_plan import NAMES, SIZES, ChainPlan, Tiles, size_of
+from phloem.kernels.hopper_ops.chain_plan import (
+    CLUSTERS,
+    NAMES,
+    SHARED_BYTES,
+    SIZES,
+    ChainPlan,
+    Tiles,
+    size_of,
+)
 from phloem.kernels.hopper_ops.product_chain import ChainLink, ProductChain
-from phloem.kernels.hopper_ops.program import has_bindings
+from phloem.kernels.hopper_ops.program import has_bindings, resident_blocks
 from phloem.kernels.types import LinearWeight
 from tests.support.device_ops import relative_error
 
@@ -31,6 +39,7 @@ class Variant(NamedTuple):
     splits: int
     blocks: int
     cluster: int = 1
+    dtype: torch.dtype = torch.bfloat16
 
 
 VARIANTS = [
@@ -44,6 +53,8 @@ VARIANTS = [
     Variant(112, 1, 4, 120, 4),  # shares of unequal size
     Variant(64, 2, 2, 64, 4),  # two tiles of a cluster
     Variant(48, 2, 2, 128, 2),
+    Variant(128, 1, 2, 132, 2, torch.float16),
+    Variant(96, 1, 2, 64, 4),
 ]
 
 
@@ -58,22 +69,29 @@ def plan(variant: Variant, size: int) -> ChainPlan:
     return ChainPlan(size, variant.blocks, found, variant.cluster)
 
 
+class Made(NamedTuple):
+    """The kernels of a variant, and what they take."""
+
+    chain: ProductChain
+    dtype: torch.dtype
+
+
 @pytest.fixture(
     scope="module", params=VARIANTS, ids="{0.rows}x{0.depth}s{0.splits}b{0.blocks}c{0.cluster}".format
 )
-def chain(request: pytest.FixtureRequest) -> ProductChain:
+def made(request: pytest.FixtureRequest) -> Made:
     if torch.cuda.get_device_capability() != (9, 0) or not has_bindings():
         pytest.skip("the kernels are for Hopper")
     plans = {size: plan(request.param, size) for size in SIZES}
-    return ProductChain(plans, 2, torch.bfloat16, CUDA)
+    return Made(ProductChain(plans, 2, request.param.dtype, CUDA), request.param.dtype)
 
 
-def random(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16, device=CUDA)
+def random(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, device=CUDA).to(dtype)
 
 
-def weight(n: int, k: int, *, has_bias: bool = True) -> LinearWeight:
-    return LinearWeight(random(n, k) / k**0.5, random(n) if has_bias else None)
+def weight(dtype: torch.dtype, n: int, k: int, *, has_bias: bool = True) -> LinearWeight:
+    return LinearWeight(random(dtype, n, k) / k**0.5, random(dtype, n) if has_bias else None)
 
 
 def normed(residual: Tensor, gain: Tensor) -> Tensor:
@@ -88,14 +106,15 @@ def times(x: Tensor, w: LinearWeight) -> Tensor:
 
 @pytest.mark.parametrize("name", ["qkv", "vocabulary"])
 @pytest.mark.parametrize("num_rows", ROWS)
-def test_one_normed_product(chain: ProductChain, num_rows: int, name: str) -> None:
-    residual, gain = random(num_rows, HIDDEN), random(HIDDEN)
-    w = weight(QKV if name == "qkv" else VOCAB, HIDDEN)
+def test_one_normed_product(made: Made, num_rows: int, name: str) -> None:
+    chain, dtype = made
+    residual, gain = random(dtype, num_rows, HIDDEN), random(dtype, HIDDEN)
+    w = weight(dtype, QKV if name == "qkv" else VOCAB, HIDDEN)
     squares = torch.full((12, size_of(num_rows)), float("nan"), device=CUDA)
     squares[:, :num_rows] = residual.float().square().view(num_rows, 12, -1).sum(2).T
-    dtype = torch.bfloat16 if name == "qkv" else torch.float32
-    out = torch.full((num_rows, len(w.weight)), float("nan"), dtype=dtype, device=CUDA)
-    x = (residual * gain).to(torch.bfloat16)
+    out_dtype = dtype if name == "qkv" else torch.float32
+    out = torch.full((num_rows, len(w.weight)), float("nan"), dtype=out_dtype, device=CUDA)
+    x = (residual * gain).to(dtype)
     exact = x.double() * torch.rsqrt(residual.double().square().mean(1, keepdim=True) + EPS)
     links = [ChainLink(name, x, w, out, squares=squares, num_squares=12)]
     for launch in range(2):
@@ -104,17 +123,18 @@ def test_one_normed_product(chain: ProductChain, num_rows: int, name: str) -> No
 
 
 @pytest.mark.parametrize("num_rows", ROWS)
-def test_chain_between_two_attentions(chain: ProductChain, num_rows: int) -> None:
-    attended, residual = random(num_rows, QUERIES), random(num_rows, HIDDEN)
-    gains = random(HIDDEN), random(HIDDEN)
-    o, gate_up = weight(HIDDEN, QUERIES), weight(2 * INTER, HIDDEN)
-    down, qkv = weight(HIDDEN, INTER, has_bias=False), weight(QKV, HIDDEN)
+def test_chain_between_two_attentions(made: Made, num_rows: int) -> None:
+    chain, dtype = made
+    attended, residual = random(dtype, num_rows, QUERIES), random(dtype, num_rows, HIDDEN)
+    gains = random(dtype, HIDDEN), random(dtype, HIDDEN)
+    o, gate_up = weight(dtype, HIDDEN, QUERIES), weight(dtype, 2 * INTER, HIDDEN)
+    down, qkv = weight(dtype, HIDDEN, INTER, has_bias=False), weight(dtype, QKV, HIDDEN)
     expected = residual.double() + times(attended, o)
     gate, up = times(normed(expected, gains[0]), gate_up).chunk(2, dim=1)
     expected = expected + times(torch.nn.functional.silu(gate) * up, down)
 
-    scaled, gated = torch.empty_like(residual), random(num_rows, INTER)
-    out = torch.full((num_rows, QKV), float("nan"), dtype=torch.bfloat16, device=CUDA)
+    scaled, gated = torch.empty_like(residual), random(dtype, num_rows, INTER)
+    out = torch.full((num_rows, QKV), float("nan"), dtype=dtype, device=CUDA)
     squares = torch.full((256, size_of(num_rows)), float("nan"), device=CUDA)
     seen = []
     for again in range(20):
@@ -129,5 +149,13 @@ def test_chain_between_two_attentions(chain: ProductChain, num_rows: int) -> Non
         seen.append((stream, out.clone()))
     assert relative_error(seen[0][0], expected) < TOLERANCE
     assert relative_error(seen[0][1], times(normed(expected, gains[1]), qkv)) < 2 * TOLERANCE
-    for stream, made in seen[1:]:
-        assert torch.equal(stream, seen[0][0]) and torch.equal(made, seen[0][1]), "the same bits every time"
+    for stream, last in seen[1:]:
+        assert torch.equal(stream, seen[0][0]) and torch.equal(last, seen[0][1]), "the same bits every time"
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_all_blocks_that_fit_are_of_whole_clusters(cluster: int) -> None:
+    if torch.cuda.get_device_capability() != (9, 0) or not has_bindings():
+        pytest.skip("the kernels are for Hopper")
+    room = resident_blocks(CUDA, CLUSTERS, SHARED_BYTES)[cluster]
+    assert 0 < room <= torch.cuda.get_device_properties(CUDA).multi_processor_count and room % cluster == 0
