@@ -327,9 +327,9 @@ def chain_step(
     plans: dict[int, ChainPlan],
     kernels: DecodeKernels,
 ) -> ChainStep:
-    """A whole decode step of a launch of attention (`kernels`' for models that page_attention.cu does not take)
-    and one of products for each layer, compiled; `plans` are `plan_chain_step`'s. Raises CudaError where it
-    can't be made or run."""
+    """A whole decode step of a launch of attention (`kernels`' for models that page_attention.cu does not
+    take) and one of products for each layer, compiled; `plans` are `plan_chain_step`'s. Raises CudaError
+    where it can't be made or run."""
     from phloem.kernels.hopper_ops.chain_step import ChainStep
 
     return ChainStep(shape, weights, kv, plans, kernels)
