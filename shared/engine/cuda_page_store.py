@@ -114,6 +114,8 @@ class CudaPageStore:
         beside: int,
     ) -> _Moved:
         num_pages = len(page_ids)
+        num_bytes = num_pages * (layers[1] - layers[0]) * self.layer_page_bytes
+        assert num_bytes <= staging.numel(), "the kernel does not know where the slot ends"
         address = staging.data_ptr()
         assert address % 16 == 0, "the kernel reads 16 bytes at a time"
         lane = self._take_lane(num_pages, stream)
@@ -122,8 +124,9 @@ class CudaPageStore:
         lane.told[0] = _UNTOLD
         if after is not None:
             after.hold_back(stream)
-        share = beside / (num_pages * (layers[1] - layers[0]) * self.layer_page_bytes)
-        self._mover.move(gathers, lane.arguments, num_pages, layers, address, stream.cuda_stream, share)
+        self._mover.move(
+            gathers, lane.arguments, num_pages, layers, address, stream.cuda_stream, beside / num_bytes
+        )
         lane.event.record(stream)
         lane.is_over = False
         return _Moved(lane, after, self._free)

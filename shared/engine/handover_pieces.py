@@ -132,7 +132,7 @@ class PieceSender:
         if not drafts or plan.request.num_computed_tokens < plan.chunks[0].num_tokens:
             return []  # none, or retracted: its pages are gone
         slots = [slot for _ in drafts if (slot := self._channels.acquire_slot(plan.peer)) is not None]
-        if slots and drafts[0].piece.num_bytes > slots[0].tensor.numel():
+        if slots and max(draft.piece.num_bytes for draft in drafts) > slots[0].tensor.numel():
             return slots
         self._send(plan, drafts[: len(slots)], slots)
         for draft in drafts[: len(slots)]:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _LOOK_S = 0.000_05
 _LANDING_LOOK_S = 0.000_002  # more with the wake-up; others get the interpreter meanwhile
+_LANDING_S = 0.005  # after the peer's last word: who takes longer has a slow link, or hangs
 
 
 class Arrived(NamedTuple):
@@ -70,8 +71,12 @@ class HandoverReceiver:
     @property
     def next_look_s(self) -> float:
         """How long to wait, while no message comes, until one looks again whether `has_news`: hardly for a
-        request whose last bytes are crossing."""
-        return _LANDING_LOOK_S if any(plan.is_landing for plan in self._moving.values()) else _LOOK_S
+        request whose last bytes are crossing, as long as the link and the peer are as fast as that."""
+        soon_s = self._clock() - _LANDING_S
+        landing = any(
+            plan.is_landing and self._heard_s.get(plan.peer, 0.0) > soon_s for plan in self._moving.values()
+        )
+        return _LANDING_LOOK_S if landing else _LOOK_S
 
     @property
     def has_news(self) -> bool:

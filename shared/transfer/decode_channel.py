@@ -87,7 +87,6 @@ class DecodeChannel(Channel):
                 check_header(message, self._staging_bytes)
                 self._expect(message, plane)
             case PieceDigest():
-                self._tell_of_pieces()
                 if not self._untold:
                     raise protocol_violation("a digest came without its piece")
                 self._untold.popleft().tell(message.digest)
@@ -143,7 +142,6 @@ class DecodeChannel(Channel):
             self._arrivals.put(self._posted.popleft(), self._timeout_s)
 
     def _on_end_of_stream(self, error: PhloemError) -> None:
-        self._tell_of_pieces()
         # What came before the end is good: a peer that drains hands its last request over and leaves. Its
         # bytes are on their way, or the peer is dead and NCCL would wait for them until the deadline.
         self._on_silence()

@@ -146,6 +146,8 @@ class Dialer:
         stuck, patience_s = self._resources.stuck, self._config.opening_timeout_s
         stuck.check(self.peer)
         stuck.wait_for_end(self.peer, patience_s, self._stopped)
+        if self._stopped.is_set():
+            raise channel_lost("nobody wants it any more")
         deadline = handshake_deadline(self._config.timeout_s)
         frames = self._connect(deadline)
         lease: StagingLease | None = None

@@ -58,7 +58,7 @@ class Peers:
 
     async def take(self, wanted_after: int) -> EngineClient:
         """The next peer once it runs; others are started in its place, up to `wanted_after`. Is it not there
-        yet, all that are starting are waited for: nothing is lost meanwhile.
+        yet, all that are starting are waited for. A loss that was begun is noticed beside them.
 
         Raises `PhloemError` when it did not start.
         """

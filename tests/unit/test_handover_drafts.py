@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from phloem.shared.engine import layer_groups
 from phloem.shared.transfer.events import PieceReceived
 from tests.support.handover_wire import HeldBack, Wire
 from tests.support.handover_world import HandoverWorld, Job, assert_handed_over
@@ -76,6 +77,26 @@ def test_what_has_no_slot_goes_when_there_is_one(num_slots: int) -> None:
 def test_slots_of_another_size_than_was_planned_for(usual: int, these: int) -> None:
     world = world_with_slots(num_pages=usual)
     job = computed(world)
+    world.wire.slot_bytes = these * PAGE_BYTES
+    world.wire.lose()
+    world.wire.open()
+    pieces = go_ahead(world, job)
+    assert all(piece.header.num_bytes <= these * PAGE_BYTES for piece in pieces)
+    world.run()
+    assert_handed_over(world, job)
+
+
+@pytest.mark.parametrize("these", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_slots", [1, 2, 4])
+@pytest.mark.parametrize("num_tokens", [8, 12, 16, 20, 24, 32, 60])
+def test_slots_that_only_the_first_draft_fits(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int, num_slots: int, these: int
+) -> None:
+    """The second one is larger."""
+    monkeypatch.setattr(layer_groups, "FIRST_PIECE_BYTES", PAGE_BYTES)
+    monkeypatch.setattr(layer_groups, "LAST_PIECE_BYTES", PAGE_BYTES)
+    world = world_with_slots(num_pages=4, num_slots=num_slots)
+    job = computed(world, num_tokens=num_tokens)
     world.wire.slot_bytes = these * PAGE_BYTES
     world.wire.lose()
     world.wire.open()
