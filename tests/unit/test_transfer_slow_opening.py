@@ -7,9 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Opened
 from phloem.shared.transfer import opening
+from phloem.shared.transfer.dialer import Dialer
 from phloem.shared.transfer.events import ChannelOpened, Side
+from phloem.shared.transfer.frames import FrameSocket
+from phloem.shared.transfer.opening import StuckOpenings
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec, open_plane
 from phloem.shared.transfer.rendezvous import ControlStore
 from tests.support.transfer import (
@@ -123,3 +127,29 @@ def test_peer_is_dialed_again_when_what_is_left_of_the_last_opening_has_ended(
         hanging.may_go_on.set()
         prefill.next(ChannelOpened)
         decode.next(ChannelOpened)
+
+
+def test_peer_that_is_gone_is_not_dialed_when_the_wait_is_over(
+    hangs: Hangs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging, waits, dials = hangs(2), list[float](), list[threading.Thread]()
+    wait, connect = StuckOpenings.wait_for_end, Dialer._connect
+
+    def noted_wait(stuck: StuckOpenings, peer: PeerRef, most_s: float, stop: threading.Event) -> None:
+        waits.append(most_s)
+        wait(stuck, peer, most_s, stop)
+
+    def noted_connect(dialer: Dialer, deadline: float) -> FrameSocket:
+        dials.append(threading.current_thread())
+        return connect(dialer, deadline)
+
+    monkeypatch.setattr(StuckOpenings, "wait_for_end", noted_wait)
+    monkeypatch.setattr(Dialer, "_connect", noted_connect)
+    with both_ends(PATIENT_S, PATIENT_S) as (prefill, decode):
+        prefill.endpoint.peer_up(DECODE, decode.endpoint.address)
+        wait_until(lambda: hanging.num_calls == 2)
+        decode.endpoint.peer_down(PREFILL)
+        wait_until(lambda: len(waits) == 2)
+        prefill.endpoint.peer_down(DECODE)
+        dials[0].join(SOON_S)
+        assert not dials[0].is_alive() and len(dials) == 1
