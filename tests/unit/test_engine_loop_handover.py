@@ -73,6 +73,31 @@ def test_idle_engine_wakes_up_for_kv_that_has_arrived(monkeypatch: pytest.Monkey
     assert_tokens(sides, [3] * 9, 8)
 
 
+def test_idle_prefill_engine_stays_awake_for_the_go_ahead_of_what_it_has_just_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pair = Pair()
+    stream, waits = pair.submit_prefill("r", [3] * 9), list[float]()
+    while not stream.token_ids:
+        pair.prefill.turn()
+    while pair.prefill.turn():
+        pass
+    inbox = pair.prefill.engine._inbox
+
+    def noted(wait_s: float = 0.0) -> AbortGateway | None:
+        if not wait_s:
+            return None
+        waits.append(wait_s)
+        return AbortGateway(99)  # of no request's
+
+    for late_s in (0.0, 0.01):
+        pair.prefill.now_s += late_s
+        with monkeypatch.context() as patch:
+            patch.setattr(inbox, "next", noted)
+            pair.prefill.engine.turn(wait=True)
+    assert len(waits) == 2 and waits[0] < 0.001 < 0.01 < waits[1]
+
+
 class _Late(MovedNow):
     """Over when somebody has asked a thousand times."""
 
