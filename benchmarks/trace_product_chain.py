@@ -35,17 +35,10 @@ from phloem.shared.engine.offline.floors import decode_floor_s, model_cost
 
 CUDA = torch.device("cuda")
 PRODUCTS = ("o", "gate_up", "down", "qkv")
-MAX_LAUNCHES, MAX_PRODUCTS, STAMPS, MAX_BLOCKS = 96, 4, 6, 160  # as in product_chain.cu
+MAX_LAUNCHES, MAX_PRODUCTS, STAMPS, MAX_BLOCKS = 96, 4, 6, 160  # as in chain.cuh
 MAY_READ, FIRST_UNIT, LAST_UNIT, WRITTEN, KNOWN, FINISHED = range(STAMPS)
-ATTENTION = (
-    "begins",
-    "asked",
-    "asked all",
-    "queries",
-    "keys",
-    "all keys",
-    "ended",
-)  # as in page_attention.cu
+# Stamps, as in page_attention.cu.
+ATTENTION = ("begins", "asked", "asked all", "queries", "keys", "all keys", "ended")
 Float64Array = npt.NDArray[np.float64]
 
 
@@ -87,17 +80,19 @@ def show_time_line(all_times: Times) -> None:
     ends = {layer: times[layer, -1, FINISHED].max() for layer in layers}
     attention = [begins[layer] - ends[layer - 1] for layer in layers if layer - 1 in ends]
     print(f"{'attention':10} {np.median(attention):8.2f}")
-    if all_times.attention is None:
-        return
-    since = {}
-    for layer in layers:
-        stamps = all_times.attention[layer]
-        since[layer] = (
-            stamps[:, stamps[ATTENTION.index("all keys")] > begins[layer]] - ends[layer]
-        )  # have keys
+    if all_times.attention is not None:
+        show_attention([_since(all_times.attention[layer], ends[layer]) for layer in layers])
+
+
+def show_attention(layers: list[Float64Array]) -> None:
     for what, name in enumerate(ATTENTION):
-        lines = [np.percentile(since[layer][what], (0, 50, 100)) for layer in layers]
+        lines = [np.percentile(since[what], (0, 50, 100)) for since in layers]
         print(f"  {name:10} " + " ".join(f"{value:8.2f}" for value in np.median(np.array(lines), axis=0)))
+
+
+def _since(stamps: Float64Array, end: float) -> Float64Array:
+    """Counted from the end of the launch before, of blocks that have keys: others leave stamps of none."""
+    return stamps[:, stamps[ATTENTION.index("all keys")] > end] - end
 
 
 def _line(product: Float64Array) -> list[float]:

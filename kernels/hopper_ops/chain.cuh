@@ -52,8 +52,7 @@ static_assert(sizeof(Chain) == 4 * 384 + 64, "as product_chain.py packs it");
 constexpr int STAMPS = 6, MAX_BLOCKS = 160, MAX_LAUNCHES = 96;
 __device__ long long trace[MAX_LAUNCHES][MAX_PRODUCTS][STAMPS][MAX_BLOCKS];
 __device__ __forceinline__ void stamp(const Chain& c, int index, int what) {
-  long long now;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  long long now = nanoseconds();
   if (blockIdx.x < MAX_BLOCKS && c.launch < MAX_LAUNCHES) trace[c.launch][index][what][blockIdx.x] = now;
 }
 #define STAMP(when, what) do { if (when) stamp(c, index, what); } while (0)
@@ -68,9 +67,6 @@ __device__ __forceinline__ u32* joined(const Chain& c, int index, int tile, int 
 
 // Those that multiply.
 __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
-
-// The compiler has to know that it is the same for all threads of a warp.
-__device__ __forceinline__ int uniform_warp() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
 // A block's items of a product, and the units of each, in the order that all its warps go through them.
 struct Walk {

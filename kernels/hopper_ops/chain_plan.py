@@ -12,10 +12,10 @@ SIZES = (16, 32, 64)  # kernels, by rows of x
 CLUSTERS = (1, 2, 4)  # blocks of one
 NAMES = ("qkv", "o", "gate_up", "down", "vocabulary")  # products, as numbered in the kernel
 TEAMS = 2  # of warps: each multiplies by half of a tile, or by a small one in turn
-MAX_JOINS = 128  # tiles of a product whose parts are joined, as in product_chain.cu
+MAX_JOINS = 128  # tiles of a product whose parts are joined, as in chain.cuh
 INPUTS = 64  # in a row of a slot
 _ROW_BYTES = 2 * INPUTS
-_SMALL = 64  # rows of a tile, as in product_chain.cu
+_SMALL = 64  # rows of a tile, as in chain.cuh
 _STEP, _MOST_ROWS = 16, 224  # of a tile: multiples; of both halves twice as many
 _MOST_SPLITS = 8
 _DEPTHS = (8, 4, 2, 1)
@@ -150,9 +150,8 @@ def _choices(name: str, n: int, k: int, size: int, blocks: int, cluster: int) ->
     most = max(_LEAST_UNIT, Tiles(_MOST_ROWS, 1, 1, 1).unit_bytes(size))
     if name == "gate_up":
         step, n = 2 * _STEP, 2 * n
-    if name in ("gate_up", "vocabulary"):  # tiles enough for all blocks
-        most_splits = 1
-    if name == "qkv" and cluster > 1:  # in parts 64 rows were 0.3% slower
+    # Some have tiles enough for all blocks; qkv of 64 rows was 0.3% slower in parts of a cluster.
+    if name in ("gate_up", "vocabulary") or (name == "qkv" and cluster > 1):
         most_splits = 1
     for rows in range(step, _MOST_ROWS + 1, step):
         depth = next(depth for depth in _DEPTHS if Tiles(rows, 1, depth, 1).unit_bytes(size) <= most)

@@ -112,8 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1) decode_step(const 
       make_barrier(ring.rows + 8 * i, 1);
       make_barrier(ring.empty + 8 * i, SHARING);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async;" ::: "memory");
+    publish_barriers();
   }
   __syncthreads();
   if (thread >= THREADS) {

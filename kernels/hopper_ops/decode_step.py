@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from phloem.kernels.hopper_ops.program import Kernel, Launch, compile_cuda
+from phloem.kernels.hopper_ops.program import Kernel, Launch, address, compile_file
 from phloem.kernels.hopper_ops.tensor_map import INNER, MAP_BYTES, WIDTH, gated_map, map_bytes, rows_map
 from phloem.kernels.triton_ops.decode_begin import begin_rows
 from phloem.kernels.triton_ops.key_shares import ONE_EACH, num_items
@@ -212,10 +211,7 @@ def _defines(
 
 
 def _compile(defines: Mapping[str, int], device: torch.device, plan: LaunchPlan) -> Kernel:
-    folder = files("phloem.kernels.hopper_ops")
-    headers = {name: folder.joinpath(name).read_text() for name in _HEADERS}
-    source = folder.joinpath("decode_step.cu").read_text()
-    image = compile_cuda(source, headers, defines, "sm_90a")
+    image = compile_file("decode_step.cu", _HEADERS, defines)
     return Kernel(image, "decode_step", device, _launch(plan))
 
 
@@ -245,7 +241,7 @@ def _pack(ints: tuple[int, ...], **tensors: Tensor | None) -> bytes:
     """`Phase` of decode_step.cu: eight ints, then addresses by name, 0 for none."""
     found = [tensors.pop(name, None) for name in _POINTERS]
     assert len(ints) == 8 and not tensors
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in found]
+    addresses = [address(tensor) for tensor in found]
     packed = np.array([*map(int, ints)], np.int32).tobytes() + np.array(addresses, np.uint64).tobytes()
     return packed.ljust(_PHASE_BYTES, b"\0")
 

@@ -8,7 +8,7 @@ struct Four { float v[4]; };
 __device__ __forceinline__ int row_of(int second) { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * second; }
 __device__ __forceinline__ int team() { return threadIdx.x / 128; }
 
-__device__ __forceinline__ void store_two(half_t* to, float a, float b) { *(u32*)to = narrow(a) | (u32)narrow(b) << 16; }
+__device__ __forceinline__ void store_two(half_t* to, float a, float b) { *(u32*)to = narrow_two(a, b); }
 __device__ __forceinline__ void store_two(float* to, float a, float b) { *(float2*)to = {a, b}; }
 
 // n: the column of a thread's first sum.

@@ -101,3 +101,40 @@ template <int WHICH> struct ClusterJoin {
     return one;
   }
 };
+
+// The same of blocks anywhere, through memory: each writes all of its sums there, and reads the others' of its share.
+template <int WHICH, int COUNT>
+__device__ __forceinline__ void join_in_memory(const Chain& c, int index, int item, int warp, const Part& part, const Columns<WHICH>& mine,
+                                               const float (&d)[COUNT], Four (&sums)[Columns<WHICH>::MOST]) {
+  using Mine = Columns<WHICH>;
+  constexpr int SPLIT = Mine::SPLIT, EIGHTS = Mine::EIGHTS;
+  float4* to = c.parts + (u64)item * EIGHTS * THREADS + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < EIGHTS; ++i) to[i * THREADS] = {d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]};
+  __syncwarp();
+  // A warp has the same rows in all blocks: it waits for those warps only.
+  if (threadIdx.x % 32 == 0) {
+    u32* counter = joined(c, index, part.tile, warp);
+    count(counter);
+    STAMP(threadIdx.x == 0, 3);
+    await_count(counter, SPLIT);
+  }
+  __syncwarp();
+  STAMP(threadIdx.x == 0, 4);
+  const float4* from = c.parts + ((u64)part.tile * SPLIT * EIGHTS + mine.begin) * THREADS + threadIdx.x;
+  float4 v[Mine::MOST][SPLIT];
+#pragma unroll
+  for (int i = 0; i < Mine::MOST; ++i)
+#pragma unroll
+    for (int split = 0; split < SPLIT; ++split)
+      v[i][split] = load_four(from + (split * EIGHTS + min(i, mine.end - 1 - mine.begin)) * THREADS);
+#pragma unroll
+  for (int i = 0; i < Mine::MOST; ++i) {
+    sums[i] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int split = 0; split < SPLIT; ++split) {
+      const float4& one = v[i][split];
+      sums[i].v[0] += one.x; sums[i].v[1] += one.y; sums[i].v[2] += one.z; sums[i].v[3] += one.w;
+    }
+  }
+}

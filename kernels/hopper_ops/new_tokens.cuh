@@ -11,6 +11,13 @@ __device__ __forceinline__ Turned rotate(const float (&x)[2], const float (&y)[2
           narrow_two(y[0] * c[0] + x[0] * s[0], y[1] * c[1] + x[1] * s[1])};
 }
 
+// Two dimensions times the norm's factor and gains, where there is a norm.
+__device__ __forceinline__ void normed(u32 two, const half_t* gains, float factor, float (&out)[2]) {
+  u32 gain = QK_NORM ? *(const u32*)gains : 0;
+  out[0] = low_of(two) * (QK_NORM ? factor * low_of(gain) : 1.f);
+  out[1] = high_of(two) * (QK_NORM ? factor * high_of(gain) : 1.f);
+}
+
 // The queries of a row's head, on the matrix units' right side: a thread has of one query (`lane / 4`) two neighbours of
 // each 8 dimensions.
 __device__ __forceinline__ void load_queries(const Attention& a, int row, int head, int position, u32 (&q)[STEPS][2]) {
@@ -40,18 +47,13 @@ __device__ __forceinline__ void load_queries(const Attention& a, int row, int he
     squares += __shfl_xor_sync(~0u, squares, 2);
     factor = rsqrtf(squares / HEAD_DIM + a.eps);
   }
-  auto normed = [&](u32 two, int dim, float (&out)[2]) {
-    u32 gain = QK_NORM ? *(const u32*)(a.q_norm + at + dim) : 0;
-    out[0] = low_of(two) * (QK_NORM ? factor * low_of(gain) : 1.f);
-    out[1] = high_of(two) * (QK_NORM ? factor * high_of(gain) : 1.f);
-  };
 #pragma unroll
   for (int i = 0; i < STEPS / 2; ++i)
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       float x[2], y[2];
-      normed(q[i][j], 16 * i + 8 * j, x);
-      normed(q[i + STEPS / 2][j], 16 * i + 8 * j + HEAD_DIM / 2, y);
+      normed(q[i][j], a.q_norm + at + 16 * i + 8 * j, factor, x);
+      normed(q[i + STEPS / 2][j], a.q_norm + at + 16 * i + 8 * j + HEAD_DIM / 2, factor, y);
       Turned turned = rotate(x, y, cos[i][j], sin[i][j]);
       q[i][j] = query < GROUP ? turned.x : 0;
       q[i + STEPS / 2][j] = query < GROUP ? turned.y : 0;
@@ -91,19 +93,14 @@ __device__ __forceinline__ void put_new(const Attention& a, int row, int head, i
     for (int apart = 1; apart < 32; apart *= 2) squares += __shfl_xor_sync(~0u, squares, apart);
     factor = rsqrtf(squares / HEAD_DIM + a.eps);
   }
-  auto normed = [&](u32 two, int dim, float (&out)[2]) {
-    u32 gain = QK_NORM ? *(const u32*)(a.k_norm + dim) : 0;
-    out[0] = low_of(two) * (QK_NORM ? factor * low_of(gain) : 1.f);
-    out[1] = high_of(two) * (QK_NORM ? factor * high_of(gain) : 1.f);
-  };
 #pragma unroll
   for (int i = 0; i < PAIRS; ++i) {
     int dim = 64 * i + 2 * lane;
     if (dim >= HEAD_DIM / 2) break;
     u64 angle = (u64)position * (HEAD_DIM / 2) + dim;
     float x[2], y[2];
-    normed(low[i], dim, x);
-    normed(high[i], dim + HEAD_DIM / 2, y);
+    normed(low[i], a.k_norm + dim, factor, x);
+    normed(high[i], a.k_norm + dim + HEAD_DIM / 2, factor, y);
     Turned turned = rotate(x, y, *(const u32*)(a.cos + angle), *(const u32*)(a.sin + angle));
     *(u32*)(a.k_pages + place + dim) = turned.x;
     *(u32*)(a.k_pages + place + dim + HEAD_DIM / 2) = turned.y;

@@ -174,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_MULTIPROCESSOR) page_a
   extern __shared__ __align__(1024) char raw[];
   __shared__ u64 barriers[2 * STAGES];
   __shared__ Shares shares;
-  int thread = threadIdx.x, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  int thread = threadIdx.x, warp = uniform_warp();
   u32 first = shared_address(barriers);
   STAMP(thread == 0, 0);
   Ring ring{shared_address(raw), first, first + 8 * STAGES, 0, 0};
@@ -184,8 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_MULTIPROCESSOR) page_a
       make_barrier(ring.full + 8 * i, 1);
       make_barrier(ring.empty + 8 * i, KV_HEADS);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async;" ::: "memory");
+    publish_barriers();
   }
   if (warp == KV_HEADS) shares.find(a.rows);
   __syncthreads();

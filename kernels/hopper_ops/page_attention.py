@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from importlib.resources import files
 
 import torch
 from torch import Tensor
 
 from phloem.kernels.hopper_ops.page_plan import MAX_ROWS, PagePlan
-from phloem.kernels.hopper_ops.program import Kernel, Launch, compile_cuda
-from phloem.kernels.hopper_ops.tensor_map import MAP_BYTES, map_bytes, tiles_map
+from phloem.kernels.hopper_ops.program import Kernel, Launch, address, compile_file
+from phloem.kernels.hopper_ops.tensor_map import MAP_BYTES, map_bytes, map_field, tiles_map
 from phloem.kernels.types import DecodeRows, DecodeShape, PagedKV
 
 _HEADERS = ("ptx.cuh", "wgmma.cuh", "shares.cuh", "page_step.cuh", "new_tokens.cuh", "sums.cuh")
@@ -46,9 +45,7 @@ class PageAttention:
             "PER_MULTIPROCESSOR": plan.per_multiprocessor,
             **({"TRACE": 1} if trace else {}),
         }
-        folder = files("phloem.kernels.hopper_ops")
-        headers = {name: folder.joinpath(name).read_text() for name in _HEADERS}
-        image = compile_cuda(folder.joinpath("page_attention.cu").read_text(), headers, defines, "sm_90a")
+        image = compile_file("page_attention.cu", _HEADERS, defines)
         self._launch = Launch(plan.blocks, 32 * (shape.num_kv_heads + 1), plan.shared_bytes, dependent=True)
         # Its blocks don't wait for each other: one at a time would do.
         self.kernel = Kernel(image, "page_attention", device, self._launch._replace(num_blocks=1))
@@ -76,10 +73,10 @@ class PageAttention:
             out, self._parts, self._stats, self._arrivals,
         )  # fmt: skip
         arguments = _Attention(
-            (ctypes.c_ubyte * MAP_BYTES).from_buffer_copy(k_map),
-            (ctypes.c_ubyte * MAP_BYTES).from_buffer_copy(v_map),
+            map_field(k_map),
+            map_field(v_map),
             self._rows(rows),
-            *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+            *(address(tensor) for tensor in tensors),
             eps,
             self._shape.head_dim**-0.5 * _LOG2_E,
             layer,

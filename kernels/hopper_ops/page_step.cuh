@@ -39,16 +39,10 @@ static_assert(sizeof(Attention) == 448, "as page_attention.py packs it");
 constexpr int STAMPS = 7, MAX_BLOCKS = 160, MAX_LAYERS = 96;
 __device__ long long trace[MAX_LAYERS][STAMPS][MAX_BLOCKS];
 __device__ __forceinline__ void stamp(const Attention& a, int what) {
-  long long now;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  long long now = nanoseconds();
   if (blockIdx.x < MAX_BLOCKS && a.layer < MAX_LAYERS) trace[a.layer][what][blockIdx.x] = now;
 }
 #define STAMP(when, what) do { if (when) stamp(a, what); } while (0)
 #else
 #define STAMP(when, what)
 #endif
-
-// Two neighbours as one word.
-__device__ __forceinline__ u32 narrow_two(float a, float b) { return (u32)narrow(a) | (u32)narrow(b) << 16; }
-__device__ __forceinline__ float low_of(u32 two) { return widen((half_t)(two & 0xffff)); }
-__device__ __forceinline__ float high_of(u32 two) { return widen((half_t)(two >> 16)); }

@@ -196,35 +196,7 @@ __device__ __forceinline__ void multiply_product(const Chain& c, int index, Ring
       STAMP(threadIdx.x == 0, 4);
       bell.parity ^= 1;
     } else {
-      float4* to = c.parts + (u64)at.item * EIGHTS * THREADS + threadIdx.x;
-#pragma unroll
-      for (int i = 0; i < EIGHTS; ++i) to[i * THREADS] = {d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]};
-      __syncwarp();
-      // A warp has the same rows in all blocks: it waits for those warps only.
-      if (lane == 0) {
-        u32* counter = joined(c, index, part.tile, warp);
-        count(counter);
-        STAMP(threadIdx.x == 0, 3);
-        await_count(counter, SPLIT);
-      }
-      __syncwarp();
-      STAMP(threadIdx.x == 0, 4);
-      const float4* from = c.parts + ((u64)part.tile * SPLIT * EIGHTS + mine.begin) * THREADS + threadIdx.x;
-      float4 v[Mine::MOST][SPLIT];
-#pragma unroll
-      for (int i = 0; i < Mine::MOST; ++i)
-#pragma unroll
-        for (int split = 0; split < SPLIT; ++split)
-          v[i][split] = load_four(from + (split * EIGHTS + min(i, mine.end - 1 - mine.begin)) * THREADS);
-#pragma unroll
-      for (int i = 0; i < Mine::MOST; ++i) {
-        sums[i] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-        for (int split = 0; split < SPLIT; ++split) {
-          const float4& one = v[i][split];
-          sums[i].v[0] += one.x; sums[i].v[1] += one.y; sums[i].v[2] += one.z; sums[i].v[3] += one.w;
-        }
-      }
+      join_in_memory<WHICH>(c, index, at.item, warp, part, mine, d, sums);
     }
 
     if constexpr (WHICH == GATE_UP) {
@@ -268,8 +240,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) product_chain(const
     make_barrier(begun, 1);
     make_barrier(found, 1);
     make_barrier(found + 8, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async;" ::: "memory");
+    publish_barriers();
   }
   __syncthreads();
   if (CLUSTER > 1) arrive_at_cluster();

@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +18,8 @@ from phloem.kernels.hopper_ops.chain_plan import (
     ChainPlan,
     size_of,
 )
-from phloem.kernels.hopper_ops.program import Kernel, Launch, compile_cuda
-from phloem.kernels.hopper_ops.tensor_map import INNER, MAP_BYTES, halves_map, map_bytes, rows_map
+from phloem.kernels.hopper_ops.program import Kernel, Launch, address, compile_file
+from phloem.kernels.hopper_ops.tensor_map import INNER, MAP_BYTES, halves_map, map_bytes, map_field, rows_map
 from phloem.kernels.types import LinearWeight
 
 MAX_ROWS = SIZES[-1]
@@ -103,14 +102,14 @@ class ProductChain:
     def _product(self, plan: ChainPlan, link: ChainLink) -> _Product:
         tiles, (n, k) = plan.tiles[link.name], (link.out.shape[1], link.x.shape[1])
         return _Product(
-            _bytes(self._weight_map(plan, link)),
-            _bytes(map_bytes(rows_map(link.x, plan.size, tiles.depth * INNER))),
-            _address(link.w.bias),
-            _address(link.squares),
-            _address(link.residual),
-            _address(link.gain),
-            _address(link.out),
-            _address(link.squares_out),
+            map_field(self._weight_map(plan, link)),
+            map_field(map_bytes(rows_map(link.x, plan.size, tiles.depth * INNER))),
+            address(link.w.bias),
+            address(link.squares),
+            address(link.residual),
+            address(link.gain),
+            address(link.out),
+            address(link.squares_out),
             NAMES.index(link.name),
             n,
             k,
@@ -165,12 +164,10 @@ def chain_defines(plan: ChainPlan, dtype: torch.dtype) -> dict[str, object]:
 
 
 def _image(plan: ChainPlan, dtype: torch.dtype, trace: bool) -> bytes:
-    folder = files("phloem.kernels.hopper_ops")
-    headers = {name: folder.joinpath(name).read_text() for name in _HEADERS}
     rows = frozenset(tiles.rows // plan.boxes(name) for name, tiles in plan.tiles.items())
-    headers["multiply.cuh"] = multiply_source(rows, dtype == torch.float16)
+    made = {"multiply.cuh": multiply_source(rows, dtype == torch.float16)}
     defines = chain_defines(plan, dtype) | ({"TRACE": 1} if trace else {})
-    return compile_cuda(folder.joinpath("product_chain.cu").read_text(), headers, defines, "sm_90a")
+    return compile_file("product_chain.cu", _HEADERS, defines, made)
 
 
 def _launch(plan: ChainPlan) -> Launch:
@@ -203,11 +200,3 @@ class _Chain(ctypes.Structure):
 
 
 assert (ctypes.sizeof(_Product), ctypes.sizeof(_Chain)) == (384, 4 * 384 + 64), "as in product_chain.cu"
-
-
-def _bytes(data: bytes) -> Any:
-    return (ctypes.c_ubyte * MAP_BYTES).from_buffer_copy(data)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -8,10 +8,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from phloem.kernels.types import CudaError
 
@@ -111,6 +113,16 @@ def resident_blocks(device: torch.device, clusters: tuple[int, ...], shared_byte
     return {size: kernel.room(Launch(size, 32, shared_bytes, cluster=size)) for size in clusters}
 
 
+def compile_file(
+    name: str, headers: Sequence[str], defines: Mapping[str, object], made: Mapping[str, str] | None = None
+) -> bytes:
+    """The machine code of a source of this folder, for Hopper; `made` are headers that no file holds. As
+    `compile_cuda`."""
+    folder = files("phloem.kernels.hopper_ops")
+    texts = {header: folder.joinpath(header).read_text() for header in headers} | dict(made or {})
+    return compile_cuda(folder.joinpath(name).read_text(), texts, defines, "sm_90a")
+
+
 def compile_cuda(
     source: str, headers: Mapping[str, str], defines: Mapping[str, object], architecture: str
 ) -> bytes:
@@ -156,6 +168,11 @@ def has_bindings() -> bool:
 def bindings(name: str) -> Any:
     """A module of `cuda.bindings`."""
     return importlib.import_module(f"cuda.bindings.{name}")
+
+
+def address(tensor: Tensor | None) -> int:
+    """As a kernel gets it: 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def checked(result: tuple[Any, ...]) -> Any:

@@ -25,6 +25,20 @@ __device__ __forceinline__ half_t narrow(float f) {
   return h;
 }
 
+// Two neighbours as one word.
+__device__ __forceinline__ u32 narrow_two(float a, float b) { return (u32)narrow(a) | (u32)narrow(b) << 16; }
+__device__ __forceinline__ float low_of(u32 two) { return widen((half_t)(two & 0xffff)); }
+__device__ __forceinline__ float high_of(u32 two) { return widen((half_t)(two >> 16)); }
+
+// The compiler has to know that it is the same for all threads of a warp.
+__device__ __forceinline__ int uniform_warp() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+
+__device__ __forceinline__ long long nanoseconds() {
+  long long now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+
 __device__ __forceinline__ float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -41,6 +55,12 @@ __device__ __forceinline__ u64 streaming_policy() {
 
 __device__ __forceinline__ void make_barrier(u32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// By who has made them, before others wait and before TMA arrives.
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async;" ::: "memory");
 }
 
 __device__ __forceinline__ void arrive(u32 barrier) {

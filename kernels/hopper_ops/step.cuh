@@ -71,8 +71,7 @@ static_assert(sizeof(Step) == 120, "as decode_step.py packs it");
 constexpr int MAX_PHASES = 512, STAMPS = 6, MAX_BLOCKS = 160;
 __device__ long long trace[MAX_PHASES][STAMPS][MAX_BLOCKS];
 __device__ __forceinline__ void stamp(int phase, int what) {
-  long long now;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  long long now = nanoseconds();
   if (threadIdx.x == 0) trace[phase][what][blockIdx.x] = now;
 }
 #define STAMP(when, what) do { if (when) stamp(index, what); } while (0)

@@ -66,6 +66,11 @@ def _encode(matrix: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], bo
     )
 
 
+def map_field(data: bytes) -> Any:
+    """`map_bytes` for a structure with such a field."""
+    return (ctypes.c_ubyte * MAP_BYTES).from_buffer_copy(data)
+
+
 def map_bytes(tensor_map: Any) -> bytes:
     """What a kernel reads; on the device it is aligned to 64 bytes."""
     return ctypes.string_at(tensor_map.getPtr(), MAP_BYTES)

@@ -46,6 +46,17 @@ def pages_of(pieces: list[PieceReceived]) -> list[tuple[int, int]]:
     return [(piece.header.page_start, piece.header.num_pages) for piece in pieces]
 
 
+def assert_fits_other_slots(world: HandoverWorld, job: Job, num_pages: int) -> None:
+    """The channel is lost, and opens again with slots of so many pages: no piece is larger, and all come."""
+    world.wire.slot_bytes = num_pages * PAGE_BYTES
+    world.wire.lose()
+    world.wire.open()
+    pieces = go_ahead(world, job)
+    assert all(piece.header.num_bytes <= num_pages * PAGE_BYTES for piece in pieces)
+    world.run()
+    assert_handed_over(world, job)
+
+
 def test_chunks_that_are_all_computed_go_as_one() -> None:
     world = world_with_slots(num_pages=4)
     job = computed(world)
@@ -76,14 +87,7 @@ def test_what_has_no_slot_goes_when_there_is_one(num_slots: int) -> None:
 @pytest.mark.parametrize(("usual", "these"), [(4, 1), (1, 4), (2, 3)])
 def test_slots_of_another_size_than_was_planned_for(usual: int, these: int) -> None:
     world = world_with_slots(num_pages=usual)
-    job = computed(world)
-    world.wire.slot_bytes = these * PAGE_BYTES
-    world.wire.lose()
-    world.wire.open()
-    pieces = go_ahead(world, job)
-    assert all(piece.header.num_bytes <= these * PAGE_BYTES for piece in pieces)
-    world.run()
-    assert_handed_over(world, job)
+    assert_fits_other_slots(world, computed(world), these)
 
 
 @pytest.mark.parametrize("these", [1, 2, 3, 4])
@@ -96,14 +100,7 @@ def test_slots_that_only_the_first_draft_fits(
     monkeypatch.setattr(layer_groups, "FIRST_PIECE_BYTES", PAGE_BYTES)
     monkeypatch.setattr(layer_groups, "LAST_PIECE_BYTES", PAGE_BYTES)
     world = world_with_slots(num_pages=4, num_slots=num_slots)
-    job = computed(world, num_tokens=num_tokens)
-    world.wire.slot_bytes = these * PAGE_BYTES
-    world.wire.lose()
-    world.wire.open()
-    pieces = go_ahead(world, job)
-    assert all(piece.header.num_bytes <= these * PAGE_BYTES for piece in pieces)
-    world.run()
-    assert_handed_over(world, job)
+    assert_fits_other_slots(world, computed(world, num_tokens=num_tokens), these)
 
 
 def test_second_draft_says_what_crosses_before_it() -> None:

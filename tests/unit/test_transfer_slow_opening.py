@@ -21,6 +21,8 @@ from tests.support.transfer import (
     NUM_SLOTS,
     PREFILL,
     SLOT_BYTES,
+    Recorded,
+    RoguePeer,
     accept_open,
     dial_open,
     one_end,
@@ -28,7 +30,7 @@ from tests.support.transfer import (
     transfer_config,
     wait_until,
 )
-from tests.support.transfer_opening import Hangs, both_ends
+from tests.support.transfer_opening import Hanging, Hangs, both_ends
 
 TIMEOUT_S = 0.3
 SOON_S = 2.0  # what cleaning up may take
@@ -83,6 +85,13 @@ def test_side_that_has_opened_does_not_take_one_that_still_opens_for_silent(
         other.next(ChannelOpened)
 
 
+def assert_noticed_when_it_leaves(rogue: RoguePeer, ours: Recorded, hanging: Hanging) -> None:
+    wait_until(lambda: hanging.num_calls == 1)
+    assert ours.endpoint.status().staging_lent_bytes > 0
+    rogue.close()
+    wait_until(lambda: ours.endpoint.status().staging_lent_bytes == 0, SOON_S)
+
+
 def test_prefill_peer_that_leaves_in_the_middle_of_an_opening_is_noticed_at_once(
     hangs: Hangs,
 ) -> None:
@@ -92,10 +101,7 @@ def test_prefill_peer_that_leaves_in_the_middle_of_an_opening_is_noticed_at_once
     ) as decode:
         rogue, answer = dial_open(decode.endpoint.address, open_request())
         assert isinstance(answer, Opened)
-        wait_until(lambda: hanging.num_calls == 1)
-        assert decode.endpoint.status().staging_lent_bytes > 0
-        rogue.close()
-        wait_until(lambda: decode.endpoint.status().staging_lent_bytes == 0, SOON_S)
+        assert_noticed_when_it_leaves(rogue, decode, hanging)
 
 
 def test_decode_peer_that_leaves_in_the_middle_of_an_opening_is_noticed_at_once(
@@ -107,10 +113,7 @@ def test_decode_peer_that_leaves_in_the_middle_of_an_opening_is_noticed_at_once(
         accept_open(prefill) as rogue,
     ):
         rogue.write(Opened(SLOT_BYTES, NUM_SLOTS))
-        wait_until(lambda: hanging.num_calls == 1)
-        assert prefill.endpoint.status().staging_lent_bytes > 0
-        rogue.close()
-        wait_until(lambda: prefill.endpoint.status().staging_lent_bytes == 0, SOON_S)
+        assert_noticed_when_it_leaves(rogue, prefill, hanging)
 
 
 def test_peer_is_dialed_again_when_what_is_left_of_the_last_opening_has_ended(
