@@ -8,17 +8,21 @@ them waits for the device or a peer:
 - To record or query an event, or to make a stream wait for one, is to write or read a queue's end.
 - A launch waits when its stream's queue is full, after a thousand entries; a channel has a handful of pieces
   under way, of three entries each, and steps are launched two ahead.
-- All take the driver's lock of the context. Others hold it for microseconds, but for allocations and the
-  loading of kernels, which are over before a worker serves, but for NCCL's when a channel comes or goes. None
-  of them needs the interpreter to end. (While NCCL took 8 s to give a channel up, beside ten engines that
-  started, requests of the same engine began after 10 ms: benchmarks/check_pair.py kills.)
+- All but a query take the driver's lock of the context. Others hold it for microseconds, but for two: the
+  loading of kernels, which is over before a worker serves, and NCCL as a channel comes or goes. It frees
+  memory then, and CUDA waits for all kernels of the device, and keeps the lock. One of them may be another
+  channel's, whose peer hangs, and only a thread that has the interpreter can end that. So while channels come
+  or go calls let go of it: `giving_way`. (Without that, a peer killed while another one hung stopped a whole
+  engine for good: tests/gpu/test_cuda_survivors.py. torch had the same: its pull request 119393.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 _LIBRARY = "libcuda.so.1"
@@ -33,7 +37,6 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cuDevicePrimaryCtxRetain": (_POINTER, _INT),
     "cuCtxSetCurrent": (_POINTER,),
     "cuEventCreate": (_POINTER, _UINT),
-    "cuEventDestroy_v2": (_POINTER,),
     "cuEventRecord": (_POINTER, _POINTER),
     "cuEventQuery": (_POINTER,),
     "cuStreamWaitEvent": (_POINTER, _POINTER, _UINT),
@@ -47,11 +50,19 @@ class CudaDriver:
     device from then on, for torch's calls as well. Streams, events and kernels are handles. All raise
     `RuntimeError` when the driver refuses, also for what it failed at before."""
 
-    def __init__(self, library: Any, device: int) -> None:
-        """`library`: the driver's, whose functions keep the interpreter; `device`: as torch counts them."""
-        for name, arguments in _ARGUMENTS.items():
-            getattr(library, name).argtypes = arguments
-        self._library = library
+    def __init__(self, keeping: Any, yielding: Any, device: int) -> None:
+        """The driver's library, whose functions keep the interpreter, and the same whose functions let go of
+        it; `device`: as torch counts them."""
+        for library in (keeping, yielding):
+            for name, arguments in _ARGUMENTS.items():
+                getattr(library, name).argtypes = arguments
+        self._keeping, self._yielding = keeping, yielding
+        # No line that reads it calls anything between that and its own call: nobody gets a turn there.
+        self._library = library = keeping
+        self.gives_way = False
+        self._num_long_calls = 0
+        self._changing = threading.Lock()  # of these
+        self._idle_events: list[int] = []
         self._here = threading.local()  # whether the thread has the context
         handle, context = ctypes.c_int(), ctypes.c_void_p()
         self._checked(library.cuInit(0))
@@ -59,17 +70,29 @@ class CudaDriver:
         self._checked(library.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle))
         self._context = context
 
+    @contextlib.contextmanager
+    def giving_way(self) -> Iterator[None]:
+        """Around a call that may keep the driver's lock until another thread has had its turn. Meanwhile the
+        calls here, of any thread, let go of the interpreter; other libraries' callers look at `gives_way`."""
+        self._count_long_call(1)
+        try:
+            yield
+        finally:
+            self._count_long_call(-1)
+
     def new_event(self) -> int:
+        with contextlib.suppress(IndexError):
+            return self._idle_events.pop()
         self._enter()
         event = ctypes.c_void_p()
-        self._checked(self._library.cuEventCreate(ctypes.byref(event), _DISABLE_TIMING))
+        place = ctypes.byref(event)
+        self._checked(self._library.cuEventCreate(place, _DISABLE_TIMING))
         assert event.value is not None
         return event.value
 
     def drop_event(self, event: int) -> None:
-        """What waits for it on the device still does. A driver that ends, as a process does, may refuse."""
-        self._enter()
-        self._library.cuEventDestroy_v2(event)
+        """Somebody else's from now on. What waits for it on the device still does."""
+        self._idle_events.append(event)
 
     def record(self, event: int, stream: int) -> None:
         self._enter()
@@ -97,6 +120,12 @@ class CudaDriver:
                 function, num_blocks, 1, 1, num_threads, 1, 1, shared_bytes, stream, arguments, None
             )
         )
+
+    def _count_long_call(self, more: int) -> None:
+        with self._changing:
+            self._num_long_calls += more
+            self.gives_way = self._num_long_calls > 0
+            self._library = self._yielding if self.gives_way else self._keeping
 
     def _enter(self) -> None:
         if not hasattr(self._here, "entered"):
@@ -136,4 +165,4 @@ class CudaEvent:
 @functools.cache
 def cuda_driver(device: int) -> CudaDriver:
     """The `device`-th of those that the process sees. Raises `OSError` where there is no driver."""
-    return CudaDriver(ctypes.PyDLL(_LIBRARY), device)
+    return CudaDriver(ctypes.PyDLL(_LIBRARY), ctypes.CDLL(_LIBRARY), device)

@@ -6,6 +6,7 @@ called so: torch makes the communicator, and aborts it.
 
 The first call connects to the peer, and waits for it: other threads have the interpreter meanwhile. Those
 after it only queue a kernel, and keep the interpreter, as `kernels.cuda_driver` does and for the same reason.
+While channels come or go they let go of it, too, as its calls do.
 NCCL itself has room for thousands of operations that the device has not begun; a channel has one for each
 slot.
 """
@@ -13,10 +14,12 @@ slot.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from phloem.kernels.cuda_driver import CudaDriver
 from phloem.shared.transfer.errors import channel_lost
 
 _LIBRARY = "libnccl.so.2"  # loaded by torch
@@ -27,7 +30,7 @@ _SUCCESS = 0
 class NcclCalls:
     """Of one communicator of two ranks. Who calls sees to it that nobody aborts it meanwhile."""
 
-    def __init__(self, communicator: int, peer: int) -> None:
+    def __init__(self, communicator: int, peer: int, driver: CudaDriver) -> None:
         """Raises `channel_lost` when torch's NCCL can't be called."""
         if not communicator:
             raise channel_lost("torch has no NCCL communicator for the channel")
@@ -39,8 +42,8 @@ class NcclCalls:
         self._peer = ctypes.c_int(peer)
         self._type = ctypes.c_int(_UINT8)
         # The address, count, type, peer, communicator and stream are given as such: no types are declared.
-        self._send, self._receive = library.ncclSend, library.ncclRecv
-        self._send_at_once, self._receive_at_once = keeping.ncclSend, keeping.ncclRecv
+        self._send = _Direction(keeping.ncclSend, library.ncclSend, driver)
+        self._receive = _Direction(keeping.ncclRecv, library.ncclRecv, driver)
         self._tell = library.ncclGetErrorString
         self._tell.restype = ctypes.c_char_p
 
@@ -48,17 +51,13 @@ class NcclCalls:
         """Queues the sending of the first `num_bytes` of `data` (uint8, contiguous) in `stream`. Raises
         `channel_lost`."""
         self._call(self._send, data, num_bytes, stream)
-        self._send = self._send_at_once
 
     def receive(self, data: Tensor, num_bytes: int, stream: torch.cuda.Stream) -> None:
         """Queues the receiving of just as many bytes. Raises `channel_lost`."""
         self._call(self._receive, data, num_bytes, stream)
-        self._receive = self._receive_at_once
 
-    def _call(
-        self, function: ctypes._NamedFuncPointer, data: Tensor, num_bytes: int, stream: torch.cuda.Stream
-    ) -> None:
-        result = function(
+    def _call(self, direction: _Direction, data: Tensor, num_bytes: int, stream: torch.cuda.Stream) -> None:
+        result = direction(
             ctypes.c_void_p(data.data_ptr()),
             ctypes.c_size_t(num_bytes),
             self._type,
@@ -68,3 +67,18 @@ class NcclCalls:
         )
         if result != _SUCCESS:
             raise channel_lost(f"NCCL fails: {self._tell(ctypes.c_int(result)).decode()}")
+
+
+class _Direction:
+    """Of a communicator. Its first call that NCCL takes connects."""
+
+    def __init__(self, keeping: Callable[..., int], yielding: Callable[..., int], driver: CudaDriver) -> None:
+        self._keeping, self._yielding = keeping, yielding
+        self._driver = driver
+        self._is_connected = False
+
+    def __call__(self, *arguments: object) -> int:
+        keeps = self._is_connected and not self._driver.gives_way  # nobody has a turn until the call
+        result = self._keeping(*arguments) if keeps else self._yielding(*arguments)
+        self._is_connected |= result == _SUCCESS
+        return result

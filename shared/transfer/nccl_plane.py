@@ -40,10 +40,15 @@ class NcclPlane:
 
     def __init__(self, spec: PlaneSpec, store: ControlStore) -> None:
         device = torch.device(spec.device)
-        self._group = join_group(spec, store, COMMUNICATOR_CTAS * spec.max_ctas)
         with torch.cuda.device(device):
             self._driver = cuda_driver(torch.cuda.current_device())
-            self._calls = NcclCalls(self._group._comm_ptr(), 1 - RANKS[spec.side])
+        self._traffic, self._timeout_s = spec.traffic, spec.timeout_s
+        self._traffic.settle(self._timeout_s)
+        with self._driver.giving_way():
+            self._group = join_group(spec, store, COMMUNICATOR_CTAS * spec.max_ctas)
+        with torch.cuda.device(device):
+            self._calls = NcclCalls(self._group._comm_ptr(), 1 - RANKS[spec.side], self._driver)
+        self._lane = self._traffic.enter()
         take = spec.streams.take
         self._link, self._readers = take(device), take(device)
         self._posting = threading.Lock()  # of who uses the communicator
@@ -59,12 +64,15 @@ class NcclPlane:
     def abort(self) -> None:
         """Returns when NCCL has let go of everything: before, nobody else may have the staging memory. Who
         comes to post meanwhile, as the engine's thread, is refused at once."""
-        began = time.monotonic()
         self._aborted = True
         if self._posting.acquire(timeout=_ABORT_WAIT_S):
             self._posting.release()
+        self._traffic.leave(self._lane)
+        self._traffic.settle(self._timeout_s)
+        began = time.monotonic()
         try:
-            self._group.abort()
+            with self._driver.giving_way():
+                self._group.abort()
         finally:
             if (took_s := time.monotonic() - began) > _LONG_ABORT_S:
                 log.warning("NCCL took %.1f s to give a channel up", took_s)
@@ -82,6 +90,7 @@ class NcclPlane:
                 call(data, num_bytes, self._link)
                 event = CudaEvent(self._driver)
                 event.record(self._link)
+                self._lane.newest = event
             except RuntimeError as error:
                 raise channel_lost(f"the device failed: {error}") from error
             return event

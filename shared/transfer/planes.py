@@ -16,6 +16,7 @@ from phloem.shared.transfer.events import Side
 from phloem.shared.transfer.pending import Moved, Pending
 from phloem.shared.transfer.rendezvous import ControlStore
 from phloem.shared.transfer.streams import StreamStock
+from phloem.shared.transfer.traffic import DeviceTraffic
 
 RANKS: dict[Side, int] = {"decode": 0, "prefill": 1}
 
@@ -43,7 +44,8 @@ class DataPlane(Protocol):
 class PlaneSpec:
     """One rank's part of a plane; `host` is the own address that its sockets bind to, `max_ctas` bounds the
     streaming multiprocessors that NCCL may use at a time. Joining the plane, and its first byte, may take
-    `opening_timeout_s` each, what comes then `timeout_s`. Planes of one device share `streams`."""
+    `opening_timeout_s` each, what comes then `timeout_s`. Planes of one device share `streams` and
+    `traffic`."""
 
     host: str
     side: Side
@@ -52,6 +54,7 @@ class PlaneSpec:
     max_ctas: int = MAX_CTAS
     opening_timeout_s: float = OPENING_TIMEOUT_S
     streams: StreamStock = field(default_factory=StreamStock, compare=False, repr=False)
+    traffic: DeviceTraffic = field(default_factory=DeviceTraffic, compare=False, repr=False)
 
 
 def open_plane(spec: PlaneSpec, store: ControlStore) -> DataPlane:

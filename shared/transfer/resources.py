@@ -10,6 +10,7 @@ from phloem.shared.transfer.opening import StuckOpenings
 from phloem.shared.transfer.planes import PlaneSpec
 from phloem.shared.transfer.staging_pool import StagingLease, StagingPool
 from phloem.shared.transfer.streams import StreamStock
+from phloem.shared.transfer.traffic import DeviceTraffic
 
 
 class Resources:
@@ -19,6 +20,7 @@ class Resources:
         """Allocates the memory of all channels. Raises what torch raises when the device has no room."""
         self._config = config
         self._streams = StreamStock()
+        self._traffic = DeviceTraffic()
         self.pool = StagingPool(config)
         self.stuck = StuckOpenings()
 
@@ -32,6 +34,7 @@ class Resources:
             max_ctas=config.max_ctas,
             opening_timeout_s=config.opening_timeout_s,
             streams=self._streams,
+            traffic=self._traffic,
         )
 
     def take_back(self, peer: PeerRef, lease: StagingLease, end: ChannelEnd) -> None:

@@ -65,8 +65,13 @@ def library() -> Library:
 
 
 @pytest.fixture
-def driver(library: Library) -> CudaDriver:
-    return CudaDriver(library, 3)
+def yielding() -> Library:
+    return Library()
+
+
+@pytest.fixture
+def driver(library: Library, yielding: Library) -> CudaDriver:
+    return CudaDriver(library, yielding, 3)
 
 
 def stream() -> Any:
@@ -84,15 +89,55 @@ def test_each_thread_that_calls_enters_the_context_once(library: Library, driver
     assert [context.value for (context,) in library.named("cuCtxSetCurrent")] == [CONTEXT] * 2
 
 
-def test_event_is_recorded_waited_for_and_dropped_by_its_handle(library: Library, driver: CudaDriver) -> None:
+def test_event_is_recorded_and_waited_for_by_its_handle(library: Library, driver: CudaDriver) -> None:
     event = CudaEvent(driver)
     event.record(stream())
     event.wait(stream())
-    del event
-    gc.collect()
     assert library.named("cuEventRecord") == [(FIRST_EVENT, STREAM)]
     assert library.named("cuStreamWaitEvent") == [(STREAM, FIRST_EVENT, 0)]
-    assert library.named("cuEventDestroy_v2") == [(FIRST_EVENT,)]
+
+
+def test_dropped_event_is_the_next_ones(library: Library, driver: CudaDriver) -> None:
+    events = [CudaEvent(driver) for _ in range(3)]
+    del events[1]
+    gc.collect()
+    events += [CudaEvent(driver), CudaEvent(driver)]
+    for event in events:
+        event.record(stream())
+    assert [event for event, _ in library.named("cuEventRecord")] == [FIRST_EVENT + i for i in (0, 2, 1, 3)]
+    assert len(library.named("cuEventCreate")) == 4 and not library.named("cuEventDestroy_v2")
+
+
+def test_while_a_long_call_runs_all_calls_let_go_of_the_interpreter(
+    library: Library, yielding: Library, driver: CudaDriver
+) -> None:
+    event = CudaEvent(driver)
+    calls: list[Callable[[], object]] = [
+        event.query,
+        lambda: event.record(stream()),
+        lambda: event.wait(stream()),
+        lambda: CudaEvent(driver),
+        lambda: driver.launch(1, 1, 32, 0, STREAM, None),
+    ]
+    first = driver.giving_way()
+    with driver.giving_way():
+        first.__enter__()
+    for gives_way in (True, False):  # another one goes on when one has ended
+        assert driver.gives_way == gives_way
+        library.calls.clear()
+        yielding.calls.clear()
+        for call in calls:
+            call()
+        kept, let_go = len(library.calls), len(yielding.calls)
+        assert (kept, let_go) == ((0, len(calls)) if gives_way else (len(calls) - 1, 0))  # one event is left
+        if gives_way:
+            first.__exit__(None, None, None)
+
+
+def test_call_that_fails_gives_way_no_longer(driver: CudaDriver) -> None:
+    with pytest.raises(OSError, match="NCCL"), driver.giving_way():
+        raise OSError("NCCL")
+    assert not driver.gives_way
 
 
 @pytest.mark.parametrize(("result", "done"), [(0, True), (NOT_READY, False)])

@@ -55,20 +55,33 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     return made
 
 
+class Driver:
+    gives_way = False
+
+
+@pytest.fixture
+def driver() -> Any:
+    return Driver()
+
+
 def stream() -> Any:
     return SimpleNamespace(cuda_stream=STREAM)
 
 
 @pytest.mark.parametrize("name", ["send", "receive"])
-def test_address_count_type_peer_communicator_and_stream_are_given(library: Library, name: str) -> None:
+def test_address_count_type_peer_communicator_and_stream_are_given(
+    library: Library, name: str, driver: Any
+) -> None:
     data = torch.zeros(4096, dtype=torch.uint8)[64:2064]
-    getattr(NcclCalls(COMMUNICATOR, PEER), name)(data, 1000, stream())
+    getattr(NcclCalls(COMMUNICATOR, PEER, driver), name)(data, 1000, stream())
     assert library.calls == [(name, [data.data_ptr(), 1000, 1, PEER, COMMUNICATOR, STREAM])]
 
 
 @pytest.mark.parametrize("name", ["send", "receive"])
-def test_only_the_call_that_connects_lets_go_of_the_interpreter(library: Library, name: str) -> None:
-    calls, data = NcclCalls(COMMUNICATOR, PEER), torch.zeros(8, dtype=torch.uint8)
+def test_only_the_call_that_connects_lets_go_of_the_interpreter(
+    library: Library, name: str, driver: Any
+) -> None:
+    calls, data = NcclCalls(COMMUNICATOR, PEER, driver), torch.zeros(8, dtype=torch.uint8)
     library.result = 1
     with pytest.raises(PhloemError):
         getattr(calls, name)(data, 8, stream())
@@ -78,14 +91,23 @@ def test_only_the_call_that_connects_lets_go_of_the_interpreter(library: Library
     assert library.kept == [False, False, True, True]
 
 
-def test_failure_is_told_in_nccls_words(library: Library) -> None:
+@pytest.mark.parametrize("name", ["send", "receive"])
+def test_while_channels_come_or_go_all_calls_let_go_of_it(library: Library, name: str, driver: Any) -> None:
+    calls, data = NcclCalls(COMMUNICATOR, PEER, driver), torch.zeros(8, dtype=torch.uint8)
+    for gives_way in (False, False, True, False):
+        driver.gives_way = gives_way
+        getattr(calls, name)(data, 8, stream())
+    assert library.kept == [False, True, False, True]
+
+
+def test_failure_is_told_in_nccls_words(library: Library, driver: Any) -> None:
     library.result = 1
     with pytest.raises(PhloemError, match="unhandled cuda error") as caught:
-        NcclCalls(COMMUNICATOR, PEER).send(torch.zeros(8, dtype=torch.uint8), 8, stream())
+        NcclCalls(COMMUNICATOR, PEER, driver).send(torch.zeros(8, dtype=torch.uint8), 8, stream())
     assert caught.value.code == "channel_lost"
 
 
-def test_group_without_a_communicator_makes_no_channel(library: Library) -> None:
+def test_group_without_a_communicator_makes_no_channel(library: Library, driver: Any) -> None:
     with pytest.raises(PhloemError) as caught:
-        NcclCalls(0, PEER)
+        NcclCalls(0, PEER, driver)
     assert caught.value.code == "channel_lost" and not library.calls

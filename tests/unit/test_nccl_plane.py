@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from phloem.shared.errors import PhloemError
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec
+from phloem.shared.transfer.traffic import DeviceTraffic
 
 WAIT_S = 5.0
 
@@ -41,9 +42,26 @@ class Nccl:
         return 1
 
 
+class Driver:
+    """Counts the long calls that all others give way to."""
+
+    def __init__(self) -> None:
+        self.num_long = 0
+
+    @contextmanager
+    def giving_way(self) -> Iterator[None]:
+        self.num_long += 1
+        yield
+        self.num_long -= 1
+
+
 class _Event:
     def __init__(self, driver: object) -> None:
         del driver
+        self.is_done = False
+
+    def query(self) -> bool:
+        return self.is_done
 
     def record(self, stream: object) -> None:
         del stream
@@ -58,19 +76,35 @@ def nccl() -> Iterator[Nccl]:
 
 
 @pytest.fixture
-def plane(nccl: Nccl, monkeypatch: pytest.MonkeyPatch) -> DataPlane:
+def driver() -> Driver:
+    return Driver()
+
+
+@pytest.fixture
+def traffic() -> DeviceTraffic:
+    return DeviceTraffic()
+
+
+@pytest.fixture
+def plane(nccl: Nccl, driver: Driver, traffic: DeviceTraffic, monkeypatch: pytest.MonkeyPatch) -> DataPlane:
     if not hasattr(torch.distributed, "ProcessGroupNCCL"):  # in torch's builds for CPUs
         monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", None, raising=False)
     module = importlib.import_module("phloem.shared.transfer.nccl_plane")
     calls = SimpleNamespace(send=nccl.send, receive=nccl.send)
-    monkeypatch.setattr(module, "join_group", lambda spec, store, max_ctas: nccl)
-    monkeypatch.setattr(module, "cuda_driver", lambda device: None)
-    monkeypatch.setattr(module, "NcclCalls", lambda communicator, peer: calls)
+
+    def join_group(spec: object, store: object, max_ctas: int) -> Nccl:
+        del spec, store, max_ctas
+        assert driver.num_long == 1
+        return nccl
+
+    monkeypatch.setattr(module, "join_group", join_group)
+    monkeypatch.setattr(module, "cuda_driver", lambda device: driver)
+    monkeypatch.setattr(module, "NcclCalls", lambda communicator, peer, driver: calls)
     monkeypatch.setattr(module, "CudaEvent", _Event)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     streams: Any = SimpleNamespace(take=lambda device: None)
-    spec = PlaneSpec("127.0.0.1", "prefill", "cuda:0", WAIT_S, streams=streams)
+    spec = PlaneSpec("127.0.0.1", "prefill", "cuda:0", WAIT_S, streams=streams, traffic=traffic)
     made: DataPlane = module.NcclPlane(spec, None)
     return made
 
@@ -112,3 +146,45 @@ def test_abort_waits_for_who_is_posting(nccl: Nccl, plane: DataPlane) -> None:
     for thread in (posting, aborting):
         thread.join(WAIT_S)
     assert nccl.order == ["sent", "abort"]
+
+
+def test_calls_give_way_while_nccl_makes_a_channel_or_gives_it_up(
+    nccl: Nccl, driver: Driver, plane: DataPlane
+) -> None:
+    """The fixture has looked while it was made."""
+    assert driver.num_long == 0
+    aborting = in_thread(plane.abort)
+    assert nccl.is_aborting.wait(WAIT_S)
+    assert driver.num_long == 1
+    nccl.may_abort.set()
+    aborting.join(WAIT_S)
+    assert driver.num_long == 0
+
+
+def test_channel_is_given_up_when_what_others_have_under_way_has_ended(
+    nccl: Nccl, traffic: DeviceTraffic, plane: DataPlane
+) -> None:
+    """A peer of another channel may hang: until NCCL has freed memory nobody could use the device."""
+    traffic.enter().newest = theirs = _Event(None)
+    nccl.may_abort.set()
+    nccl.may_send.set()
+    plane.post_send(torch.zeros(1, dtype=torch.uint8))  # ends by the abort alone
+    aborting = in_thread(plane.abort)
+    assert not nccl.is_aborting.wait(0.1)
+    theirs.is_done = True
+    aborting.join(WAIT_S)
+    assert nccl.order == ["sent", "abort"]
+
+
+def test_what_a_channel_posts_is_known_until_it_is_given_up(
+    nccl: Nccl, traffic: DeviceTraffic, plane: DataPlane
+) -> None:
+    nccl.may_send.set()
+    nccl.may_abort.set()
+    plane.post_send(torch.zeros(1, dtype=torch.uint8))
+    others = in_thread(lambda: traffic.settle(WAIT_S))
+    others.join(0.1)
+    assert others.is_alive()
+    plane.abort()
+    others.join(WAIT_S)
+    assert not others.is_alive()
