@@ -8,12 +8,16 @@ them waits for the device or a peer:
 - To record or query an event, or to make a stream wait for one, is to write or read a queue's end.
 - A launch waits when its stream's queue is full, after a thousand entries; a channel has a handful of pieces
   under way, of three entries each, and steps are launched two ahead.
-- All but a query take the driver's lock of the context. Others hold it for microseconds, but for two: the
-  loading of kernels, which is over before a worker serves, and NCCL as a channel comes or goes. It frees
-  memory then, and CUDA waits for all kernels of the device, and keeps the lock. One of them may be another
-  channel's, whose peer hangs, and only a thread that has the interpreter can end that. So while channels come
-  or go calls let go of it: `giving_way`. (Without that, a peer killed while another one hung stopped a whole
-  engine for good: tests/gpu/test_cuda_survivors.py. torch had the same: its pull request 119393.)
+- To launch, and to create or record an event, takes the driver's lock of the context. Others hold it for
+  microseconds, but for who frees memory or loads a kernel: CUDA waits for all kernels of the device then, and
+  keeps the lock. One of them may be the receive of a peer that hangs, and only a thread that has the
+  interpreter can end that.
+
+NCCL frees memory as a channel goes, and maybe as one comes. So while channels come or go, and while a receive
+waits for long, calls let go of the interpreter: `giving_way`. (Without that, a peer killed while another one
+hung stopped a whole engine for good: tests/gpu/test_cuda_survivors.py. torch had the same: its pull request
+119393.) What is left: a kernel that is loaded for its first use, or memory that torch frees as it runs out,
+within the first moment of a hang.
 """
 
 from __future__ import annotations
@@ -57,10 +61,11 @@ class CudaDriver:
             for name, arguments in _ARGUMENTS.items():
                 getattr(library, name).argtypes = arguments
         self._keeping, self._yielding = keeping, yielding
-        # No line that reads it calls anything between that and its own call: nobody gets a turn there.
+        # No line that reads it calls anything between that and its own call: nobody gets a turn there (but by
+        # a finalizer in a garbage collection, which Python 3.11 may make when it builds the arguments).
         self._library = library = keeping
         self.gives_way = False
-        self._num_long_calls = 0
+        self._long_calls: set[object] = set()
         self._changing = threading.Lock()  # of these
         self._idle_events: list[int] = []
         self._here = threading.local()  # whether the thread has the context
@@ -71,14 +76,24 @@ class CudaDriver:
         self._context = context
 
     @contextlib.contextmanager
-    def giving_way(self) -> Iterator[None]:
-        """Around a call that may keep the driver's lock until another thread has had its turn. Meanwhile the
-        calls here, of any thread, let go of the interpreter; other libraries' callers look at `gives_way`."""
-        self._count_long_call(1)
+    def giving_way(self, at_most_s: float | None = None) -> Iterator[None]:
+        """Around a call that may keep the driver's lock until another thread has had its turn. Meanwhile, or
+        for so long, the calls here, of any thread, let go of the interpreter; other libraries' callers look
+        at `gives_way`."""
+        call = object()
+        timer = None if at_most_s is None else threading.Timer(at_most_s, self._end_long_call, (call,))
+        with self._changing:
+            self._long_calls.add(call)
+            self._choose()
         try:
+            if timer is not None:
+                timer.daemon = True
+                timer.start()
             yield
         finally:
-            self._count_long_call(-1)
+            if timer is not None:
+                timer.cancel()
+            self._end_long_call(call)
 
     def new_event(self) -> int:
         with contextlib.suppress(IndexError):
@@ -121,11 +136,14 @@ class CudaDriver:
             )
         )
 
-    def _count_long_call(self, more: int) -> None:
+    def _end_long_call(self, call: object) -> None:
         with self._changing:
-            self._num_long_calls += more
-            self.gives_way = self._num_long_calls > 0
-            self._library = self._yielding if self.gives_way else self._keeping
+            self._long_calls.discard(call)
+            self._choose()
+
+    def _choose(self) -> None:
+        self.gives_way = bool(self._long_calls)
+        self._library = self._yielding if self.gives_way else self._keeping
 
     def _enter(self) -> None:
         if not hasattr(self._here, "entered"):
@@ -135,7 +153,8 @@ class CudaDriver:
     def _checked(self, result: int) -> None:
         if result != _SUCCESS:
             name = ctypes.c_char_p()
-            self._library.cuGetErrorName(result, ctypes.byref(name))
+            place = ctypes.byref(name)
+            self._library.cuGetErrorName(result, place)
             raise RuntimeError(f"CUDA's driver fails: {(name.value or b'').decode() or result}")
 
 

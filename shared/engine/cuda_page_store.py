@@ -50,6 +50,8 @@ class CudaPageStore:
         with torch.cuda.device(device):
             self._driver = cuda_driver(torch.cuda.current_device())
             self._mover = PageMover(kv, ops.plane_addresses(kv), self._driver)
+            # All of them: one that became garbage would share its event with whoever gets that next.
+            self._lanes: list[_Lane] = []
             self._free: deque[_Lane] = deque(self._new_lane(_USUAL_PAGES) for _ in range(_MOVES_UNDER_WAY))
             self._warm_up()
 
@@ -142,7 +144,8 @@ class CudaPageStore:
             return self._new_lane(max(_USUAL_PAGES, num_pages))
 
     def _new_lane(self, num_pages: int) -> _Lane:
-        return _Lane(self._mover, num_pages, self._driver)
+        self._lanes.append(lane := _Lane(self._mover, num_pages, self._driver))
+        return lane
 
 
 class _Lane:

@@ -6,13 +6,12 @@ import argparse
 import gc
 import logging
 import os
-import sys
-from typing import NoReturn
 
 from phloem.shared.engine.config import EngineConfig
 from phloem.shared.engine.engine_socket import EngineSocket
 from phloem.shared.engine.punctuality import ask_for_punctual_threads
 from phloem.shared.errors import ErrorInfo, PhloemError
+from phloem.shared.process_end import end_process
 from phloem.shared.protocol.engine import EngineFailed, Progress
 from phloem.shared.telemetry.logs import setup_logging
 
@@ -75,15 +74,6 @@ def _fail(socket: EngineSocket, error: Exception) -> int:
     except OSError:
         log.warning("the front is gone and can't be told")
     return 1
-
-
-def end_process(code: int) -> NoReturn:
-    """At once: what NCCL or CUDA still hold, in threads of theirs too, goes with the process. The interpreter
-    would take all objects apart first: after channels to dead peers that crashed on GPUs (in a test)."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

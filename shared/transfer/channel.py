@@ -38,9 +38,9 @@ log = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 1024 * 1024
 KEEPALIVES_PER_TIMEOUT = 4
-MAX_ABORT_S = (
-    70.0  # NCCL frees memory, and waits for the device and for others that do: seconds on a busy host
-)
+# Of NCCL, beside what a plane waits for: it frees memory, and waits for the device and for others that do,
+# seconds on a busy host.
+MAX_ABORT_S = 70.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,8 @@ class Channel(ABC):
             abort = Errand(self._plane.abort, self._thread_name("abort"))
         except RuntimeError:  # no more threads
             return self._plane
-        return None if abort.wait(MAX_ABORT_S) and not abort.failure else self._plane
+        bound_s = self._plane_spec.longest_s + MAX_ABORT_S
+        return None if abort.wait(bound_s) and not abort.failure else self._plane
 
     def _read(self) -> bytes | None:
         if not self._frames.has_frame:

@@ -20,6 +20,7 @@ from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Cancel, Credit, Last, Piece, PieceDigest, TransferMessage
 from phloem.shared.transfer.channel import Channel
+from phloem.shared.transfer.device_event import USUAL_WAIT_S
 from phloem.shared.transfer.errors import protocol_violation, transfer_timeout
 from phloem.shared.transfer.events import CancelReceived, LastReceived, PieceReceived, TransferEvent
 from phloem.shared.transfer.frames import FrameSocket
@@ -164,7 +165,7 @@ class DecodeChannel(Channel):
 
     def _receive(self, arrival: _Receiving) -> None:
         if self._runs_ahead:
-            _watch(arrival.pending, self._deadline_from(arrival.posted_at))
+            _watch(arrival.pending, min(USUAL_WAIT_S, self._deadline_from(arrival.posted_at)))
         arrival.pending.wait(self._deadline_from(arrival.posted_at))
         self._meter.received(arrival.piece.header.num_bytes, arrival.posted_at, time.monotonic())
         digest = arrival.sent_digest.wait(max(0.0, self._deadline_from(arrival.posted_at)))

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from phloem.kernels.cuda_driver import CudaDriver
 from phloem.shared.transfer.errors import channel_lost, transfer_timeout
 
 HIGH_PRIORITY = -1  # of CUDA streams: short work that should not queue behind matmuls
+USUAL_WAIT_S = 0.02  # for a peer that lives
 _SOON_S = 0.01  # pieces take a fraction of a millisecond, or some when matmuls fill the device
 _POLL_S = 0.000_05  # a look costs ten microseconds of the interpreter, for which others wait
 _LATE_S = 0.000_2
@@ -33,12 +35,17 @@ class RecordedEvent:
             raise channel_lost(f"the device failed: {error}") from error
 
     def wait(self, timeout_s: float) -> None:
+        if not self._comes_within(timeout_s):
+            raise transfer_timeout(f"no data moved for {timeout_s:.1f} s")
+
+    def _comes_within(self, seconds: float) -> bool:
         started = time.monotonic()
         while not self.done():
             waited_s = time.monotonic() - started
-            if waited_s >= timeout_s:
-                raise transfer_timeout(f"no data moved for {timeout_s:.1f} s")
+            if waited_s >= seconds:
+                return False
             time.sleep(_pause_s(waited_s))
+        return True
 
     def hold_back(self, stream: torch.cuda.Stream) -> None:
         """What `stream` is given from now on begins after this, on the device."""
@@ -69,11 +76,26 @@ def settle(device: str, timeout_s: float) -> None:
         DeviceEvent(torch.device(device)).wait(timeout_s)
 
 
-class ArrivalEvent(RecordedEvent):
-    """See `Incoming`; recorded behind the receive."""
+class PostedEvent(RecordedEvent):
+    """Recorded behind a send or a receive, which may wait for a peer that hangs."""
 
-    def __init__(self, event: Any, stream: torch.cuda.Stream) -> None:
+    def __init__(self, event: Any, driver: CudaDriver) -> None:
         super().__init__(event)
+        self._driver = driver
+
+    def _comes_within(self, seconds: float) -> bool:
+        """While it takes long, nobody keeps the interpreter from who will end it."""
+        if super()._comes_within(min(seconds, USUAL_WAIT_S)):
+            return True
+        with self._driver.giving_way():
+            return super()._comes_within(seconds - USUAL_WAIT_S)
+
+
+class ArrivalEvent(PostedEvent):
+    """See `Incoming`."""
+
+    def __init__(self, event: Any, driver: CudaDriver, stream: torch.cuda.Stream) -> None:
+        super().__init__(event, driver)
         self.stream = stream
 
 

@@ -30,8 +30,9 @@ _SUCCESS = 0
 class NcclCalls:
     """Of one communicator of two ranks. Who calls sees to it that nobody aborts it meanwhile."""
 
-    def __init__(self, communicator: int, peer: int, driver: CudaDriver) -> None:
-        """Raises `channel_lost` when torch's NCCL can't be called."""
+    def __init__(self, communicator: int, peer: int, driver: CudaDriver, opening_timeout_s: float) -> None:
+        """`opening_timeout_s`: what a call that connects may take. Raises `channel_lost` when torch's NCCL
+        can't be called."""
         if not communicator:
             raise channel_lost("torch has no NCCL communicator for the channel")
         try:
@@ -42,8 +43,8 @@ class NcclCalls:
         self._peer = ctypes.c_int(peer)
         self._type = ctypes.c_int(_UINT8)
         # The address, count, type, peer, communicator and stream are given as such: no types are declared.
-        self._send = _Direction(keeping.ncclSend, library.ncclSend, driver)
-        self._receive = _Direction(keeping.ncclRecv, library.ncclRecv, driver)
+        self._send = _Direction(keeping.ncclSend, library.ncclSend, driver, opening_timeout_s)
+        self._receive = _Direction(keeping.ncclRecv, library.ncclRecv, driver, opening_timeout_s)
         self._tell = library.ncclGetErrorString
         self._tell.restype = ctypes.c_char_p
 
@@ -72,13 +73,23 @@ class NcclCalls:
 class _Direction:
     """Of a communicator. Its first call that NCCL takes connects."""
 
-    def __init__(self, keeping: Callable[..., int], yielding: Callable[..., int], driver: CudaDriver) -> None:
+    def __init__(
+        self,
+        keeping: Callable[..., int],
+        yielding: Callable[..., int],
+        driver: CudaDriver,
+        opening_timeout_s: float,
+    ) -> None:
         self._keeping, self._yielding = keeping, yielding
         self._driver = driver
+        self._opening_timeout_s = opening_timeout_s
         self._is_connected = False
 
     def __call__(self, *arguments: object) -> int:
-        keeps = self._is_connected and not self._driver.gives_way  # nobody has a turn until the call
-        result = self._keeping(*arguments) if keeps else self._yielding(*arguments)
-        self._is_connected |= result == _SUCCESS
-        return result
+        if not self._is_connected:
+            with self._driver.giving_way(self._opening_timeout_s):
+                result = self._yielding(*arguments)
+            self._is_connected = result == _SUCCESS
+            return result
+        keeps = not self._driver.gives_way  # nobody has a turn until the call
+        return self._keeping(*arguments) if keeps else self._yielding(*arguments)

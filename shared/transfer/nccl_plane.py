@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phloem.kernels.cuda_driver import CudaEvent, cuda_driver
 from phloem.shared.transfer.config import COMMUNICATOR_CTAS
-from phloem.shared.transfer.device_event import ArrivalEvent, RecordedEvent
+from phloem.shared.transfer.device_event import ArrivalEvent, PostedEvent
 from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.nccl_calls import NcclCalls
 from phloem.shared.transfer.nccl_group import join_group
@@ -42,24 +42,30 @@ class NcclPlane:
         device = torch.device(spec.device)
         with torch.cuda.device(device):
             self._driver = cuda_driver(torch.cuda.current_device())
-        self._traffic, self._timeout_s = spec.traffic, spec.timeout_s
-        self._traffic.settle(self._timeout_s)
-        with self._driver.giving_way():
+        with self._driver.giving_way(spec.opening_timeout_s):
             self._group = join_group(spec, store, COMMUNICATOR_CTAS * spec.max_ctas)
-        with torch.cuda.device(device):
-            self._calls = NcclCalls(self._group._comm_ptr(), 1 - RANKS[spec.side], self._driver)
-        self._lane = self._traffic.enter()
-        take = spec.streams.take
-        self._link, self._readers = take(device), take(device)
         self._posting = threading.Lock()  # of who uses the communicator
         self._aborted = False  # set without the lock: who gets that after has seen it
+        self._traffic, self._lane = spec.traffic, spec.traffic.enter()
+        self._longest_s = spec.longest_s
+        try:
+            with torch.cuda.device(device):
+                communicator = self._group._comm_ptr()
+                self._calls = NcclCalls(
+                    communicator, 1 - RANKS[spec.side], self._driver, spec.opening_timeout_s
+                )
+            self._link, self._readers = spec.streams.take(device), spec.streams.take(device)
+        except BaseException:
+            self.abort()
+            raise
 
     def post_send(self, data: Tensor, after: Moved | None = None, num_bytes: int | None = None) -> Pending:
         num_bytes = data.numel() if num_bytes is None else num_bytes
-        return RecordedEvent(self._post(self._calls.send, data, num_bytes, after))
+        return PostedEvent(self._post(self._calls.send, data, num_bytes, after), self._driver)
 
     def post_receive(self, slot: Tensor, num_bytes: int, after: Moved | None = None) -> Incoming:
-        return ArrivalEvent(self._post(self._calls.receive, slot, num_bytes, after), self._readers)
+        event = self._post(self._calls.receive, slot, num_bytes, after)
+        return ArrivalEvent(event, self._driver, self._readers)
 
     def abort(self) -> None:
         """Returns when NCCL has let go of everything: before, nobody else may have the staging memory. Who
@@ -68,7 +74,7 @@ class NcclPlane:
         if self._posting.acquire(timeout=_ABORT_WAIT_S):
             self._posting.release()
         self._traffic.leave(self._lane)
-        self._traffic.settle(self._timeout_s)
+        self._traffic.settle(self._longest_s)
         began = time.monotonic()
         try:
             with self._driver.giving_way():

@@ -36,8 +36,8 @@ class DataPlane(Protocol):
         """Receives the first `num_bytes` of `slot` once `after` is done."""
 
     def abort(self) -> None:
-        """Returns when nothing writes to the memory of a receive any more. May take long; when it raises, or
-        never returns, something still may."""
+        """Returns when nothing writes to the memory of a receive any more. May take long, on a GPU the spec's
+        `longest_s` and what NCCL takes; when it raises, or never returns, something still may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,11 @@ class PlaneSpec:
     opening_timeout_s: float = OPENING_TIMEOUT_S
     streams: StreamStock = field(default_factory=StreamStock, compare=False, repr=False)
     traffic: DeviceTraffic = field(default_factory=DeviceTraffic, compare=False, repr=False)
+
+    @property
+    def longest_s(self) -> float:
+        """After which no operation of a plane is under way, or its channel is given up."""
+        return max(self.timeout_s, self.opening_timeout_s)
 
 
 def open_plane(spec: PlaneSpec, store: ControlStore) -> DataPlane:

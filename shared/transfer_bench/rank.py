@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import socket
-import sys
 from multiprocessing.connection import Connection
 
 import torch
 
 from phloem.shared.engine.punctuality import ask_for_punctual_threads
 from phloem.shared.errors import PhloemError
+from phloem.shared.process_end import end_process
 from phloem.shared.transfer.config import MAX_CTAS, TransferConfig, opening_bound_s
 from phloem.shared.transfer.link_terms import link_terms
 from phloem.shared.transfer.planes import PlaneSpec
@@ -149,4 +149,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 import pytest
 import torch
+
+from phloem.shared.process_end import end_process
 
 _STATUS = pytest.StashKey[int]()
 
@@ -19,8 +18,6 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """With the run's own status. After tests whose peers were killed or stopped, Python's last garbage
     collection crashed (torch 2.11, 2 x H200: all tests passed, status 139); which object it was is not known.
-    Engines do not get there either: `shared.engine.main.end_process`."""
+    Engines do not get there either."""
     if _STATUS in config.stash and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(config.stash[_STATUS])
+        end_process(config.stash[_STATUS])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from phloem.kernels import ops
+from phloem.kernels.cuda_driver import cuda_driver
 from phloem.shared.engine.cuda_page_store import CudaPageStore
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.transfer.device_event import ArrivalEvent, DeviceEvent
@@ -151,7 +152,7 @@ def late_bytes(slot: torch.Tensor, data: torch.Tensor) -> ArrivalEvent:
         slot.copy_(data)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch does not type its events
         event.record()
-        return ArrivalEvent(event, readers)
+        return ArrivalEvent(event, cuda_driver(0), readers)
 
 
 def queued_scatter(page_ids: list[int]) -> tuple[CudaPageStore, KVCache, ArrivalEvent, Moved, int]:
@@ -207,7 +208,7 @@ def test_scatter_into_pages_that_were_taken_back_waits_for_the_one_before() -> N
     with torch.cuda.stream(readers):
         for _ in range(50):
             torch.mm(a, a)
-    before = store.scatter(page_ids, 0, 1, slot, after=ArrivalEvent(event, readers))
+    before = store.scatter(page_ids, 0, 1, slot, after=ArrivalEvent(event, cuda_driver(0), readers))
     store.withdraw([before])
     after = store.scatter(page_ids, 0, 1, slot.clone())
     assert not before.done(), "the device was too fast for this test to mean anything"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 
 import torch
 
@@ -11,6 +10,7 @@ from phloem.shared.engine import assembly, main
 from phloem.shared.engine.grammar.masks import TokenMasks
 from phloem.shared.engine.step_plan import StepPlan
 from phloem.shared.engine.step_runner import LaunchedStep, LayerWatch, StepRunner
+from phloem.shared.process_end import end_process
 
 STALLED_STEP = 4  # counted from the first request
 
@@ -45,4 +45,4 @@ class StallingRunner:
 
 if __name__ == "__main__":
     assembly.build_engine = functools.partial(assembly.build_engine, observe=StallingRunner)
-    sys.exit(main.main())
+    end_process(main.main())

@@ -106,7 +106,6 @@ def survive_killed_beside_hanging(ours: str, theirs: str, timeout_s: float) -> N
             peers[LIVES].pipe.send(fill)
             assert _next_piece_of_living(decode, lost, 0.5) == fill
             times_s.append(time.monotonic() - sent_s)
-        print(len(times_s), sorted(times_s)[-3:], {k.worker_id: v - began_s for k, v in lost.items()})
         assert len(times_s) > 3 and max(times_s) < 0.5
         assert lost[dies] - began_s < 3.0 and lost[STOPS] - began_s < timeout_s + 3.0
         _assert_given_up(decode, began_s, timeout_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from phloem.kernels.cuda_driver import CudaDriver, CudaEvent
+from tests.support.transfer import wait_until
 
 CONTEXT, FIRST_EVENT, STREAM = 0xC0, 0xE0, 0x57
 NOT_READY, ILLEGAL_ADDRESS = 600, 700
@@ -166,3 +168,13 @@ def test_kernel_is_launched_with_its_arguments_addresses(library: Library, drive
     assert library.named("cuLaunchKernel") == [
         (0xF0, 99, 1, 1, 512, 1, 1, 128, STREAM, arguments, None),
     ]
+
+
+def test_others_give_way_for_as_long_as_is_said(driver: CudaDriver) -> None:
+    """NCCL may never return from making a channel; nobody holds a lock meanwhile."""
+    with driver.giving_way(), driver.giving_way(at_most_s=0.01) as _:
+        time.sleep(0.1)
+        assert driver.gives_way  # for the other one
+    with driver.giving_way(at_most_s=0.01):
+        wait_until(lambda: not driver.gives_way, 10.0)
+    assert not driver.gives_way

@@ -7,7 +7,8 @@ import time
 
 from phloem.shared.transfer.traffic import DeviceTraffic
 
-LONG_S = 10.0
+WAIT_S = 10.0
+LONG_S = 60.0  # nothing that is waited for here ends by this bound
 SHORT_S = 0.15
 
 
@@ -32,13 +33,13 @@ def settling(traffic: DeviceTraffic, timeout_s: float = LONG_S) -> threading.Thr
 
 
 def looked_at(event: Event) -> None:
-    deadline = time.monotonic() + LONG_S
+    deadline = time.monotonic() + WAIT_S
     while not event.num_looks and time.monotonic() < deadline:
         time.sleep(0.001)
     assert event.num_looks
 
 
-def has_ended(thread: threading.Thread, within_s: float = LONG_S) -> bool:
+def has_ended(thread: threading.Thread, within_s: float = WAIT_S) -> bool:
     thread.join(within_s)
     return not thread.is_alive()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from phloem.shared.errors import PhloemError
 from phloem.shared.transfer.nccl_calls import NcclCalls
 
 COMMUNICATOR, PEER, STREAM = 0x1230, 1, 0x4560
+OPENING_S = 7.0
 
 
 @dataclass
@@ -58,6 +60,14 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
 class Driver:
     gives_way = False
 
+    def __init__(self) -> None:
+        self.long_calls: list[float | None] = []  # how long each may take
+
+    @contextmanager
+    def giving_way(self, at_most_s: float | None = None) -> Iterator[None]:
+        self.long_calls.append(at_most_s)
+        yield
+
 
 @pytest.fixture
 def driver() -> Any:
@@ -73,7 +83,7 @@ def test_address_count_type_peer_communicator_and_stream_are_given(
     library: Library, name: str, driver: Any
 ) -> None:
     data = torch.zeros(4096, dtype=torch.uint8)[64:2064]
-    getattr(NcclCalls(COMMUNICATOR, PEER, driver), name)(data, 1000, stream())
+    getattr(NcclCalls(COMMUNICATOR, PEER, driver, OPENING_S), name)(data, 1000, stream())
     assert library.calls == [(name, [data.data_ptr(), 1000, 1, PEER, COMMUNICATOR, STREAM])]
 
 
@@ -81,7 +91,7 @@ def test_address_count_type_peer_communicator_and_stream_are_given(
 def test_only_the_call_that_connects_lets_go_of_the_interpreter(
     library: Library, name: str, driver: Any
 ) -> None:
-    calls, data = NcclCalls(COMMUNICATOR, PEER, driver), torch.zeros(8, dtype=torch.uint8)
+    calls, data = NcclCalls(COMMUNICATOR, PEER, driver, OPENING_S), torch.zeros(8, dtype=torch.uint8)
     library.result = 1
     with pytest.raises(PhloemError):
         getattr(calls, name)(data, 8, stream())
@@ -89,11 +99,12 @@ def test_only_the_call_that_connects_lets_go_of_the_interpreter(
     for _ in range(3):
         getattr(calls, name)(data, 8, stream())
     assert library.kept == [False, False, True, True]
+    assert driver.long_calls == [OPENING_S] * 2  # others let go of it, too, while it connects
 
 
 @pytest.mark.parametrize("name", ["send", "receive"])
 def test_while_channels_come_or_go_all_calls_let_go_of_it(library: Library, name: str, driver: Any) -> None:
-    calls, data = NcclCalls(COMMUNICATOR, PEER, driver), torch.zeros(8, dtype=torch.uint8)
+    calls, data = NcclCalls(COMMUNICATOR, PEER, driver, OPENING_S), torch.zeros(8, dtype=torch.uint8)
     for gives_way in (False, False, True, False):
         driver.gives_way = gives_way
         getattr(calls, name)(data, 8, stream())
@@ -103,11 +114,11 @@ def test_while_channels_come_or_go_all_calls_let_go_of_it(library: Library, name
 def test_failure_is_told_in_nccls_words(library: Library, driver: Any) -> None:
     library.result = 1
     with pytest.raises(PhloemError, match="unhandled cuda error") as caught:
-        NcclCalls(COMMUNICATOR, PEER, driver).send(torch.zeros(8, dtype=torch.uint8), 8, stream())
+        NcclCalls(COMMUNICATOR, PEER, driver, OPENING_S).send(torch.zeros(8, dtype=torch.uint8), 8, stream())
     assert caught.value.code == "channel_lost"
 
 
 def test_group_without_a_communicator_makes_no_channel(library: Library, driver: Any) -> None:
     with pytest.raises(PhloemError) as caught:
-        NcclCalls(0, PEER, driver)
+        NcclCalls(0, PEER, driver, OPENING_S)
     assert caught.value.code == "channel_lost" and not library.calls

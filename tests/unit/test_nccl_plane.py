@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from phloem.shared.errors import PhloemError
+from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec
 from phloem.shared.transfer.traffic import DeviceTraffic
 
 WAIT_S = 5.0
+LONG_S = 60.0  # of the plane: nothing here ends by its deadline
 
 
 class Nccl:
@@ -49,7 +51,8 @@ class Driver:
         self.num_long = 0
 
     @contextmanager
-    def giving_way(self) -> Iterator[None]:
+    def giving_way(self, at_most_s: float | None = None) -> Iterator[None]:
+        del at_most_s
         self.num_long += 1
         yield
         self.num_long -= 1
@@ -99,12 +102,12 @@ def plane(nccl: Nccl, driver: Driver, traffic: DeviceTraffic, monkeypatch: pytes
 
     monkeypatch.setattr(module, "join_group", join_group)
     monkeypatch.setattr(module, "cuda_driver", lambda device: driver)
-    monkeypatch.setattr(module, "NcclCalls", lambda communicator, peer, driver: calls)
+    monkeypatch.setattr(module, "NcclCalls", lambda *arguments: calls)
     monkeypatch.setattr(module, "CudaEvent", _Event)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     streams: Any = SimpleNamespace(take=lambda device: None)
-    spec = PlaneSpec("127.0.0.1", "prefill", "cuda:0", WAIT_S, streams=streams, traffic=traffic)
+    spec = PlaneSpec("127.0.0.1", "prefill", "cuda:0", LONG_S, streams=streams, traffic=traffic)
     made: DataPlane = module.NcclPlane(spec, None)
     return made
 
@@ -182,9 +185,25 @@ def test_what_a_channel_posts_is_known_until_it_is_given_up(
     nccl.may_send.set()
     nccl.may_abort.set()
     plane.post_send(torch.zeros(1, dtype=torch.uint8))
-    others = in_thread(lambda: traffic.settle(WAIT_S))
+    others = in_thread(lambda: traffic.settle(LONG_S))
     others.join(0.1)
     assert others.is_alive()
     plane.abort()
     others.join(WAIT_S)
     assert not others.is_alive()
+
+
+def test_group_that_makes_no_channel_is_given_up(
+    nccl: Nccl, plane: DataPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not left to its destructor, which would free memory with nobody giving way."""
+    nccl.may_abort.set()
+
+    def refuse(*arguments: object) -> None:
+        raise channel_lost("torch's NCCL can't be called")
+
+    module = importlib.import_module(type(plane).__module__)
+    monkeypatch.setattr(module, "NcclCalls", refuse)
+    with pytest.raises(PhloemError, match="can't be called"):
+        module.NcclPlane(PlaneSpec("127.0.0.1", "prefill", "cuda:0", LONG_S), None)
+    assert nccl.order == ["abort"]

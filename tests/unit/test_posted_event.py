@@ -1,0 +1,63 @@
+"""`PostedEvent`: who waits for a peer for long lets others have the interpreter while they call CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from phloem.shared.errors import PhloemError
+from phloem.shared.transfer import device_event
+from phloem.shared.transfer.device_event import PostedEvent
+
+
+class Driver:
+    def __init__(self) -> None:
+        self.gives_way = False
+        self.has_given_way = False
+
+    @contextmanager
+    def giving_way(self, at_most_s: float | None = None) -> Iterator[None]:
+        assert at_most_s is None
+        self.gives_way = self.has_given_way = True
+        yield
+        self.gives_way = False
+
+
+class Event:
+    """Done at the first look while calls do as they do in `when`, or never."""
+
+    def __init__(self, driver: Driver, when: bool | None) -> None:
+        self._driver = driver
+        self._when = when
+
+    def query(self) -> bool:
+        return self._when is not None and self._driver.gives_way == self._when
+
+
+def posted(when: bool | None) -> tuple[Driver, PostedEvent]:
+    driver: Any = Driver()
+    return driver, PostedEvent(Event(driver, when), driver)
+
+
+@pytest.fixture(autouse=True)
+def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_event, "USUAL_WAIT_S", 0.01)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_only_a_long_wait_has_others_give_way(late: bool) -> None:
+    driver, event = posted(late)
+    event.wait(10.0)
+    assert driver.has_given_way == late and not driver.gives_way
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, 0.005, 0.05])
+def test_wait_ends_at_its_deadline(timeout_s: float) -> None:
+    driver, event = posted(None)
+    with pytest.raises(PhloemError) as caught:
+        event.wait(timeout_s)
+    assert caught.value.code == "transfer_timeout"
+    assert f"{timeout_s:.1f} s" in str(caught.value)
