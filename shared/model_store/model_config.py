@@ -55,7 +55,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     layer_windows: tuple[int, ...]  # per layer: tokens that a token sees, itself included; 0: all
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    dtype: str  # of the stored weights: float32, bfloat16 or float16
+    dtype: str  # of the stored weights, as torch spells it ("bfloat16"); "": the file doesn't say
 
 
 def load_model_config(model_dir: Path) -> ModelConfig:
@@ -100,7 +100,7 @@ def parse_model_config(config: JsonObject, generation: JsonObject) -> ModelConfi
         layer_windows=_layer_windows(config, architecture, num_layers),
         bos_token_id=None if bos_token_id is None else int(bos_token_id),
         eos_token_ids=_token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch."),
     )
 
 

@@ -30,7 +30,7 @@ def test_what_is_absent_has_hugging_faces_defaults() -> None:
     config = parse_model_config(LLAMA, {})
     assert (config.num_kv_heads, config.head_dim, config.context_length) == (4, 16, 2048)
     assert (config.rope.kind, config.rope.theta) == ("default", 10_000.0)
-    assert (config.dtype, config.tied_embeddings, config.layer_windows) == ("float32", False, (0,) * 4)
+    assert (config.dtype, config.tied_embeddings, config.layer_windows) == ("", False, (0,) * 4)
     assert (config.eos_token_ids, config.bos_token_id) == ((2,), None)
 
 
@@ -41,6 +41,8 @@ def test_old_and_new_spellings_mean_the_same() -> None:
         "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
     }
     assert parse_model_config(LLAMA | old, {}) == parse_model_config(LLAMA | new, {})
+    spelt = parse_model_config(LLAMA | old | {"torch_dtype": "torch.bfloat16"}, {})
+    assert spelt.dtype == parse_model_config(LLAMA | new, {}).dtype == "bfloat16"
 
 
 def test_generation_config_decides_where_a_sequence_ends() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.weights.loader import load_decoder, resolve_dtype
 from phloem.shared.errors import ConfigError, PhloemError
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPE = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -181,6 +182,70 @@ def test_auto_dtype_is_the_models_own_on_a_gpu_and_float32_on_a_cpu(
     path = model_dir / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": stored}))
     assert resolve_dtype("auto", model_dir, torch.device(device)) == expected
+
+
+def rewrite_in(directory: Path, dtype: torch.dtype, norms: torch.dtype | None = None) -> None:
+    def convert(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(norms if norms and "norm" in name else dtype)
+
+    rewrite(directory, convert)
+
+
+def store_dtype(model_dir: Path, name: str | None) -> None:
+    path = model_dir / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("dtype", None)
+    path.write_text(json.dumps(config | ({"dtype": name} if name else {})))
+
+
+@pytest.mark.parametrize("stored", ["float8_e4m3fn", "float64", "int8"])
+def test_a_dtype_without_kernels_is_refused_on_a_gpu_with_the_remedy(stored: str, model_dir: Path) -> None:
+    store_dtype(model_dir, stored)
+    with pytest.raises(ConfigError) as caught:
+        resolve_dtype("auto", model_dir, CUDA)
+    assert caught.value.info.param == "dtype"
+    assert str(caught.value) == (
+        f"{model_dir}/config.json has the dtype {stored!r}, and the engine computes in float32, bfloat16 or "
+        "float16: give --dtype bfloat16, to convert the weights as they are loaded"
+    )
+    assert resolve_dtype("bfloat16", model_dir, CUDA) == torch.bfloat16
+    assert resolve_dtype("auto", model_dir, CPU) == torch.float32
+
+
+def test_weights_of_a_dtype_without_kernels_are_converted_to_a_named_one(model_dir: Path) -> None:
+    expected = logits_of(load(model_dir))
+    rewrite_in(model_dir, torch.float64)
+    store_dtype(model_dir, "float64")
+    assert torch.equal(logits_of(load(model_dir, dtype=torch.float32)), expected)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_where_the_config_names_no_dtype_most_weights_decide(
+    stored: torch.dtype, model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    store_dtype(model_dir, None)
+    rewrite_in(model_dir, stored, norms=torch.float32)  # which are often kept wider
+    assert resolve_dtype("auto", model_dir, CUDA) == stored
+    (record,) = caplog.records
+    assert f"taking {str(stored).removeprefix('torch.')}, which most" in record.getMessage()
+
+
+def test_where_nothing_names_a_dtype_bfloat16_is_taken_and_said(
+    model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store_dtype(model_dir, None)
+    (model_dir / "model.safetensors").unlink()
+    assert resolve_dtype("auto", model_dir, CUDA) == torch.bfloat16
+    assert "names no dtype and holds no weights: taking bfloat16" in caplog.text
+
+
+def test_weights_stored_without_a_name_in_a_dtype_without_kernels_are_refused(model_dir: Path) -> None:
+    store_dtype(model_dir, None)
+    rewrite_in(model_dir, torch.float8_e4m3fn)
+    with pytest.raises(ConfigError, match=r"are stored in 'float8_e4m3fn', and .* give --dtype bfloat16"):
+        resolve_dtype("auto", model_dir, CUDA)
 
 
 def test_a_named_dtype_is_taken_as_it_is(model_dir: Path) -> None:

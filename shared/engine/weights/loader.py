@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -13,9 +13,12 @@ from torch import Tensor
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.parameters import DecoderParameters, ParameterFactory, prepare_parameters
 from phloem.shared.engine.models.registry import WeightNames, find_architecture
+from phloem.shared.engine.weights.files import shards, stored_dtype
 from phloem.shared.engine.weights.slots import weight_slots
 from phloem.shared.errors import ConfigError, PhloemError
 from phloem.shared.model_store.model_config import ModelConfig, load_model_config
+
+log = logging.getLogger(__name__)
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -24,9 +27,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DUMMY_SEED = 0
 DUMMY_STD = 0.02
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 
 
 def load_decoder(
@@ -67,18 +67,43 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def resolve_dtype(name: str, model_dir: Path, device: torch.device) -> torch.dtype:
-    """The dtype of weights and activations. `auto` is the model's own on a GPU, and float32 on a CPU.
+    """The dtype of weights and activations. `auto` is the model's own on a GPU, and float32 on a CPU; a named
+    one is taken whatever the weights are stored in, which are converted to it.
 
     In bfloat16 the demo model's first answer is within rounding of another one, and which comes out depends
     on how the prompt was cut into chunks; `bfloat16` is there for who prefers twice the speed. Raises
-    `ConfigError` for a name that is none.
+    `ConfigError` for a name that is none, and where the model's own is one that no kernel computes in.
     """
     if name == "auto":
-        stored = DTYPES.get(load_model_config(model_dir).dtype, torch.float32)
-        return torch.float32 if device.type == "cpu" else stored
+        return torch.float32 if device.type == "cpu" else _own_dtype(model_dir)
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}", param="dtype")
     return DTYPES[name]
+
+
+def _own_dtype(model_dir: Path) -> torch.dtype:
+    """What config.json says. Where it says nothing, what most weights are stored in; bfloat16 where there are
+    none, as for a shape."""
+    if named := load_model_config(model_dir).dtype:
+        return _computable(named, f"{model_dir / 'config.json'} has the dtype {named!r}")
+    stored = stored_dtype(model_dir)
+    if stored is None:
+        log.warning("%s names no dtype and holds no weights: taking bfloat16", model_dir / "config.json")
+        return torch.bfloat16
+    found = _computable(stored, f"the weights of {model_dir} are stored in {stored!r}")
+    log.info("config.json names no dtype: taking %s, which most of the weights are stored in", stored)
+    return found
+
+
+def _computable(name: str, what: str) -> torch.dtype:
+    if name in DTYPES:
+        return DTYPES[name]
+    *others, last = DTYPES
+    raise ConfigError(
+        f"{what}, and the engine computes in {', '.join(others)} or {last}: give --dtype bfloat16, to "
+        "convert the weights as they are loaded",
+        param="dtype",
+    )
 
 
 def _fill_dummy(parameters: DecoderParameters, names: WeightNames, config: ModelConfig) -> None:
@@ -100,7 +125,7 @@ def _fill_from_files(
     waiting = weight_slots(parameters, names, config)
     total = sum(slot.numel() for slot in waiting.values())
     done = 0
-    for path in _shards(model_dir):
+    for path in shards(model_dir):
         for name, tensor in _tensors(path):
             if _is_ignored(name, names, config):
                 continue
@@ -112,19 +137,6 @@ def _fill_from_files(
             progress(done, total)
     if waiting:
         raise _bad_weights(f"{model_dir} lacks the tensor {next(iter(waiting))!r} ({len(waiting)} missing)")
-
-
-def _shards(model_dir: Path) -> list[Path]:
-    index_path = model_dir / INDEX_FILE
-    if index_path.exists():
-        index = msgspec.json.decode(index_path.read_bytes(), type=dict[str, msgspec.Raw])
-        weight_map = msgspec.json.decode(index["weight_map"], type=dict[str, str])
-        return [model_dir / file for file in sorted(set(weight_map.values()))]
-    single = model_dir / SINGLE_FILE
-    if single.exists():
-        return [single]
-    message = f"{model_dir} holds no {SINGLE_FILE}; only safetensors are loaded, convert the model first"
-    raise PhloemError("not_a_model", message, param="model_path")
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
