@@ -37,6 +37,11 @@ def num_staging_blocks(max_peers: int, staging_slots: int) -> int:
     return max_peers - 1 + staging_slots
 
 
+def nccl_bytes(max_ctas: int) -> int:
+    """Of a GPU's memory, that a channel takes beside its staging memory."""
+    return COMMUNICATOR_CTAS * max_ctas * NCCL_BYTES_PER_CTA
+
+
 def opening_bound_s(timeout_s: float) -> float:
     """What an opening gets where other operations get `timeout_s`: no less, and enough for NCCL on a busy
     host."""
@@ -50,7 +55,7 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     `kv_layout` and `link` (`link_terms`) must be equal on both sides of a channel, `device_id` (a GPU's own,
     "" for a CPU) must not.
     `staging_bytes` is the size of one slot (a channel takes the smaller of both sides'), `staging_slots` the
-    most slots per channel and side, `max_peers` how many channels are certain of memory, at least one;
+    most slots per channel and side, `max_peers` the most peers with a channel at a time, at least one;
     `least_slot_bytes`: smaller slots are of no use. `timeout_s` bounds every operation of a channel: a peer
     that is silent for that long is lost. `max_ctas`: of NCCL. `accepts`: decode and unified workers listen,
     prefill workers don't.
@@ -82,3 +87,8 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     def num_blocks(self) -> int:
         """Blocks of `staging_bytes` that the endpoint allocates."""
         return num_staging_blocks(self.max_peers, self.staging_slots)
+
+    @property
+    def bytes_per_peer(self) -> int:
+        """Of the device's memory, that one peer more takes."""
+        return self.staging_bytes + (0 if self.device == "cpu" else nccl_bytes(self.max_ctas))

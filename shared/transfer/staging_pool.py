@@ -8,6 +8,9 @@ A channel borrows before it opens, keeps what it got, and never waits for anothe
 hangs holds its own and nobody else's. The first channels get `staging_slots` blocks, but only while a block
 is left for each of `max_peers`; a channel of one block has two slots of half its size, so that one is filled
 while the other one is sent.
+
+One peer more than `max_peers` gets none, though blocks may be left: a channel keeps no more of them than the
+peer gives credits for, but NCCL takes memory for each channel, and there is room for that of so many.
 """
 
 from __future__ import annotations
@@ -31,10 +34,15 @@ _LOOK_S = 0.005  # slots that nobody holds any more do not say so
 _ALIGNMENT = 256  # bytes, of blocks and slots: kernels read several at a time
 
 
-def blocks_to_lend(num_free: int, num_leases: int, max_peers: int, staging_slots: int) -> int:
-    """Of the free blocks, what one more channel gets when so many have theirs; 0: nothing is left."""
-    for_others = max(0, max_peers - num_leases - 1)
-    return max(0, min(staging_slots, num_free - for_others))
+def blocks_to_lend(num_free: int, num_others: int, max_peers: int, staging_slots: int) -> int:
+    """Of the free blocks, what one more channel gets when so many other peers have one; 0: it gets none.
+
+    Where lost channels keep blocks, there may not be one for every peer that is still to come: who comes
+    first has it."""
+    if num_others >= max_peers or not num_free:
+        return 0
+    for_others = max_peers - num_others - 1
+    return max(1, min(staging_slots, num_free - for_others))
 
 
 class StagingPool:
@@ -82,9 +90,9 @@ class StagingPool:
         with self._changed:
             while (left_s := give_up_at - time.monotonic()) > 0 and not self._is_ready_for(owner):
                 self._changed.wait(min(left_s, _LOOK_S))
-            count = self._count()
+            count = self._count(owner)
             if not count:
-                raise self._full()
+                raise self._full(owner)
             lease = StagingLease(self, self._config, owner, [self._free.pop() for _ in range(count)])
             self._leases.append(lease)
             return lease
@@ -119,12 +127,20 @@ class StagingPool:
 
     def _is_ready_for(self, owner: str) -> bool:
         ending = any(lease.owner == owner and not lease.is_closed for lease in self._leases)
-        return self._count() > 0 and not ending
+        return self._count(owner) > 0 and not ending
 
-    def _count(self) -> int:
+    def _count(self, owner: str) -> int:
         self._reclaim()
         config = self._config
-        return blocks_to_lend(len(self._free), len(self._leases), config.max_peers, config.staging_slots)
+        return blocks_to_lend(
+            len(self._free), self._num_others(owner), config.max_peers, config.staging_slots
+        )
+
+    def _num_others(self, owner: str) -> int:
+        """Other peers that have a channel. A channel of `owner` that NCCL is slow to let go of does not keep
+        its next one out, and one that is quarantined nobody's: else a peer that hung would lower the number
+        of peers until a restart."""
+        return len({lease.owner for lease in self._leases if not lease.is_over} - {owner})
 
     def _reclaim(self) -> None:
         for lease in [lease for lease in self._leases if lease.is_closed]:
@@ -135,15 +151,22 @@ class StagingPool:
     def _num_quarantined(self) -> int:
         return sum(len(lease.blocks) for lease in self._leases if lease.is_quarantined)
 
-    def _full(self) -> PhloemError:
-        config = self._config
-        num_channels = sum(not lease.is_quarantined for lease in self._leases)
+    def _full(self, owner: str) -> PhloemError:
+        config, name = self._config, self._config.me.worker_id
+        num_others = self._num_others(owner)
+        if num_others >= config.max_peers:
+            have = "1 channel has" if num_others == 1 else f"{num_others} channels have"
+            return staging_full(
+                f"{name} has staging memory for {_peers(config.max_peers)}, and {have} it: start it with a "
+                f"higher --transfer-peers ({_mib(config.bytes_per_peer)} of its memory for each)"
+            )
         lost = self._num_quarantined() * config.staging_bytes
-        or_again = f", or just again: lost channels keep {_mib(lost)} until then" if lost else ""
+        remedy = (
+            f"start it again, lost channels keep {_mib(lost)} until then" if lost else "it is coming back"
+        )
         return staging_full(
-            f"{config.me.worker_id} has staging memory for {config.max_peers} peers, and {num_channels} "
-            "channels hold all of it: start it with a higher --transfer-peers "
-            f"({_mib(config.staging_bytes)} of its memory for each){or_again}"
+            f"{name} has staging memory for {_peers(config.max_peers)}, and channels that have ended hold "
+            f"what is left of it: {remedy}"
         )
 
 
@@ -160,6 +183,11 @@ class StagingLease:
         self._pool = pool
         self._config = config
         self._slots: list[tuple[int, weakref.ref[StagingSlot]]] = []  # with their blocks
+
+    @property
+    def is_over(self) -> bool:
+        """The channel has ended: what is left of it is memory."""
+        return self.is_closed or self.is_quarantined
 
     @property
     def slot_bytes(self) -> int:
@@ -209,6 +237,10 @@ class StagingLease:
         quarantined."""
         self.is_closed = True
         self._pool.notify()
+
+
+def _peers(count: int) -> str:
+    return "1 peer" if count == 1 else f"{count} peers"
 
 
 def _mib(num_bytes: int) -> str:

@@ -200,9 +200,9 @@ def test_pair_without_staging_memory_is_not_chosen_until_there_is_some(
             return cluster.counters(name)["pages_received"]
 
         cluster.wait_until(lambda: num_cut_off() == 1, "one decode worker is cut off")
-        assert "prefill-0 has staging memory for 1 peers" in cluster.log("prefill-0")
+        assert "prefill-0 has staging memory for 1 peer," in cluster.log("prefill-0")
         joined, other = sorted(("decode-0", "decode-1"), key=lambda name: -cluster.counters(name)["channels"])
-        assert "prefill-0 has staging memory for 1 peers" in cluster.log(other)
+        assert "prefill-0 has staging memory for 1 peer," in cluster.log(other)
         before = received(joined)
         for number in range(6):
             assert generate(cluster, 4, f"{PROMPT} with the number {number}, and then")

@@ -40,26 +40,42 @@ def cut(lease: StagingLease, most: int = 64, slot_bytes: int = 0) -> list[Stagin
 @given(
     st.integers(1, 20),
     st.integers(1, 8),
-    st.lists(st.one_of(st.just("join"), st.integers(0, 30)), max_size=80),
+    st.lists(st.one_of(st.sampled_from(["join", "join", "return"]), st.integers(0, 30)), max_size=80),
 )
-def test_every_one_of_the_peers_gets_memory_however_they_come_and_go(
+def test_every_one_of_the_peers_gets_memory_however_they_come_and_go_and_nobody_else(
     max_peers: int, staging_slots: int, moves: list[str | int]
 ) -> None:
+    """Channels return the blocks for which their peers give no credit."""
     total = num_staging_blocks(max_peers, staging_slots)
     leases: list[int] = []
     for move in moves:
-        if move != "join":
+        if move == "return":
+            leases[-1:] = [1 for _ in leases[-1:]]
+            continue
+        if isinstance(move, int):
             if leases:
-                leases.pop(int(move) % len(leases))
+                leases.pop(move % len(leases))
             continue
         count = blocks_to_lend(total - sum(leases), len(leases), max_peers, staging_slots)
         assert 0 <= count <= staging_slots
-        assert count >= 1 or len(leases) >= max_peers
+        assert (count >= 1) == (len(leases) < max_peers)
         if not leases:
             assert count == staging_slots, "alone it gets all that it can use"
         if count:
             leases.append(count)
         assert sum(leases) <= total
+
+
+@given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 30))
+def test_who_comes_first_has_what_lost_channels_have_left(
+    max_peers: int, staging_slots: int, num_lost: int
+) -> None:
+    free = max(0, num_staging_blocks(max_peers, staging_slots) - num_lost)
+    for num_others in range(max_peers):
+        count = blocks_to_lend(free, num_others, max_peers, staging_slots)
+        assert (count > 0) == (free > 0) and count <= min(free, staging_slots)
+        free -= count
+    assert blocks_to_lend(free, max_peers, max_peers, staging_slots) == 0
 
 
 # -- leases --------------------------------------------------------------------------------------------
@@ -103,6 +119,52 @@ def test_one_more_than_there_is_memory_for_is_refused_with_the_flag() -> None:
     assert pool.lend("c").blocks
 
 
+def test_blocks_that_a_peer_gave_no_credit_for_are_no_room_for_another_peer() -> None:
+    pool = StagingPool(config(peers=2, slots=4))
+    first, second = pool.lend("a"), pool.lend("b")
+    assert len(cut(first, most=1)) == len(cut(second, most=1)) == 1
+    assert pool.lent_bytes == 2 * BLOCK, "of five"
+    with pytest.raises(PhloemError, match=r"2 peers, and 2 channels have it: .* --transfer-peers"):
+        pool.lend("c")
+    first.close()
+    assert len(pool.lend("c").blocks) == 4
+
+
+def test_peer_that_comes_again_is_not_kept_out_by_its_own_channel_nor_are_others_by_both() -> None:
+    """NCCL may take a minute to let go of a channel whose peer has died; the peer is back before."""
+    pool = StagingPool(config(peers=2, slots=4))
+    hangs = pool.lend("a")
+    assert len(cut(hangs, most=1)) == 1
+    again = pool.lend("a", 0.02)
+    assert again.blocks and not hangs.is_closed
+    assert pool.lend("b").blocks
+    with pytest.raises(PhloemError, match="2 channels have it"):
+        pool.lend("c")
+    again.close()
+    with pytest.raises(PhloemError, match="2 channels have it"):
+        pool.lend("c")  # NCCL's memory is not back
+    hangs.close()
+    assert pool.lend("c").blocks
+
+
+def test_memory_that_is_coming_back_is_not_a_reason_to_restart() -> None:
+    pool = StagingPool(config(peers=1, slots=1))
+    lease = pool.lend("a")
+    slots = cut(lease)
+    lease.close()
+    with pytest.raises(PhloemError, match=r"1 peer, and channels that have ended .* coming back") as caught:
+        pool.lend("b")
+    assert caught.value.code == "staging_full"
+    slots.clear()
+    assert pool.lend("b").blocks
+
+
+@pytest.mark.parametrize(("device", "mib"), [("cpu", "128"), ("cuda:0", "320")])
+def test_refusal_says_what_one_peer_more_costs_nccl_included(device: str, mib: str) -> None:
+    made = TransferConfig(me=DECODE, host="", cluster_secret=b"", kv_layout="", device=device)
+    assert made.bytes_per_peer == int(mib) << 20
+
+
 def test_slots_of_the_size_that_the_peer_can_have_give_the_rest_back() -> None:
     pool = StagingPool(config(peers=2, slots=4))
     lease = pool.lend("a")
@@ -136,8 +198,9 @@ def test_block_stays_lent_while_somebody_refers_to_its_slot() -> None:
     assert pool.lent_bytes == BLOCK
     again = cut(pool.lend("a"))
     assert kept.tensor.data_ptr() not in {slot.tensor.data_ptr() for slot in again}
+    assert pool.lent_bytes == 3 * BLOCK, "a block is left for the other peer"
     del kept
-    assert pool.lent_bytes == 3 * BLOCK
+    assert pool.lent_bytes == 2 * BLOCK
 
 
 def test_channel_that_comes_again_waits_for_what_it_had_before() -> None:

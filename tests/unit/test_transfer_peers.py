@@ -103,11 +103,37 @@ def test_prefill_side_without_memory_tells_both_sides_and_dials_when_a_peer_leav
     open_channel(prefill, one, "d1")
     dial(prefill, two, "d2")
     assert cut_off(prefill, "d2").code == "staging_full"
-    wait_until(lambda: "a transfer connection is refused: p has staging memory for 1 peers" in caplog.text)
+    wait_until(lambda: "is refused: p has staging memory for 1 peer, and 1 channel has it" in caplog.text)
     prefill.endpoint.peer_down(ref("d1"))
     prefill.next_of(ChannelOpened)
     two.next_of(ChannelOpened)
     assert prefill.endpoint.status().num_channels == two.endpoint.status().num_channels == 1
+
+
+def test_side_takes_no_more_peers_than_it_said_though_the_first_ones_need_few_slots(peers: Peers) -> None:
+    """What they leave of the staging memory is no room: NCCL needs memory for each channel."""
+    prefill = peers.start("p", max_peers=1, slots=4)
+    one, two = peers.start("d1"), peers.start("d2")
+    open_channel(prefill, one, "d1")
+    assert prefill.endpoint.status().staging_lent_bytes == SLOT_BYTES, "of four"
+    dial(prefill, two, "d2")
+    error = cut_off(prefill, "d2")
+    assert (error.code, error.retryable) == ("staging_full", True)
+    assert prefill.endpoint.status().num_channels == 1 and two.endpoint.status().num_channels == 0
+    assert send(prefill, "d1", 1) and one.next_of(PieceReceived).peer == ref("p")
+
+
+def test_peer_that_restarts_takes_its_own_place(peers: Peers) -> None:
+    prefill, decode = peers.start("p", max_peers=1, slots=4), peers.start("d")
+    open_channel(prefill, decode, "d")
+    again = Recorded(transfer_config(PeerRef("d", 2), accepts=True))
+    try:
+        prefill.endpoint.peer_up(PeerRef("d", 2), again.endpoint.address)
+        prefill.next_of(ChannelOpened)
+        again.next_of(ChannelOpened)
+        assert prefill.endpoint.status().cut_off == {}
+    finally:
+        again.endpoint.close(0.0)
 
 
 def test_side_without_memory_knows_the_reason_though_the_peer_has_left_meanwhile(peers: Peers) -> None:

@@ -60,10 +60,24 @@ def test_pool_of_which_nothing_is_left_says_that_a_restart_helps() -> None:
     lost.close()
     began_s = time.monotonic()
     with pytest.raises(
-        PhloemError, match=r"0 channels hold .* or just again: lost channels keep 2 MiB"
+        PhloemError, match=r"ended hold .*: start it again, lost channels keep 2 MiB until then"
     ) as caught:
         pool.lend("to d", 0.05)
     assert caught.value.code == "staging_full" and time.monotonic() - began_s < 2.0
+
+
+def test_quarantined_memory_lowers_the_number_of_peers_only_when_none_is_left() -> None:
+    pool = StagingPool(config(peers=2, slots=4))
+    for name in ("a", "b"):  # whose peers gave one credit each
+        lost = pool.lend(name)
+        lost.slots("c", BLOCK, 1)
+        lost.quarantine("the plane")
+        lost.close()
+    assert pool.quarantined_bytes == 2 * BLOCK
+    others = [pool.lend("a"), pool.lend("c")]
+    assert all(other.blocks for other in others)
+    with pytest.raises(PhloemError, match="2 channels have it"):
+        pool.lend("d")
 
 
 # -- channels ------------------------------------------------------------------------------------------
