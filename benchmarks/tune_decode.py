@@ -88,7 +88,7 @@ class Bench:
                     self._workspace,
                     norm=Squares(self._squares, 64),
                     eps=1e-5,
-                    gated=self.shape.product == "gated",
+                    activation="silu" if self.shape.product == "gated" else None,
                     pdl=True,
                 )
 

@@ -7,13 +7,14 @@ import importlib.util
 from torch import Tensor
 
 from phloem.kernels.triton_ops import norm as triton_norm
-from phloem.kernels.triton_ops.activation import silu_mul
+from phloem.kernels.triton_ops.activation import act_mul
 from phloem.kernels.triton_ops.decode_begin import place_pages
 from phloem.kernels.triton_ops.pages import gather_pages, scatter_pages
 from phloem.kernels.triton_ops.rope import rope_write_kv
 from phloem.kernels.triton_ops.sampling import apply_bitmask, sample, sample_to_slots
 
 __all__ = [
+    "act_mul",
     "add_rms_norm",
     "apply_bitmask",
     "gather_pages",
@@ -23,7 +24,6 @@ __all__ = [
     "sample",
     "sample_to_slots",
     "scatter_pages",
-    "silu_mul",
 ]
 
 

@@ -22,6 +22,7 @@ from phloem.kernels.reference import pages as _pages
 from phloem.kernels.reference import rope as _rope
 from phloem.kernels.reference import sampling as _sampling
 from phloem.kernels.types import (
+    Activation,
     AttentionPlan,
     DecodeShape,
     DevicePlan,
@@ -83,13 +84,13 @@ def linear(x: Tensor, w: LinearWeight) -> Tensor:
     return _linear.linear(x, w)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up` of the fused projection `[T, 2 * N]` (gate first). Returns `[T, N]`."""
+def act_mul(gate_up: Tensor, activation: Activation) -> Tensor:
+    """`activation(gate) * up` of the fused projection `[T, 2 * N]` (gate first). Returns `[T, N]`."""
     if gate_up.is_cuda:
         from phloem.kernels import cuda_ops
 
-        return cuda_ops.silu_mul(gate_up)
-    return _activation.silu_mul(gate_up)
+        return cuda_ops.act_mul(gate_up, activation)
+    return _activation.act_mul(gate_up, activation)
 
 
 def rope_write_kv(
@@ -281,7 +282,7 @@ def decode_kernels(
 
 def plan_decode_step(shape: DecodeShape, dtype: torch.dtype, device: torch.device) -> LaunchPlan | None:
     """How a whole decode step of few rows would be one launch; None where it can't be (`decode_step`)."""
-    if not _is_for_hopper(dtype, device):
+    if not _is_for_hopper(shape, dtype, device):
         return None
     from phloem.kernels.hopper_ops.decode_step import plan_step
 
@@ -293,7 +294,7 @@ def plan_chain_step(
 ) -> dict[int, ChainPlan] | None:
     """How the products between two attentions would be one launch, by rows; None where they can't be. Raises
     CudaError where the compiler or the driver fails."""
-    if not _is_for_hopper(dtype, device) or shape.head_dim not in (64, 128, 256):
+    if not _is_for_hopper(shape, dtype, device) or shape.head_dim not in (64, 128, 256):
         return None
     from phloem.kernels.hopper_ops.chain_plan import CLUSTERS, SHARED_BYTES, SIZES, plan_chain
     from phloem.kernels.hopper_ops.program import resident_blocks
@@ -303,9 +304,10 @@ def plan_chain_step(
     return {size: plan for size, plan in plans.items() if plan is not None} or None
 
 
-def _is_for_hopper(dtype: torch.dtype, device: torch.device) -> bool:
+def _is_for_hopper(shape: DecodeShape, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels in CUDA C++ can be made."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    halves = dtype in (torch.bfloat16, torch.float16)
+    if device.type != "cuda" or not halves or shape.activation != "silu":
         return False
     from phloem.kernels.hopper_ops.program import has_bindings
 

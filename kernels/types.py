@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -74,6 +74,9 @@ class DevicePlan(Protocol):
         """As `ops.paged_attention`."""
 
 
+Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh"]  # of a gated projection; gelu: with erf
+
+
 class DecodeShape(NamedTuple):
     """What the kernels of a decode step need to know of a model."""
 
@@ -83,6 +86,7 @@ class DecodeShape(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    activation: Activation = "silu"
 
     def products(self) -> tuple[tuple[Literal["normed", "gated", "adds"], int, int], ...]:
         """Each matrix product of a step: what it does besides, outputs, inputs."""

@@ -79,7 +79,7 @@ class DecodeKernels:
         return out
 
     def gated_linear(self, stream: Stream, w: LinearWeight, eps: float) -> Tensor:
-        """`silu_mul(linear(rms_norm(residual), w))`: `[B, out / 2]`."""
+        """`act_mul(linear(rms_norm(residual), w))`: `[B, out / 2]`."""
         out = torch.empty(
             (len(stream.scaled), w.weight.shape[0] // 2),
             dtype=stream.scaled.dtype,
@@ -144,7 +144,7 @@ class DecodeKernels:
             tiling,
             self._workspace,
             bias=w.bias,
-            gated=product == "gated",
+            activation=self._shape.activation if product == "gated" else None,
             pdl=self._hopper,
             **more,  # type: ignore[arg-type]  # named arguments of skinny_linear, checked by the tests
         )

@@ -4,7 +4,7 @@ A tile of the weight is the left operand, so that a handful of rows fills the ma
 What stands between two products of a layer is done in their epilogues, and nothing else is launched:
 
     squares of a row (from the kernel before)  ->  the row's RMS norm, as a factor of the sums
-    bias; silu(gate) * up; or residual +=, times the next norm's gain, and squares of the new residual
+    bias; activation(gate) * up; or residual +=, times the next norm's gain, and squares of the new residual
 
 With programmatic dependent launch a kernel is resident before the one before it has ended, and waits there
 for its results (CUDA programming guide, "Programmatic Dependent Launch"). Where one tile per column block
@@ -22,7 +22,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from phloem.kernels.triton_ops.activation import activate
 from phloem.kernels.triton_ops.tilings import Tiling
+from phloem.kernels.types import Activation
 
 
 @triton.jit
@@ -41,7 +43,7 @@ def _finish(
     in_m,
     row_stride: tl.constexpr,
     n: tl.constexpr,
-    gated: tl.constexpr,
+    activation: tl.constexpr,
     normed: tl.constexpr,
     adds: tl.constexpr,
     has_bias: tl.constexpr,
@@ -51,12 +53,12 @@ def _finish(
         sums = sums * factor[None, :]
     if has_bias:
         sums += tl.load(bias + column).to(tl.float32)[:, None]
-    if gated:
+    if activation is not None:
         if normed:
             up_sums = up_sums * factor[None, :]
         if has_bias:
             up_sums += tl.load(bias + n + column).to(tl.float32)[:, None]
-        sums = sums / (1.0 + tl.exp(-sums)) * up_sums
+        sums = activate(sums, activation) * up_sums
     place = m[None, :].to(tl.int64) * n + column[:, None]
     if adds:
         sums += tl.load(residual + place, mask=in_m[None, :], other=0.0).to(tl.float32)
@@ -93,7 +95,7 @@ def _skinny_kernel(
     block_k: tl.constexpr,
     split_k: tl.constexpr,
     stages: tl.constexpr,
-    gated: tl.constexpr,
+    activation: tl.constexpr,
     normed: tl.constexpr,
     adds: tl.constexpr,
     has_bias: tl.constexpr,
@@ -103,6 +105,7 @@ def _skinny_kernel(
     tile = tl.program_id(0)
     split = tl.program_id(1)
     span: tl.constexpr = k // split_k
+    gated: tl.constexpr = activation is not None
     begin = split * span
     column = tile * block_n + tl.arange(0, block_n)
     if pdl:
@@ -139,7 +142,7 @@ def _skinny_kernel(
     if split_k == 1:
         _finish(
             sums, up_sums, factor, bias, residual, gain, out, squares_out, tile, column, m, in_m,
-            row_stride, n, gated, normed, adds, has_bias,
+            row_stride, n, activation, normed, adds, has_bias,
         )  # fmt: skip
     else:
         area: tl.constexpr = block_n * block_m
@@ -161,7 +164,7 @@ def _skinny_kernel(
                     up_sums += tl.load(theirs + area + cell, cache_modifier=".cg")
             _finish(
                 sums, up_sums, factor, bias, residual, gain, out, squares_out, tile, column, m, in_m,
-                row_stride, n, gated, normed, adds, has_bias,
+                row_stride, n, activation, normed, adds, has_bias,
             )  # fmt: skip
 
 
@@ -195,14 +198,15 @@ def skinny_linear(
     bias: Tensor | None = None,
     norm: Squares | None = None,
     eps: float = 0.0,
-    gated: bool = False,
+    activation: Activation | None = None,
     residual: Tensor | None = None,
     gain: Tensor | None = None,
     squares_out: Tensor | None = None,
     pdl: bool = False,
 ) -> None:
     """`out = f(x @ weight.T)`, see the module. x `[M, K]`, M at most 128, out `[M, N]`; weight `[N, K]`, with
-    `gated` `[2 * N, K]` (gate first). N is a multiple of the tiling's block_n, K of `block_k * split_k`.
+    an activation `[2 * N, K]` (gate first). N is a multiple of the tiling's block_n, K of its
+    `block_k * split_k`.
 
     With `norm`, x is the residual stream times the norm's gain, not divided yet. With `residual` `[M, N]`
     (in place), `gain` `[N]` is the next norm's, and `squares_out` float32 `[N / block_n, stride]` is written.
@@ -237,7 +241,7 @@ def skinny_linear(
         block_k=tiling.block_k,
         split_k=tiling.split_k,
         stages=tiling.stages,
-        gated=gated,
+        activation=activation,
         normed=norm is not None,
         adds=residual is not None,
         has_bias=bias is not None,

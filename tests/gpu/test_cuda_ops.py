@@ -36,7 +36,7 @@ pytestmark = [
 
 CUDA = torch.device("cuda:0")
 OPS = LayerOps(
-    ops.rms_norm, ops.add_rms_norm, ops.silu_mul, ops.rope_write_kv, ops.gather_pages, ops.scatter_pages
+    ops.rms_norm, ops.add_rms_norm, ops.act_mul, ops.rope_write_kv, ops.gather_pages, ops.scatter_pages
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Each is a kernel of its own to compile: page sizes are crossed with bfloat16 alone.

@@ -7,12 +7,13 @@ relative to the norm of the result (`tolerance` in device_ops.py); what is only 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from phloem.kernels.reference import activation, norm, pages, rope
+from phloem.kernels.types import Activation
 from phloem.shared.engine.models.kv_cache import KVCache
 from tests.support.device_ops import Heads, PagedBatch, paged_batch, relative_error, tolerance
 
@@ -24,7 +25,7 @@ class LayerOps(NamedTuple):
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    silu_mul: Callable[[Tensor], Tensor]
+    act_mul: Callable[[Tensor, Activation], Tensor]
     rope_write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     gather_pages: Callable[[KVCache, Tensor, int, int, Tensor], int | Tensor]
     scatter_pages: Callable[[KVCache, Tensor, int, int, Tensor], int | Tensor]
@@ -68,7 +69,8 @@ def check_norm_of_some_heads(ops: LayerOps, dtype: torch.dtype, device: torch.de
 
 def check_activation(ops: LayerOps, dtype: torch.dtype, device: torch.device, rows: int, width: int) -> None:
     gate_up = _randn((rows, 2 * width), dtype)
-    _close(ops.silu_mul(gate_up.to(device)), activation.silu_mul(gate_up.double()))
+    for name in get_args(Activation):
+        _close(ops.act_mul(gate_up.to(device), name), activation.act_mul(gate_up.double(), name))
 
 
 def check_rope(

@@ -41,9 +41,9 @@ TINY: dict[str, Any] = {
 }
 
 
-def decoder_of(architecture: str) -> Decoder:
+def decoder_of(architecture: str, hidden_act: str) -> Decoder:
     """Random float32 weights; Qwen2 has biases, Qwen3 norms of q and k."""
-    config = parse_model_config({"architectures": [architecture], **TINY}, {})
+    config = parse_model_config({"architectures": [architecture], "hidden_act": hidden_act, **TINY}, {})
     parameters = ParameterFactory(config, torch.float32, CPU).make()
     generator = torch.Generator().manual_seed(5)
     for slot in weight_slots(parameters, find_architecture(config).names, config).values():
@@ -76,11 +76,19 @@ def expected(decoder: Decoder, at: Lengths, tokens: Tensor, kv: KVCache) -> Tens
 
 
 @pytest.mark.parametrize("few", [True, False], ids=["few rows", "many rows"])
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    ("architecture", "hidden_act"),
+    [
+        ("LlamaForCausalLM", "silu"),
+        ("LlamaForCausalLM", "gelu"),
+        ("Qwen2ForCausalLM", "silu"),
+        ("Qwen3ForCausalLM", "gelu_pytorch_tanh"),
+    ],
+)
 def test_logits_and_kv_are_the_decoders(
-    architecture: str, few: bool, monkeypatch: pytest.MonkeyPatch
+    architecture: str, hidden_act: str, few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder = decoder_of(architecture)
+    decoder = decoder_of(architecture, hidden_act)
     at, tokens = Lengths([1, 17, 40]), torch.randint(0, VOCAB, (3,))
     pages = 4 * len(tokens)
     mine, theirs = (KVCache.allocate(decoder.config, pages, PAGE_SIZE, torch.float32, CPU) for _ in range(2))

@@ -62,6 +62,8 @@ MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "llama-tied": (LlamaConfig, {"tie_word_embeddings": True}),
     "llama-biases-wide-heads": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
+    "llama-gelu": (LlamaConfig, {"hidden_act": "gelu"}),
+    "llama-gelu-tanh": (LlamaConfig, {"hidden_act": "gelu_pytorch_tanh"}),
     "llama-multi-query": (LlamaConfig, {"num_key_value_heads": 1}),
     "llama3-rope": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
     "llama-linear-rope": (LlamaConfig, {"rope_parameters": LINEAR_ROPE}),
@@ -201,7 +203,7 @@ def test_bytes_per_page_is_what_the_cache_holds(tmp_path: Path) -> None:
     ("change", "named"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "LlamaForCausalLM, MistralForCausalLM"),
-        ({"hidden_act": "gelu"}, "silu"),
+        ({"hidden_act": "relu2"}, "silu, swish, gelu, gelu_new, gelu_pytorch_tanh"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "default, linear, llama3, yarn"),
         ({"num_key_value_heads": 4}, "multiple"),
         ({"head_dim": 7}, "even"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from phloem.kernels import ops
-from phloem.kernels.types import LinearWeight
+from phloem.kernels.types import Activation, DecodeShape, LinearWeight
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE)
@@ -53,10 +55,20 @@ def test_add_rms_norm_updates_residual_and_norms_the_sum(num_tokens: int, dtype:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_silu_mul_takes_the_gate_first(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("activation", "factor"),
+    [
+        ("silu", torch.sigmoid),
+        ("gelu", lambda gate: (1 + torch.erf(gate / 2**0.5)) / 2),
+        ("gelu_tanh", lambda gate: (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) / 2),
+    ],
+)
+def test_act_mul_takes_the_gate_first(
+    activation: Activation, factor: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
     gate_up = randn(9, 128, dtype=dtype)
     gate, up = gate_up.double().chunk(2, -1)
-    assert_agrees(ops.silu_mul(gate_up), gate * torch.sigmoid(gate) * up, dtype)
+    assert_agrees(ops.act_mul(gate_up, activation), gate * factor(gate) * up, dtype)
 
 
 def naive_rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -114,3 +126,10 @@ def test_linear_agrees_with_float64_in_every_layout(
     assert_agrees(ops.linear(x, LinearWeight(weight, bias)), expected, dtype)
     if shared:
         assert torch.equal(prepared.weight, weight)
+
+
+def test_steps_in_cuda_are_for_silu_alone() -> None:
+    """Other models have Triton's launches: nothing of CUDA is asked for."""
+    shape = DecodeShape(4096, 14336, 128256, 32, 8, 128, activation="gelu_tanh")
+    for plan in (ops.plan_decode_step, ops.plan_chain_step):
+        assert plan(shape, torch.bfloat16, torch.device("cuda")) is None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from phloem.kernels.reference import rope
+from phloem.kernels.reference.activation import act_mul
 from phloem.kernels.triton_ops.decode_attention import Joints, decode_attention
 from phloem.kernels.triton_ops.key_shares import FIELDS, make_items, num_items
 from phloem.kernels.triton_ops.skinny import Squares, Workspace, skinny_linear
 from phloem.kernels.triton_ops.tilings import Tiling
+from phloem.kernels.types import Activation
 from tests.support.device_ops import HEADS, Heads, paged_batch, relative_error
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels for real")
@@ -38,7 +42,8 @@ def test_plain_product(num_rows: int, split_k: int, tma: bool) -> None:
 
 @pytest.mark.parametrize("split_k", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
-def test_normed_gated_product(split_k: int, bias: bool) -> None:
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_normed_gated_product(activation: Activation, split_k: int, bias: bool) -> None:
     stream, gain, w = torch.randn(5, 128), torch.randn(128), torch.randn(2 * 64, 128) / 8
     offsets = torch.randn(128) if bias else None
     squares = torch.zeros(3, 8)
@@ -53,10 +58,10 @@ def test_normed_gated_product(split_k: int, bias: bool) -> None:
         bias=offsets,
         norm=Squares(squares, 3),
         eps=EPS,
-        gated=True,
+        activation=activation,
     )
     both = torch.nn.functional.rms_norm(stream, (128,), gain, EPS) @ w.T + (0 if offsets is None else offsets)
-    expected = torch.nn.functional.silu(both[:, :64]) * both[:, 64:]
+    expected = act_mul(both, activation)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 

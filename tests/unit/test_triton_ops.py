@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 TRITON = LayerOps(
     triton_norm.rms_norm,
     triton_norm.add_rms_norm,
-    triton_activation.silu_mul,
+    triton_activation.act_mul,
     triton_rope.rope_write_kv,
     triton_pages.gather_pages,
     triton_pages.scatter_pages,

@@ -16,6 +16,7 @@ from phloem.kernels.types import DecodeRows, DecodeShape, StepWeights, norms_of
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.models.parameters import LayerParameters
+from phloem.shared.engine.models.registry import find_activation
 from phloem.shared.model_store.model_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def decode_shape(config: ModelConfig) -> DecodeShape:
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
+        activation=find_activation(config),
     )
 
 

@@ -13,6 +13,7 @@ from phloem.kernels.types import AttentionPlan, DevicePlan
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.models.parameters import DecoderParameters, LayerParameters
+from phloem.shared.engine.models.registry import find_activation
 from phloem.shared.engine.models.rope import RotaryEmbedding
 from phloem.shared.model_store.model_config import ModelConfig
 
@@ -38,6 +39,7 @@ class Decoder:
         self.config = config
         self.parameters = parameters
         self.rope = RotaryEmbedding(config.rope, config.head_dim, parameters.embedding.device)
+        self._activation = find_activation(config)
         self._scale = config.head_dim**-0.5
         self._windows = sorted(set(config.layer_windows))
 
@@ -72,14 +74,14 @@ class Decoder:
 
     def _layers(self, input_ids: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """What the last layer adds, and the residual stream that it is still to be added to."""
-        parameters, eps = self.parameters, self.config.norm_eps
+        parameters, eps, activation = self.parameters, self.config.norm_eps, self._activation
         residual = parameters.embedding[input_ids]
         x = ops.rms_norm(residual, parameters.layers[0].input_norm, eps)
         last = len(parameters.layers) - 1
         for index, layer in enumerate(parameters.layers):
             x = ops.linear(attend(index, layer, ops.linear(x, layer.qkv)), layer.o)
             x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
-            x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up)), layer.down)
+            x = ops.linear(ops.act_mul(ops.linear(x, layer.gate_up), activation), layer.down)
             if index < last:
                 x = ops.add_rms_norm(x, residual, parameters.layers[index + 1].input_norm, eps)
         return x, residual

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypeAlias
 
+from phloem.kernels.types import Activation
 from phloem.shared.model_store.model_config import ModelConfig, unsupported
 
 BiasRule: TypeAlias = Literal["never", "always", "config"]
@@ -56,6 +57,15 @@ class RegistryEntry(NamedTuple):
 
 _NAMES = WeightNames()
 
+# By transformers' names (its `activations.py`).
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
 REGISTRY: dict[str, RegistryEntry] = {
     "LlamaForCausalLM": RegistryEntry(Architecture("config", "config", "config", qk_norm=False), _NAMES),
     "MistralForCausalLM": RegistryEntry(Architecture("never", "never", "never", qk_norm=False), _NAMES),
@@ -70,8 +80,7 @@ def find_architecture(config: ModelConfig) -> RegistryEntry:
     if entry is None:
         supported = ", ".join(REGISTRY)
         raise unsupported(f"architecture {config.architecture!r} is not supported; supported are {supported}")
-    if config.activation not in ("silu", "swish"):
-        raise unsupported(f"activation {config.activation!r} is not supported; supported is silu")
+    find_activation(config)
     if config.num_heads % config.num_kv_heads:
         raise unsupported(
             f"{config.num_heads} query heads cannot share {config.num_kv_heads} KV heads evenly; "
@@ -80,6 +89,15 @@ def find_architecture(config: ModelConfig) -> RegistryEntry:
     if config.head_dim % 2:
         raise unsupported(f"head_dim {config.head_dim} is odd; rotary embedding needs an even head_dim")
     return entry
+
+
+def find_activation(config: ModelConfig) -> Activation:
+    """The kernels' name of the model's `hidden_act`; PhloemError `unsupported_model` says what there is."""
+    activation = _ACTIVATIONS.get(config.activation)
+    if activation is None:
+        supported = ", ".join(_ACTIVATIONS)
+        raise unsupported(f"activation {config.activation!r} is not supported; supported are {supported}")
+    return activation
 
 
 def has_bias(rule: BiasRule, configured: bool) -> bool:
