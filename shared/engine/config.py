@@ -16,6 +16,8 @@ LoadFormat: TypeAlias = Literal["auto", "safetensors", "dummy"]
 AttentionBackend: TypeAlias = Literal["auto", "flashinfer", "triton", "torch"]
 SchedulePolicy: TypeAlias = Literal["fcfs", "lpm"]
 
+GPU_MEM_FRACTION = 0.85  # what `mem_fraction_static` 0 means on a GPU
+
 
 class EngineOptions(Struct, frozen=True, kw_only=True):
     """The engine flags of every worker role; names follow SGLang where the meaning is the same."""
@@ -29,7 +31,10 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     ] = "auto"
     dtype: Annotated[
         DtypeName,
-        Meta(description="of weights and activations; auto: the model's own on a GPU, float32 on a CPU"),
+        Meta(
+            description="of weights and activations, whatever the weights are stored in; auto: the model's "
+            "own on a GPU, float32 on a CPU"
+        ),
     ] = "auto"
     load_format: Annotated[LoadFormat, Meta(description="dummy: random seeded weights")] = "auto"
     context_length: Annotated[
@@ -41,8 +46,14 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     ] = 0
     mem_fraction_static: Annotated[
         float,
-        Meta(gt=0.0, lt=1.0, description="share of device memory for weights and KV; of free RAM on a CPU"),
-    ] = 0.85
+        Meta(
+            ge=0.0,
+            lt=1.0,
+            description="share of a GPU's memory for weights and KV pages; on a CPU, of the RAM free beside "
+            "the weights for KV pages; 0: 0.85 of a GPU, and 0.125 on a CPU, up to 131072 tokens or "
+            "--context-length",
+        ),
+    ] = 0.0
     chunked_prefill_size: Annotated[
         int,
         Meta(ge=0, le=1_048_576, description="most tokens of one engine step; 0: 8192 on CUDA, else 2048"),

@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from phloem.shared.engine.backend import Backend, ModelFacts
 from phloem.shared.engine.config import EngineOptions
 from phloem.shared.engine.memory import (
+    BesidePool,
+    DeviceMemory,
     PoolWish,
-    StepSizes,
     check_weights,
     plan_pool,
     pool_not_allocated,
-    step_too_large,
     weights_too_large,
 )
 from phloem.shared.engine.models.decoder import Decoder
@@ -27,6 +28,13 @@ from phloem.shared.engine.models.kv_cache import KVCache, bytes_per_page
 from phloem.shared.engine.rehearsal import MemoryGauge, measure_overhead, memory_gauge
 from phloem.shared.engine.runners import LoadedModel, build_runner, log, pick_backend, warm_up_runner
 from phloem.shared.engine.sizing import channels_reserve, context_length, host_pool_pages
+from phloem.shared.engine.step_advice import (
+    Rehearsed,
+    graphs_too_large,
+    rehearsal_not_allocated,
+    step_too_large,
+)
+from phloem.shared.engine.step_memory import StepSizes, rehearsal_pages, step_cost
 from phloem.shared.engine.step_runner import StepRunner
 from phloem.shared.engine.weights.loader import count_parameters, load_decoder, resolve_dtype
 from phloem.shared.errors import PhloemError
@@ -71,12 +79,20 @@ class ModelLoading:
         self._dtype = resolve_dtype(options.dtype, self._model_dir, device)
         self._length = context_length(options, self._config)
         self._gauge = gauge
+        self._page_bytes = bytes_per_page(self._config, options.page_size, self._dtype)
+        self._sizes = StepSizes(
+            options.chunked_prefill_size,
+            options.max_running_requests,
+            0 if options.disable_cuda_graph else options.cuda_graph_max_bs,
+        )
+        self._cost = step_cost(self._config, self._dtype.itemsize)
 
     def run(self) -> tuple[LoadedModel, StepRunner]:
         facts = ModelFacts(str(self._dtype).removeprefix("torch."), self._config.head_dim)
         backend = pick_backend(self._options, self._device, facts, self._send)
         decoder = self._weights(facts.dtype)
-        model = self._allocate(decoder, self.num_pages_of_pool(decoder, backend))
+        pool = self.pool(decoder, backend)
+        model = self._allocate(decoder, pool.num_pages, lambda memory: self._pool_too_large(pool, memory))
         runner = self._runner(model, backend, self._send)
         self._send(Progress("warmup", 0, 1))
         self._warm_up(model, runner)
@@ -99,32 +115,34 @@ class ModelLoading:
                 progress=_by_percent(self._send),
             )
 
-    def num_pages_of_pool(self, decoder: Decoder, backend: Backend) -> int:
+    def pool(self, decoder: Decoder, backend: Backend) -> PoolSize:
         """How many pages requests get, once the weights are loaded."""
         options = self._options
-        page_bytes = bytes_per_page(self._config, options.page_size, self._dtype)
         if self._device.type != "cuda":
-            return host_pool_pages(options, page_bytes, self._length)
+            return PoolSize(host_pool_pages(options, self._page_bytes, self._length))
         self._gauge.release()
         memory = self._gauge.read()
         self._send(Progress("memory", 0, 1))
-        tokens = min(options.chunked_prefill_size, self._length)
-        num_pages = max(-(-tokens // options.page_size), options.max_running_requests)
-        overhead = measure_overhead(
-            self._gauge, lambda: self._rehearse(decoder, backend, num_pages), (num_pages + 1) * page_bytes
+        num_pages = rehearsal_pages(self._sizes, options.page_size, self._length)
+        measured = measure_overhead(
+            self._gauge,
+            lambda: self._rehearse(decoder, backend, num_pages),
+            (num_pages + 1) * self._page_bytes,
         )
         self._send(Progress("memory", 1, 1))
         wish = PoolWish(
-            page_bytes,
+            self._page_bytes,
             options.page_size,
             self._length,
             options.mem_fraction_static,
             options.max_total_tokens,
         )
-        plan = plan_pool(wish, memory, overhead + channels_reserve(options))
+        channels, one = channels_reserve(options), channels_reserve(options, num_peers=1)
+        beside = BesidePool(measured, channels, one, self._sizes, self._cost)
+        plan = plan_pool(wish, memory, beside)
         if plan.note is not None:
             log.warning("%s", plan.note)
-        return plan.num_pages
+        return PoolSize(plan.num_pages, beside.total)
 
     def _rehearse(self, decoder: Decoder, backend: Backend, num_pages: int) -> object:
         """A runner over a small pool, after its largest step; whoever drops it frees what it holds."""
@@ -134,42 +152,55 @@ class ModelLoading:
                 self._send(Progress("memory", message.done, message.total + 1))
 
         # Tables are as wide as the real pool's may need.
-        model = self._allocate(decoder, num_pages)._replace(context_length=self._length)
-        runner = self._runner(model, backend, in_the_background)
-        self._warm_up(model, runner)
+        model = self._allocate(decoder, num_pages, self._rehearsal_too_large)
+        model = model._replace(context_length=self._length)
+        runner = self._runner(model, backend, in_the_background, rehearsed=False)
+        self._warm_up(model, runner, rehearsed=False)
         return runner, model
 
-    def _allocate(self, decoder: Decoder, num_pages: int) -> LoadedModel:
+    def _allocate(
+        self, decoder: Decoder, num_pages: int, too_large: Callable[[DeviceMemory], PhloemError]
+    ) -> LoadedModel:
         page_size = self._options.page_size
         # What doesn't fit into the pool alone is refused at the door, not when it has been half answered.
         length = min(self._length, num_pages * page_size)
         memory = self._gauge.read()
-        page_bytes = bytes_per_page(self._config, page_size, self._dtype)
-        with out_of_memory_as(lambda: pool_not_allocated(num_pages, page_bytes, page_size, memory)):
+        with out_of_memory_as(lambda: too_large(memory)):
             # One page more than the pool knows: padding rows of a CUDA graph write there.
             kv = KVCache.allocate(self._config, num_pages + 1, page_size, self._dtype, self._device)
         return LoadedModel(decoder, kv, self._device, self._dtype, length, num_pages)
 
-    def _runner(self, model: LoadedModel, backend: Backend, send: Send) -> StepRunner:
-        with self._step_fits(capturing=not self._options.disable_cuda_graph):
+    def _runner(
+        self, model: LoadedModel, backend: Backend, send: Send, *, rehearsed: bool = True
+    ) -> StepRunner:
+        memory, sizes = self._gauge.read(), self._sizes
+        too_large = graphs_too_large if sizes.graph_rows else step_too_large
+        with out_of_memory_as(lambda: too_large(sizes, self._cost, memory, rehearsed=rehearsed)):
             return build_runner(self._options, model, backend, send, self._is_alone)
 
-    def _warm_up(self, model: LoadedModel, runner: StepRunner) -> None:
-        with self._step_fits(capturing=False):
+    def _warm_up(self, model: LoadedModel, runner: StepRunner, *, rehearsed: bool = True) -> None:
+        memory = self._gauge.read()
+        with out_of_memory_as(lambda: step_too_large(self._sizes, self._cost, memory, rehearsed=rehearsed)):
             warm_up_runner(self._options, model, runner)
 
-    @contextmanager
-    def _step_fits(self, *, capturing: bool) -> Iterator[None]:
-        options, memory = self._options, self._gauge.read()
-        sizes = StepSizes(
-            options.chunked_prefill_size,
-            options.max_running_requests,
-            0 if options.disable_cuda_graph else options.cuda_graph_max_bs,
+    # -- sentences -------------------------------------------------------------------------------------
+
+    def _pool_too_large(self, pool: PoolSize, memory: DeviceMemory) -> PhloemError:
+        return pool_not_allocated(
+            pool.num_pages, self._page_bytes, self._options.page_size, memory, pool.beside
         )
-        with out_of_memory_as(
-            lambda: step_too_large(self._config, self._dtype.itemsize, sizes, memory, capturing=capturing)
-        ):
-            yield
+
+    def _rehearsal_too_large(self, memory: DeviceMemory) -> PhloemError:
+        pool = Rehearsed(self._page_bytes, self._options.page_size, self._length)
+        channels = channels_reserve(self._options)
+        return rehearsal_not_allocated(pool, memory, self._sizes, self._cost, channels)
+
+
+class PoolSize(NamedTuple):
+    """`beside`: bytes of the device that are to stay free beside it."""
+
+    num_pages: int
+    beside: int = 0
 
 
 @contextmanager

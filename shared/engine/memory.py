@@ -9,11 +9,18 @@ and a largest step are there, which is measured (`rehearsal.py`), not guessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from phloem.shared.engine.step_memory import (
+    StepCost,
+    StepSizes,
+    as_flags,
+    lowered,
+    smaller_step,
+    smallest_step,
+)
 from phloem.shared.errors import PhloemError
-from phloem.shared.model_store.model_config import ModelConfig
 
 MARGIN_BYTES = 512 * 2**20  # fragmentation, and what another process may take meanwhile
 USEFUL_TOKENS = 8192  # a suggestion should hold at least one long request
@@ -46,12 +53,25 @@ class PoolPlan(NamedTuple):
     note: str | None = None
 
 
-class StepSizes(NamedTuple):
-    """What decides how much memory a step takes: the flags, after their defaults."""
+class BesidePool(NamedTuple):
+    """What stands beside the pool. `measured`: graphs, workspaces and the largest step, which is of `sizes`;
+    `channels` is what KV transfer takes, `one_channel` what it would with `--transfer-peers 1`."""
 
-    chunk_tokens: int
-    running: int
-    graph_rows: int  # 0: no graphs
+    measured: int
+    channels: int
+    one_channel: int
+    sizes: StepSizes
+    cost: StepCost
+
+    @property
+    def total(self) -> int:
+        return self.measured + self.channels
+
+    def with_step(self, sizes: StepSizes) -> int:
+        """About what `measured` would be with steps of other sizes: their part of it shrinks with them."""
+        whole = self.cost.of(self.sizes)
+        step = min(self.measured, whole)
+        return self.measured - step + step * self.cost.of(sizes) // whole
 
 
 def gb(num_bytes: float) -> str:
@@ -62,6 +82,12 @@ def gb(num_bytes: float) -> str:
 def out_of_memory(message: str, param: str) -> PhloemError:
     """Something does not fit; `param` is the flag that helps most."""
     return PhloemError("out_of_memory", message, param=param)
+
+
+def stop_others(memory: DeviceMemory) -> str:
+    """The advice where no smaller number helps."""
+    others = max(0, memory.total - memory.free - memory.own)
+    return f"stop what else uses the device ({gb(others)}), or use one with more memory"
 
 
 # -- weights ------------------------------------------------------------------------------------------------
@@ -95,22 +121,15 @@ def weights_too_large(need: int, dtype: str, memory: DeviceMemory) -> PhloemErro
 # -- KV pages -----------------------------------------------------------------------------------------------
 
 
-def plan_pool(wish: PoolWish, memory: DeviceMemory, overhead: int) -> PoolPlan:
-    """Pages of the pool on a CUDA device. `memory` is with the weights loaded; `overhead` bytes go to graphs,
-    workspaces, the largest step, and staging for KV transfer.
+def plan_pool(wish: PoolWish, memory: DeviceMemory, beside: BesidePool) -> PoolPlan:
+    """Pages of the pool on a CUDA device. `memory` is with the weights loaded, and nothing else.
 
     Raises `out_of_memory` that names the number to change and what would fit.
     """
-    room = memory.free - overhead - MARGIN_BYTES
+    room = memory.free - beside.total - MARGIN_BYTES
     most = _pages(room, wish)
     if most < _LEAST_PAGES:
-        raise out_of_memory(
-            f"the weights fit, but of the {gb(memory.free)} free beside them on {memory.name} CUDA graphs, "
-            f"the largest step and staging take {gb(overhead + MARGIN_BYTES)}, which leaves nothing for KV "
-            "pages: lower --chunked-prefill-size, --max-running-requests, --cuda-graph-max-bs or "
-            "--transfer-peers, or use a device with more memory",
-            "chunked_prefill_size",
-        )
+        raise _no_room_for_pages(wish, memory, beside)
     if wish.max_total_tokens:
         return PoolPlan(_asked_for(wish, memory, most))
     static = memory.total * wish.fraction - memory.own
@@ -120,18 +139,24 @@ def plan_pool(wish: PoolWish, memory: DeviceMemory, overhead: int) -> PoolPlan:
         return PoolPlan(pages)
     note = (
         f"--mem-fraction-static {wish.fraction:g} would give KV pages {gb(static)}, but CUDA graphs, "
-        f"the largest step and staging need {gb(overhead)}: the pool takes {gb(room)}"
+        f"the largest step and staging need {gb(beside.total)}: the pool takes {gb(room)}"
     )
     return PoolPlan(most, note)
 
 
-def pool_not_allocated(num_pages: int, page_bytes: int, page_size: int, memory: DeviceMemory) -> PhloemError:
-    """What to say when a pool that should have fitted did not; `memory` is as it was before."""
-    fits = max(_LEAST_PAGES, int((memory.free - MARGIN_BYTES) // page_bytes) - 1) * page_size
+def pool_not_allocated(
+    num_pages: int, page_bytes: int, page_size: int, memory: DeviceMemory, beside: int = 0
+) -> PhloemError:
+    """What to say when a pool that should have fitted did not. `memory` is as it was before, `beside` what
+    else is to come."""
+    pages = int((memory.free - beside - MARGIN_BYTES) // page_bytes) - 1
+    smaller = ""
+    if pages >= _LEAST_PAGES:
+        smaller = f"lower --mem-fraction-static, or give --max-total-tokens {pages * page_size}, or "
     return out_of_memory(
         f"KV pages for {num_pages * page_size} tokens, {gb((num_pages + 1) * page_bytes)}, could not be "
-        f"allocated: {gb(memory.free)} of {memory.name}'s {gb(memory.total)} were free; lower "
-        f"--mem-fraction-static, or give --max-total-tokens {fits}, or stop what else uses the device",
+        f"allocated: {gb(memory.free)} of {memory.name}'s {gb(memory.total)} were free; {smaller}stop what "
+        "else uses the device",
         "mem_fraction_static",
     )
 
@@ -149,6 +174,44 @@ def staging_not_allocated(need: int, memory: DeviceMemory) -> PhloemError:
 def _pages(num_bytes: float, wish: PoolWish) -> int:
     """Pages for requests in so many bytes, with the scratch page beside them."""
     return int(num_bytes // wish.page_bytes) - 1
+
+
+def _no_room_for_pages(wish: PoolWish, memory: DeviceMemory, beside: BesidePool) -> PhloemError:
+    what = (
+        f"the weights fit, but of the {gb(memory.free)} free beside them on {memory.name} CUDA graphs, the "
+        f"largest step and staging take {gb(beside.total + MARGIN_BYTES)}, which leaves nothing for KV pages"
+    )
+    sizes, cost = beside.sizes, beside.cost
+
+    def room(sizes: StepSizes, channels: int) -> int:
+        return memory.free - beside.with_step(sizes) - channels - MARGIN_BYTES
+
+    def step_beside(pool_bytes: int, channels: int) -> StepSizes | None:
+        return smaller_step(sizes, cost, lambda sizes: room(sizes, channels) >= pool_bytes)
+
+    for tokens in _worthwhile(wish):
+        pool = (-(-tokens // wish.page_size) + 1) * wish.page_bytes
+        for channels in (beside.channels, beside.one_channel):
+            if (found := step_beside(pool, channels)) is not None:
+                fewer = " and --transfer-peers to 1" if channels < beside.channels else ""
+                holds = _pages(room(found, channels), wish) * wish.page_size
+                return out_of_memory(
+                    f"{what}: lower {lowered(sizes, found)}{fewer}, which leaves room for about {holds} "
+                    "tokens, or use a device with more memory",
+                    "chunked_prefill_size",
+                )
+    least = smallest_step(sizes)
+    need = memory.free - room(least, beside.one_channel) + (_LEAST_PAGES + 1) * wish.page_bytes
+    return out_of_memory(
+        f"{what}, and even {as_flags(least)} --transfer-peers 1 would need {gb(need)}: {stop_others(memory)}",
+        "device",
+    )
+
+
+def _worthwhile(wish: PoolWish) -> Iterator[int]:
+    """Tokens that a pool should hold: a long request, or, where that can't be had, the least that runs."""
+    yield min(wish.context_length, wish.max_total_tokens or USEFUL_TOKENS)
+    yield _LEAST_PAGES * wish.page_size
 
 
 def _asked_for(wish: PoolWish, memory: DeviceMemory, most: int) -> int:
@@ -189,51 +252,3 @@ def _more_room(wish: PoolWish, memory: DeviceMemory, room: int) -> str:
         return f"give --max-total-tokens {_pages(room, wish) * wish.page_size}"
     holds = _pages(memory.total * fraction - memory.own, wish) * wish.page_size
     return f"raise it to {fraction:.2f}, which holds {holds} tokens"
-
-
-# -- steps and graphs ---------------------------------------------------------------------------------------
-
-
-def step_bytes(config: ModelConfig, itemsize: int, tokens: int, rows: int) -> int:
-    """About what the activations of a step take, of `tokens` tokens of which `rows` are sampled: the largest
-    tensors that live at the same time."""
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    per_token = (3 * config.intermediate_size + 4 * config.hidden_size + heads) * itemsize
-    per_row = config.vocab_size * (itemsize + 2 * 4)  # logits, and twice float32 for sampling
-    return tokens * per_token + rows * per_row
-
-
-def step_too_large(
-    config: ModelConfig, itemsize: int, sizes: StepSizes, memory: DeviceMemory, *, capturing: bool
-) -> PhloemError:
-    """What to say when memory ran out in a step at start; `memory` is as it was before the step."""
-
-    def bytes_of(tokens: int, rows: int) -> int:
-        return step_bytes(config, itemsize, tokens, rows)
-
-    left = f"{gb(memory.free)} of {memory.name}'s {gb(memory.total)} were free"
-    if capturing:
-        rows = _halved(sizes.graph_rows, lambda rows: bytes_of(rows, 3 * rows) <= memory.free)
-        return out_of_memory(
-            f"CUDA graphs for up to {sizes.graph_rows} requests do not fit ({left}): lower "
-            f"--cuda-graph-max-bs to {rows}, or --mem-fraction-static, or give --disable-cuda-graph",
-            "cuda_graph_max_bs",
-        )
-    tokens = _halved(
-        sizes.chunk_tokens, lambda tokens: bytes_of(tokens, min(tokens, sizes.running)) <= memory.free
-    )
-    need = bytes_of(sizes.chunk_tokens, sizes.running)
-    return out_of_memory(
-        f"a step of {sizes.chunk_tokens} tokens and {sizes.running} requests, about {gb(need)}, does not "
-        f"fit ({left}): lower --chunked-prefill-size to {tokens}, or --max-running-requests, or "
-        "--mem-fraction-static",
-        "chunked_prefill_size",
-    )
-
-
-def _halved(value: int, fits: Callable[[int], bool]) -> int:
-    """The largest of value / 2, value / 4, ... that fits, at least 1."""
-    value = max(1, value // 2)
-    while value > 1 and not fits(value):
-        value //= 2
-    return value

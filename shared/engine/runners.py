@@ -11,7 +11,7 @@ import torch
 
 from phloem.shared.engine import gpu_facts
 from phloem.shared.engine.backend import Backend, Choice, ModelFacts, Refusal, choose_backend
-from phloem.shared.engine.config import EngineOptions
+from phloem.shared.engine.config import GPU_MEM_FRACTION, EngineOptions
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.step_runner import StepRunner, SyncStepRunner
@@ -69,6 +69,8 @@ def for_device(options: EngineOptions, device: torch.device) -> EngineOptions:
         # By benchmarks/simulate_mixed_steps.py: less costs the median, more the 99th percentile of ITL.
         max_mixed_prefill_tokens=options.max_mixed_prefill_tokens or (1024 if cuda else 0),
         max_running_requests=running,
+        # On a CPU 0 stays: it tells a share that was asked for from one that leaves room for others.
+        mem_fraction_static=options.mem_fraction_static or (GPU_MEM_FRACTION if cuda else 0.0),
         cuda_graph_max_bs=min(options.cuda_graph_max_bs or running, running),
     )
 

@@ -27,16 +27,19 @@ _SAMPLE_BYTES = 65_536
 
 
 def host_pool_pages(options: EngineOptions, bytes_per_page: int, context_length: int) -> int:
-    """Pages of a CPU worker's KV pool: `--max-total-tokens`, or a share of free memory.
+    """Pages of a CPU worker's KV pool: `--max-total-tokens`, or the share of free memory that
+    `--mem-fraction-static` says; without either a share that leaves room for others, and no more than is
+    useful.
 
     Raises `out_of_memory` that names the number to change when not even one page per slot fits.
     """
     if options.max_total_tokens:
         pages = options.max_total_tokens // options.page_size
     else:
-        free = HostGauge().read().free
-        pages = int(free * CPU_SHARE) // bytes_per_page
-        pages = min(pages, max(CPU_MAX_TOKENS, context_length) // options.page_size)
+        share = options.mem_fraction_static or CPU_SHARE
+        pages = int(HostGauge().read().free * share) // bytes_per_page
+        if not options.mem_fraction_static:
+            pages = min(pages, max(CPU_MAX_TOKENS, context_length) // options.page_size)
     if pages < 2:
         raise out_of_memory(
             f"the KV pool would hold {pages} pages of {options.page_size} tokens "
@@ -58,11 +61,14 @@ def staging_reserve(options: EngineOptions) -> int:
     return num_staging_blocks(options.transfer_peers, options.staging_slots) * options.staging_bytes
 
 
-def channels_reserve(options: EngineOptions) -> int:
-    """Bytes of a GPU that channels with all peers take: staging memory, and what NCCL allocates for each when
-    it opens. Without room for that a worker would run out of memory when its peers come."""
+def channels_reserve(options: EngineOptions, *, num_peers: int = 0) -> int:
+    """Bytes of a GPU that channels with all peers, or `num_peers`, take: staging memory, and what NCCL
+    allocates for each when it opens. Without room for that a worker would run out of memory when its peers
+    come."""
+    peers = num_peers or options.transfer_peers
     ctas = COMMUNICATOR_CTAS * options.transfer_max_ctas
-    return staging_reserve(options) + options.transfer_peers * ctas * NCCL_BYTES_PER_CTA
+    staging = num_staging_blocks(peers, options.staging_slots) * options.staging_bytes
+    return staging + peers * ctas * NCCL_BYTES_PER_CTA
 
 
 def context_length(options: EngineOptions, config: ModelConfig) -> int:

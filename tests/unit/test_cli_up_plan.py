@@ -64,10 +64,10 @@ def test_shared_redis_gets_names_of_this_run() -> None:
 @pytest.mark.parametrize(
     ("device", "num_workers", "num_gpus", "places"),
     [
-        ("auto", 2, 0, [("auto", 0.85), ("auto", 0.85)]),
-        ("auto", 2, 2, [("auto", 0.85), ("auto", 0.85)]),
+        ("auto", 2, 0, [("auto", 0.0), ("auto", 0.0)]),
+        ("auto", 2, 2, [("auto", 0.0), ("auto", 0.0)]),
         ("auto", 3, 2, [("cuda:0", 0.425), ("cuda:1", 0.425), ("cuda:0", 0.425)]),
-        ("cpu", 2, 1, [("cpu", 0.85), ("cpu", 0.85)]),
+        ("cpu", 2, 1, [("cpu", 0.0), ("cpu", 0.0)]),
     ],
 )
 def test_workers_that_share_a_gpu_share_its_memory(
@@ -78,9 +78,10 @@ def test_workers_that_share_a_gpu_share_its_memory(
     assert [(p.device, p.mem_fraction_static) for p in placed] == places
 
 
-def test_memory_that_the_user_set_stays() -> None:
-    options = EngineOptions(mem_fraction_static=0.5)
-    assert placed_options(options, 0, 4, 1).mem_fraction_static == 0.5
+@pytest.mark.parametrize("share", [0.5, 0.85])
+def test_memory_that_the_user_set_stays(share: float) -> None:
+    options = EngineOptions(mem_fraction_static=share)
+    assert placed_options(options, 0, 4, 1).mem_fraction_static == share
 
 
 def test_served_name_is_what_the_user_calls_the_model(tmp_path: Path) -> None:

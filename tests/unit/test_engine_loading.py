@@ -18,6 +18,7 @@ from phloem.shared.engine.memory import MARGIN_BYTES, DeviceMemory
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.rehearsal import HostGauge, measure_overhead
 from phloem.shared.engine.runners import for_device
+from phloem.shared.engine.sizing import CPU_MAX_TOKENS, host_pool_pages
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.engine import EngineUp, Progress
 from phloem.shared.transfer.config import NCCL_BYTES_PER_CTA
@@ -36,6 +37,7 @@ CONFIG = {
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
     "vocab_size": 100,
+    "dtype": "float32",
 }
 
 
@@ -153,6 +155,34 @@ def test_each_stage_names_its_own_number(
     assert "this machine" in str(caught.value)
 
 
+@pytest.mark.parametrize("asked", [0.0, 0.02, 0.04, 0.3])
+def test_share_of_memory_is_honoured_on_a_cpu(
+    asked: float, options: EngineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 1000 * PAGE_BYTES
+    monkeypatch.setattr(HostGauge, "read", lambda self: DeviceMemory("this machine", 2 * free, free, 0))
+    flags = msgspec.structs.replace(options, max_total_tokens=0, mem_fraction_static=asked)
+    model, _ = load_model(for_device(flags, CPU), CPU, lambda message: None)
+    assert model.num_pages == {0.0: 125, 0.02: 20, 0.04: 40, 0.3: 300}[asked]
+
+
+def test_where_no_share_was_asked_for_a_cpu_pool_is_no_larger_than_useful(
+    options: EngineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 100 * GB
+    monkeypatch.setattr(HostGauge, "read", lambda self: DeviceMemory("this machine", 2 * free, free, 0))
+    flags = msgspec.structs.replace(options, max_total_tokens=0)
+    assert host_pool_pages(flags, PAGE_BYTES, 256) == CPU_MAX_TOKENS // 16
+    asked = msgspec.structs.replace(flags, mem_fraction_static=0.5)
+    assert host_pool_pages(asked, PAGE_BYTES, 256) == free // 2 // PAGE_BYTES
+
+
+def test_share_of_a_gpu_is_its_default_until_it_is_asked_for() -> None:
+    at = torch.device("cuda:0")
+    assert for_device(EngineOptions(), at).mem_fraction_static == 0.85
+    assert for_device(EngineOptions(mem_fraction_static=0.3), at).mem_fraction_static == 0.3
+
+
 def test_pool_that_can_not_be_allocated_names_one_that_can(
     options: EngineOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +190,19 @@ def test_pool_that_can_not_be_allocated_names_one_that_can(
     with pytest.raises(PhloemError, match=r"KV pages for 1024 tokens.*--max-total-tokens \d+") as caught:
         load_model(options, CPU, lambda message: None)
     assert caught.value.info.param == "mem_fraction_static"
+
+
+def test_rehearsal_whose_pages_can_not_be_allocated_names_the_flags_that_decide_them(
+    options: EngineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of the pool, which have no say in it."""
+    monkeypatch.setattr(KVCache, "allocate", raising)
+    flags = msgspec.structs.replace(options, max_running_requests=100, transfer_peers=1)
+    loading_ = ModelLoading(flags, torch.device("cuda:0"), lambda message: None, FakeGauge())
+    with pytest.raises(PhloemError, match="KV pages for a step of 2048 tokens and 100 requests") as caught:
+        loading_.pool(tiny_decoder(), "triton")
+    assert caught.value.info.param == "chunked_prefill_size"
+    assert "lower --chunked-prefill-size to 1024, or stop what else uses the device" in str(caught.value)
 
 
 class RehearsedLoading(ModelLoading):
@@ -189,11 +232,12 @@ def test_cuda_pool_is_what_the_rehearsal_leaves(options: EngineOptions) -> None:
     messages: list[EngineUp] = []
     gauge = FakeGauge()
     loading_ = RehearsedLoading(flags, gauge, 4 * GB, messages)
-    pages = loading_.num_pages_of_pool(tiny_decoder(), "triton")
+    pages, beside = loading_.pool(tiny_decoder(), "triton")
     assert loading_.rehearsed_pages == 100, "a step of as many requests as may run"
     staging = (flags.transfer_peers - 1 + flags.staging_slots) * flags.staging_bytes
     nccl = flags.transfer_peers * 2 * flags.transfer_max_ctas * NCCL_BYTES_PER_CTA
     room = 80 * GB - 10 * GB - 4 * GB - MARGIN_BYTES - staging - nccl
     assert (pages + 1) * PAGE_BYTES <= room < (pages + 2) * PAGE_BYTES
     assert gauge.held == 10 * GB
+    assert beside == 4 * GB + staging + nccl
     assert messages == [Progress("memory", 0, 1), Progress("memory", 1, 1)]

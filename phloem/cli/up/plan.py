@@ -12,7 +12,7 @@ import msgspec
 from phloem.cli.up.config import UpConfig
 from phloem.shared.config.fields import config_fields
 from phloem.shared.config.sources import ENV_PREFIX, env_word
-from phloem.shared.engine.config import EngineOptions
+from phloem.shared.engine.config import GPU_MEM_FRACTION, EngineOptions
 from phloem.shared.errors import ConfigError
 
 Kind: TypeAlias = Literal["valkey", "cache-index", "prefill", "decode", "unified", "gateway"]
@@ -126,9 +126,7 @@ def placed_options(options: EngineOptions, rank: int, num_workers: int, num_gpus
     stays."""
     if num_gpus == 0 or num_workers <= num_gpus or options.device not in ("auto", "cuda"):
         return options
-    share = options.mem_fraction_static
-    if share == EngineOptions().mem_fraction_static:
-        share = round(share / -(-num_workers // num_gpus), 4)
+    share = options.mem_fraction_static or round(GPU_MEM_FRACTION / -(-num_workers // num_gpus), 4)
     return msgspec.structs.replace(options, device=f"cuda:{rank % num_gpus}", mem_fraction_static=share)
 
 
