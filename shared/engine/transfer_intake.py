@@ -35,8 +35,7 @@ class TransferIntake:
     def take(self, event: TransferEvent) -> None:
         match event:
             case ChannelOpened(peer, side):
-                if side == "decode":
-                    self._receiver.on_opened(peer)
+                self._opened(peer, side)
             case ChannelLost(peer, side, error):
                 self._lost(peer, side, error)
             case ReadyReceived(peer, message):
@@ -55,6 +54,11 @@ class TransferIntake:
                 else:
                     ended = self._sender.on_cancel(peer, (cancel.request_id, cancel.attempt))
                     self._ends.handovers([ended])
+
+    def _opened(self, peer: PeerRef, side: str) -> None:
+        log.info("KV channel with %s (as %s) is open", peer.worker_id, side)
+        if side == "decode":
+            self._receiver.on_opened(peer)
 
     def _lost(self, peer: PeerRef, side: str, error: ErrorInfo) -> None:
         log.warning("KV channel with %s (as %s) is lost: %s", peer.worker_id, side, error.message)

@@ -19,7 +19,7 @@ from phloem.shared.protocol.session import PeerRef
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
     """First message of the prefill side, after authentication; `kv_layout` and `link` (what NCCL runs with;
-    "": nothing to say) must equal the decode side's, and `device_id` (of the GPU; "" on a CPU) must not."""
+    "" on a CPU) must equal the decode side's, and `device_id` (of the GPU; "" on a CPU) must not."""
 
     prefill: PeerRef
     decode: PeerRef

@@ -12,6 +12,7 @@ MAX_REMEMBERED_WORKERS = 4096
 MAX_NAME_CHARS = 1024
 MAX_STRANGERS = 64
 MAX_STRANGERS_PER_HOST = 16  # whoever opens many from one address does not keep the others out
+_NO_NCCL = "Gloo, on a CPU"
 
 
 class Strangers:
@@ -50,8 +51,14 @@ class SeenEpochs:
             del self._newest[next(iter(self._newest))]
 
 
+def layout_mismatch(theirs: str, ours: str) -> str:
+    """Why KV does not move between two layouts, and what to do about it."""
+    return f"KV layout {theirs!r} is not {ours!r}: run both workers with the same model, dtype and page size"
+
+
 def refusal(request: Open, config: TransferConfig, newest_epoch: int, num_channels: int) -> Refused | None:
-    """None when the channel may open. Only `overloaded` is worth another try.
+    """None when the channel may open. Of these reasons only `overloaded` is worth another try; so is
+    `staging_full`, with which the pool answers who is let in here.
 
     `newest_epoch` is the newest seen of the prefill worker, `num_channels` counts other workers' channels.
     """
@@ -65,22 +72,20 @@ def refusal(request: Open, config: TransferConfig, newest_epoch: int, num_channe
     if request.prefill.epoch < newest_epoch:
         return Refused("stale_epoch", f"{request.prefill} is superseded by epoch {newest_epoch}")
     if request.kv_layout != config.kv_layout:
-        return Refused(
-            "kv_layout_mismatch",
-            f"KV layout {request.kv_layout!r} is not {config.kv_layout!r}: run both workers with the same "
-            "model, dtype and page size",
-        )
+        return Refused("kv_layout_mismatch", layout_mismatch(request.kv_layout, config.kv_layout))
     if request.device_id and request.device_id == config.device_id:
         return Refused(
             "same_device",
             f"{request.prefill.worker_id} and {config.me.worker_id} are on the same GPU, and NCCL joins no "
             "two processes on one: give each its own, or run a `unified` worker instead of both",
         )
-    if request.link and config.link and request.link != config.link:
+    if request.link != config.link:
+        both = request.link and config.link
+        remedy = "give both workers the same" if both else "run both on GPUs, or both with --device cpu"
         return Refused(
             "link_mismatch",
-            f"{request.prefill.worker_id} sends over {request.link}, {config.me.worker_id} receives over "
-            f"{config.link}: give both workers the same",
+            f"{request.prefill.worker_id} sends over {request.link or _NO_NCCL}, {config.me.worker_id} "
+            f"receives over {config.link or _NO_NCCL}: {remedy}",
         )
     if num_channels >= MAX_CHANNELS:
         return Refused("overloaded", f"{num_channels} transfer channels are open")

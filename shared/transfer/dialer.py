@@ -37,6 +37,7 @@ MAX_OPENING_FRAME_BYTES = 64 * 1024
 class _Attempt:
     error: ErrorInfo
     is_final: bool = False
+    had_channel: bool = False  # whose end is in the log
 
 
 class Dialer:
@@ -111,10 +112,11 @@ class Dialer:
                 return
             pause_s = self._redial.failed(attempt.error, began_s)
             if not self._stopped.is_set():
-                self._log_cut_off(pause_s)
+                self._log(attempt, pause_s)
                 self._retry.wait(pause_s)
 
-    def _log_cut_off(self, pause_s: float) -> None:
+    def _log(self, attempt: _Attempt, pause_s: float) -> None:
+        """Why there is no channel, once for each attempt."""
         error = self.cut_off
         if error is not None:
             log.warning(
@@ -122,6 +124,10 @@ class Dialer:
                 self.peer,
                 pause_s,
                 error.message,
+            )
+        elif not attempt.had_channel:
+            log.info(
+                "no transfer channel to %s at %s yet: %s", self.peer, self.address, attempt.error.message
             )
 
     def _deliver(self, event: TransferEvent) -> None:
@@ -135,7 +141,6 @@ class Dialer:
         try:
             return self._attempt()
         except PhloemError as error:
-            log.info("no transfer channel to %s at %s yet: %s", self.peer, self.address, error)
             return _Attempt(error.info)
         except Exception:  # out of memory, or a bug of ours: the next attempt may do better
             log.exception("dialing %s at %s", self.peer, self.address)
@@ -162,7 +167,7 @@ class Dialer:
             # No variable holds the channel: with its slots, it is gone when their memory is given back.
             end = self._make_channel(name, opened, frames, lease).run()
             self._resources.take_back(self.peer, lease, end)
-            return _Attempt(end.error)
+            return _Attempt(end.error, had_channel=True)
         finally:
             with self._lock:
                 self._frames = self._channel = None

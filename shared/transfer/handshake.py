@@ -23,6 +23,7 @@ HANDSHAKE_TIMEOUT_S = 3.0
 _MAGIC = b"phloem-transfer/1"
 _NONCE_BYTES = 32
 _MAX_FRAME_BYTES = 128
+_REMEDY = "give all services the same --cluster-secret"
 
 
 def transfer_key(cluster_secret: bytes) -> bytes:
@@ -41,13 +42,21 @@ def prove_as_dialer(frames: FrameSocket, key: bytes, deadline: float) -> None:
 
 
 def prove_as_listener(frames: FrameSocket, key: bytes, deadline: float) -> None:
-    """Raises `unauthenticated` when the dialer can't prove itself."""
+    """Raises `unauthenticated` when the dialer can't prove itself, or does not take our proof."""
     hello = frames.read(_MAX_FRAME_BYTES, deadline)
     theirs = hello[len(_MAGIC) :]
-    _check(hello.startswith(_MAGIC) and len(theirs) == _NONCE_BYTES)
+    if not hello.startswith(_MAGIC) or len(theirs) != _NONCE_BYTES:
+        raise _unauthenticated("whoever dials is no transfer peer of this version")
     ours = secrets.token_bytes(_NONCE_BYTES)
     frames.write(ours + _mac(key, b"listener", theirs, ours), deadline)
-    proof = frames.read(_MAX_FRAME_BYTES, deadline)
+    try:
+        proof = frames.read(_MAX_FRAME_BYTES, deadline)
+    except PhloemError as error:
+        if error.code != "channel_lost":
+            raise
+        raise _unauthenticated(
+            f"the transfer peer hung up on this worker's proof, as with another cluster secret: {_REMEDY}"
+        ) from error
     _check(hmac.compare_digest(proof, _mac(key, b"dialer", ours, theirs)))
 
 
@@ -62,8 +71,8 @@ def _mac(key: bytes, label: bytes, first_nonce: bytes, second_nonce: bytes) -> b
 
 def _check(proven: bool) -> None:
     if not proven:
-        raise PhloemError(
-            "unauthenticated",
-            "the transfer peer does not know the cluster secret: give all services the same --cluster-secret",
-            http_status=401,
-        )
+        raise _unauthenticated(f"the transfer peer has another cluster secret than this worker: {_REMEDY}")
+
+
+def _unauthenticated(message: str) -> PhloemError:
+    return PhloemError("unauthenticated", message, http_status=401)

@@ -127,7 +127,7 @@ class Listener:
         try:
             self._open_and_run(self._authenticated_open(frames, host), frames)
         except PhloemError as error:
-            log.warning("a transfer connection is refused: %s", error)
+            log.warning("a transfer connection from %s is refused: %s", host, error)
         except Exception:  # out of memory, or a bug of ours: others must still be served
             log.exception("serving a transfer connection")
         finally:

@@ -1,7 +1,7 @@
 """When a peer is dialed again, and since when it counts as cut off. Pure.
 
 lost a channel, can't connect    0.1 s, 0.2 s, ... 2 s; cut off when it has gone on for 3 s
-refused for now                  1 s, 2 s, 4 s, ... 30 s; cut off at once: it will be some time
+refused for now, other secret    1 s, 2 s, 4 s, ... 30 s; cut off at once: it will be some time
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ FIRST_REFUSED_PAUSE_S = 1.0
 MAX_REFUSED_PAUSE_S = 30.0
 CUT_OFF_AFTER_S = 3.0
 REFUSED_FOR_NOW = frozenset({"overloaded", "staging_full"})
+_LASTING = REFUSED_FOR_NOW | {"unauthenticated"}  # whoever mends that starts a worker again
 
 
 class Redial:
@@ -48,8 +49,8 @@ class Redial:
         if self._error is None:
             self._failing_since_s = began_s
         self._error = error
-        self._is_refused = self._is_refused or error.code in REFUSED_FOR_NOW
-        if error.code in REFUSED_FOR_NOW:
+        self._is_refused = self._is_refused or error.code in _LASTING
+        if error.code in _LASTING:
             self._pause_s = min(max(2 * self._pause_s, FIRST_REFUSED_PAUSE_S), MAX_REFUSED_PAUSE_S)
         else:
             self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)

@@ -34,14 +34,17 @@ _LOOK_S = 0.005  # slots that nobody holds any more do not say so
 _ALIGNMENT = 256  # bytes, of blocks and slots: kernels read several at a time
 
 
-def blocks_to_lend(num_free: int, num_others: int, max_peers: int, staging_slots: int) -> int:
+def blocks_to_lend(
+    num_free: int, num_others: int, max_peers: int, staging_slots: int, num_returning: int = 0
+) -> int:
     """Of the free blocks, what one more channel gets when so many other peers have one; 0: it gets none.
+    `num_returning` more will be free in a moment.
 
     Where lost channels keep blocks, there may not be one for every peer that is still to come: who comes
     first has it."""
     if num_others >= max_peers or not num_free:
         return 0
-    for_others = max_peers - num_others - 1
+    for_others = max(0, max_peers - num_others - 1 - num_returning)
     return max(1, min(staging_slots, num_free - for_others))
 
 
@@ -131,10 +134,15 @@ class StagingPool:
 
     def _count(self, owner: str) -> int:
         self._reclaim()
-        config = self._config
+        config, num_free, num_others = self._config, len(self._free), self._num_others(owner)
         return blocks_to_lend(
-            len(self._free), self._num_others(owner), config.max_peers, config.staging_slots
+            num_free, num_others, config.max_peers, config.staging_slots, self._num_returning()
         )
+
+    def _num_returning(self) -> int:
+        """Blocks of channels that have ended, of which the engine still has a piece."""
+        ended = [lease for lease in self._leases if lease.is_closed and not lease.is_quarantined]
+        return sum(len(lease.blocks) for lease in ended)
 
     def _num_others(self, owner: str) -> int:
         """Other peers that have a channel. A channel of `owner` that NCCL is slow to let go of does not keep

@@ -9,6 +9,7 @@ from phloem.shared.transfer.redial import CUT_OFF_AFTER_S, MAX_PAUSE_S, MAX_REFU
 
 LOST = ErrorInfo("channel_lost", "can't connect", retryable=True)
 FULL = ErrorInfo("staging_full", "no memory", retryable=True)
+OTHER_SECRET = ErrorInfo("unauthenticated", "another secret")
 
 
 def test_peer_that_does_not_answer_is_dialed_often_and_cut_off_after_a_while() -> None:
@@ -23,11 +24,12 @@ def test_peer_that_does_not_answer_is_dialed_often_and_cut_off_after_a_while() -
     assert [redial.failed(LOST, now_s) for _ in range(3)][-1] == MAX_PAUSE_S
 
 
-def test_peer_that_refuses_for_now_is_cut_off_at_once_and_dialed_ever_more_rarely() -> None:
+@pytest.mark.parametrize("error", [FULL, OTHER_SECRET])
+def test_peer_that_refuses_for_now_is_cut_off_at_once_and_dialed_ever_more_rarely(error: ErrorInfo) -> None:
     redial = Redial()
-    pauses = [redial.failed(FULL, 0.0) for _ in range(8)]
+    pauses = [redial.failed(error, 0.0) for _ in range(8)]
     assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
-    assert redial.cut_off(0.0) == FULL and max(pauses) == MAX_REFUSED_PAUSE_S
+    assert redial.cut_off(0.0) == error and max(pauses) == MAX_REFUSED_PAUSE_S
 
 
 def test_channel_that_opens_ends_it() -> None:

@@ -61,13 +61,48 @@ def is_closed_by_peer(sock: socket.socket) -> bool:
 
 def test_wrong_secret_is_refused_and_logged(decode: Recorded, caplog: pytest.LogCaptureFixture) -> None:
     prefill = Recorded(transfer_config(PREFILL, secret=b"another cluster's"))
+
+    def said(beginning: str) -> list[str]:
+        return [t for t in (r.getMessage() for r in caplog.records) if t.startswith(beginning)]
+
     with caplog.at_level(logging.INFO):
         prefill.endpoint.peer_up(DECODE, decode.endpoint.address)
-        wait_until(lambda: "does not know the cluster secret" in caplog.text)
+        wait_until(lambda: said("no KV channel") and said("a transfer connection"))
     prefill.assert_silent()
     decode.assert_silent()
     assert not prefill.endpoint.is_open(DECODE, "prefill")
+    assert said("no KV channel with decode-a (epoch 7), requests go elsewhere, next try in 1 s: ")
+    assert said("a transfer connection from 127.0.0.1 is refused: ")
+    assert not said("no transfer channel"), "the warning has it"
+    for text in said(""):
+        assert "another cluster secret" in text
+        assert text.endswith("give all services the same --cluster-secret")
+    assert prefill.endpoint.status().cut_off[DECODE.worker_id].code == "unauthenticated"
     prefill.endpoint.close()
+
+
+def test_dialer_that_has_another_secret_than_it_proves_is_told_of_as_such(
+    decode: Recorded, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would have to take our proof for that."""
+    with stranger(decode) as sock:
+        sock.sendall(b"\x00\x00\x00\x31phloem-transfer/1" + b"n" * 32)
+        assert len(sock.recv(1024)) == 4 + 64
+        sock.sendall(b"\x00\x00\x00\x20" + b"p" * 32)
+        assert is_closed_by_peer(sock)
+    wait_until(lambda: "has another cluster secret than this worker" in caplog.text)
+
+
+@pytest.mark.parametrize("hello", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\x00\x00\x00\x02hi"])
+def test_stranger_that_leaves_before_any_proof_is_not_taken_for_a_wrong_secret(
+    decode: Recorded, hello: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with stranger(decode) as sock:
+        sock.sendall(hello)
+        sock.shutdown(socket.SHUT_WR)
+        assert is_closed_by_peer(sock)
+    wait_until(lambda: "a transfer connection from 127.0.0.1 is refused" in caplog.text)
+    assert "secret" not in caplog.text
 
 
 def test_listener_that_can_not_prove_itself_learns_nothing_more(decode: Recorded) -> None:
@@ -273,10 +308,20 @@ def test_nccl_that_cuts_messages_otherwise_is_refused_with_both_terms() -> None:
     )
     config = msgspec.structs.replace(transfer_config(DECODE, accepts=True), link=ours)
     assert refusal(open_request(link=ours), config, 0, 0) is None
-    assert refusal(open_request(), config, 0, 0) is None, "an older worker does not say"
     refused = refusal(open_request(link=theirs), config, 0, 0)
     assert refused is not None and refused.code == "link_mismatch"
     assert ours in refused.message and theirs in refused.message
+
+
+@pytest.mark.parametrize("cpu", ["prefill", "decode"])
+def test_cpu_and_gpu_are_not_joined_though_their_layouts_are_equal(cpu: str) -> None:
+    """float32 on both; Gloo would wait for NCCL."""
+    nccl = describe_link((2, 28, 9), 16, {})
+    ours, theirs = (nccl, "") if cpu == "prefill" else ("", nccl)
+    config = msgspec.structs.replace(transfer_config(DECODE, accepts=True), link=ours)
+    refused = refusal(open_request(link=theirs), config, 0, 0)
+    assert refused is not None and refused.code == "link_mismatch"
+    assert nccl in refused.message and "Gloo" in refused.message and "--device cpu" in refused.message
 
 
 def test_terms_of_a_link_are_those_that_must_be_equal() -> None:

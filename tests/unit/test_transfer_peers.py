@@ -103,7 +103,11 @@ def test_prefill_side_without_memory_tells_both_sides_and_dials_when_a_peer_leav
     open_channel(prefill, one, "d1")
     dial(prefill, two, "d2")
     assert cut_off(prefill, "d2").code == "staging_full"
-    wait_until(lambda: "is refused: p has staging memory for 1 peer, and 1 channel has it" in caplog.text)
+    full = "p has staging memory for 1 peer, and 1 channel has it"
+    wait_until(lambda: f"a transfer connection from 127.0.0.1 is refused: {full}" in caplog.text)
+    ours = [r.getMessage() for r in caplog.records if "dialer" in r.name and full in r.getMessage()]
+    tries = [f"no KV channel with d2 (epoch 1), requests go elsewhere, next try in {n} s" for n in (1, 2, 4)]
+    assert ours and all(text.startswith(begins) for text, begins in zip(ours, tries, strict=False))
     prefill.endpoint.peer_down(ref("d1"))
     prefill.next_of(ChannelOpened)
     two.next_of(ChannelOpened)
