@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from phloem.shared.bench.output_path import check_output_path
 from phloem.shared.bench.result import RunResult
 from phloem.shared.errors import ConfigError
 
@@ -15,8 +16,7 @@ def check_plot_path(path: Path) -> None:
         raise ConfigError(f"--plot {path}: the name must end in .html or .png")
     if path.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot to a PNG needs matplotlib: pip install 'phloem[bench]', or plot to .html")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--plot {path}: there is no such directory")
+    check_output_path(path, "--plot")
 
 
 def write_plot(result: RunResult, path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from phloem.cli.bench.offline_table import print_bars, print_report
+from phloem.shared.engine.config import EngineOptions
 from phloem.shared.engine.offline.bars import (
     LIMITS,
     SHAPE,
@@ -18,6 +19,7 @@ from phloem.shared.engine.offline.bars import (
     why_not_judged,
 )
 from phloem.shared.engine.offline.bench import Measurement, OfflineReport, model_shape
+from phloem.shared.engine.offline.work import OfflineWork
 from phloem.shared.errors import PhloemError
 from phloem.shared.model_store.model_config import load_model_config
 
@@ -29,6 +31,7 @@ GOOD = [
     Measurement("decode", 64, 1024, 11.4, 10.0, host_ms=3.0, idle_percent=1.9),
     Measurement("decode", 256, 2048, 11.9, 10.0, host_ms=1.4, idle_percent=9.0),
     Measurement("decode, grammars", 64, 1024, 13.0, 10.0, host_ms=3.0, idle_percent=4.9),
+    Measurement("decode, sampled", 64, 1024, 13.0, 10.0, host_ms=3.0, idle_percent=1.9),
 ]
 SLOW = [Measurement("prefill", 1, 512, 21.0, 10.0), *GOOD[1:]]
 
@@ -52,6 +55,7 @@ def test_a_run_that_meets_everything() -> None:
         (3, {"measured_ms": 11.6}, "decode, batch 64, context 1k"),
         (3, {"idle_percent": 2.1}, "idle device between decode steps, batch 64"),
         (5, {"idle_percent": 5.1}, "the same, grammar masks on half of the rows"),
+        (6, {"idle_percent": 2.1}, "idle device between decode steps, batch 64, sampled"),
         (4, {"measured_ms": 12.1}, "decode, batch 256, context 2k"),
         (4, {"host_ms": 1.6}, "host's work per decode step, batch 256"),
     ],
@@ -127,6 +131,8 @@ def test_a_run_that_the_bars_are_not_about_is_refused() -> None:
 def report(rows: list[Measurement], device: str = "NVIDIA H200") -> OfflineReport:
     return OfflineReport(
         model="llama",
+        engine=EngineOptions(),
+        work=OfflineWork(prefill=(512,), decode=((64, 1024),)),
         device=device,
         dtype="torch.bfloat16",
         torch_version="2.11",

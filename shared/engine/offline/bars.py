@@ -61,6 +61,7 @@ LIMITS = (
     Limit("prefill, 512 tokens", "prefill", 1, 512, _ratio, 2.0, "x floor"),
     Limit("idle device between decode steps, batch 64", "decode", 64, 0, _idle, 2.0, "%"),
     Limit("the same, grammar masks on half of the rows", "decode, grammars", 64, 0, _idle, 5.0, "%"),
+    Limit("idle device between decode steps, batch 64, sampled", "decode, sampled", 64, 0, _idle, 2.0, "%"),
     Limit("host's work per decode step, batch 256", "decode", 256, 0, _host, 1.5, "ms"),
 )
 START_LIMIT_S = 40.0

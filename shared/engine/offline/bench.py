@@ -18,20 +18,26 @@ from phloem.shared.engine.assembly import build_engine
 from phloem.shared.engine.config import EngineConfig, EngineOptions
 from phloem.shared.engine.offline.ceilings import Ceilings, measure_ceilings
 from phloem.shared.engine.offline.driver import Driver
+from phloem.shared.engine.offline.fits import Room, check_fits
 from phloem.shared.engine.offline.floors import ModelCost, decode_floor_s, model_cost, prefill_floor_s
 from phloem.shared.engine.offline.made_up_tokenizer import with_tokenizer
 from phloem.shared.engine.offline.timing import TimedRunner
-from phloem.shared.engine.runners import find_device
+from phloem.shared.engine.offline.work import DecodePlan, DecodeRun, OfflineWork
+from phloem.shared.engine.runners import find_device, for_device
+from phloem.shared.engine.sizing import context_length
 from phloem.shared.engine.step_runner import StepRunner
 from phloem.shared.engine.weights.loader import resolve_dtype
 from phloem.shared.errors import PhloemError
 from phloem.shared.model_store.model_config import ModelConfig, load_model_config
+from phloem.shared.protocol.engine import EngineReady
+
+_GPU_SHARE = 0.9  # nobody else needs the device meanwhile
 
 
 class Measurement(msgspec.Struct, frozen=True):
     """One figure beside its floor, in milliseconds."""
 
-    kind: str  # "prefill", "decode", or "decode, grammars": a share of the rows follow one
+    kind: str  # "prefill", "decode", "decode, grammars" (of a share of the rows) or "decode, sampled"
     batch: int
     tokens: int  # prompt length, or context at the first measured step
     measured_ms: float
@@ -46,9 +52,11 @@ class Measurement(msgspec.Struct, frozen=True):
 
 
 class OfflineReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a run found; `start_s` is from nothing to ready."""
+    """Everything a run found, and what it was asked; `start_s` is from nothing to ready."""
 
     model: str
+    engine: EngineOptions
+    work: OfflineWork
     device: str
     dtype: str
     torch_version: str
@@ -70,36 +78,20 @@ def model_shape(config: ModelConfig) -> tuple[int, ...]:
     )
 
 
-def run_offline(
-    options: EngineOptions,
-    *,
-    prefill_lengths: list[int],
-    decode_shapes: list[tuple[int, int]],
-    decode_steps: int = 48,
-    temperature: float = 0.0,
-    grammar_share: float = 0.0,
-    progress: Callable[[str], None],
-) -> OfflineReport:
-    """Measures ceilings, then prefill by length and decode by (batch, context); with a `grammar_share` each
-    decode shape a second time, with grammar masks on that share of the rows."""
-    work = _Work(prefill_lengths, decode_shapes, decode_steps, temperature, grammar_share, progress)
-    if not grammar_share or options.load_format != "dummy":
-        return _run(options, work)
+def run_offline(options: EngineOptions, work: OfflineWork, progress: Callable[[str], None]) -> OfflineReport:
+    """Measures ceilings, then prefill by length and decode by (batch, context).
+
+    Raises `ConfigError` before the first measurement of the engine for what it can't hold.
+    """
+    if not work.grammar_share or options.load_format != "dummy":
+        return _run(options, work, progress)
     with tempfile.TemporaryDirectory(prefix="phloem-bench-") as folder:
         model_dir = Path(options.model_path)
         vocab_size = load_model_config(model_dir).vocab_size
         spelling = str(with_tokenizer(model_dir, Path(folder), vocab_size))
-        report = _run(msgspec.structs.replace(options, model_path=spelling), work)
-        return msgspec.structs.replace(report, model=options.model_path)
-
-
-class _Work(NamedTuple):
-    prefill_lengths: list[int]
-    decode_shapes: list[tuple[int, int]]
-    decode_steps: int
-    temperature: float
-    grammar_share: float
-    progress: Callable[[str], None]
+        report = _run(msgspec.structs.replace(options, model_path=spelling), work, progress)
+        engine = msgspec.structs.replace(report.engine, model_path=options.model_path)
+        return msgspec.structs.replace(report, model=options.model_path, engine=engine)
 
 
 class _Bench(NamedTuple):
@@ -109,25 +101,34 @@ class _Bench(NamedTuple):
     timer: TimedRunner
     cost: ModelCost
     ceilings: Ceilings
+    chunk_tokens: int  # of an engine step
 
 
-def _run(options: EngineOptions, work: _Work) -> OfflineReport:
+def _run(options: EngineOptions, work: OfflineWork, progress: Callable[[str], None]) -> OfflineReport:
     device = find_device(options.device)
+    if device.type == "cuda" and not options.mem_fraction_static:
+        options = msgspec.structs.replace(options, mem_fraction_static=_GPU_SHARE)
     model_dir = Path(options.model_path)
     config = load_model_config(model_dir)
     dtype = resolve_dtype(options.dtype, model_dir, device)
-    work.progress("ceilings")
+    progress("ceilings")
     ceilings = measure_ceilings(device, dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    work.progress("engine")
+    progress("engine")
     began_s = time.perf_counter()
-    with _built(options, Driver(config.vocab_size)) as (driver, timer):
+    with _built(options, Driver(config.vocab_size)) as (driver, timer, ready):
         start_s = time.perf_counter() - began_s
-        bench = _Bench(driver, timer, model_cost(config, dtype.itemsize), ceilings)
-        measurements = list(_measure(bench, work))
+        chunk_tokens = for_device(options, device).chunked_prefill_size
+        # The flag's, not `ready`'s: that is also bounded by the pool, and the remedy for the pool is another.
+        context = context_length(options, config)
+        check_fits(work, _room(ready, context, config.context_length, chunk_tokens))
+        bench = _Bench(driver, timer, model_cost(config, dtype.itemsize), ceilings, chunk_tokens)
+        measurements = list(_measure(bench, work, progress))
     return OfflineReport(
         model=options.model_path,
+        engine=options,
+        work=work,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         dtype=str(dtype),
         torch_version=str(torch.__version__),
@@ -140,17 +141,19 @@ def _run(options: EngineOptions, work: _Work) -> OfflineReport:
 
 
 @contextlib.contextmanager
-def _built(options: EngineOptions, driver: Driver) -> Iterator[tuple[Driver, TimedRunner]]:
-    """A unified engine in this process, driven by `driver`, and its runner's times."""
-    # Batches are static: their prompts need not be gentle with those that decode already.
-    options = msgspec.structs.replace(options, max_mixed_prefill_tokens=1 << 20)
+def _built(options: EngineOptions, driver: Driver) -> Iterator[tuple[Driver, TimedRunner, EngineReady]]:
+    """A unified engine in this process, driven by `driver`; its runner's times, and what it has."""
+    # Batches are static: their prompts need not be gentle with those that decode already, and none is shed.
+    options = msgspec.structs.replace(
+        options, max_mixed_prefill_tokens=1 << 20, max_queued_requests=1_000_000
+    )
     timers: list[TimedRunner] = []
 
     def observe(runner: StepRunner, at: torch.device) -> StepRunner:
         timers.append(TimedRunner(runner, at))
         return timers[0]
 
-    engine, _, endpoint = build_engine(
+    engine, ready, endpoint = build_engine(
         EngineConfig(
             worker_id="offline",
             epoch=1,
@@ -166,26 +169,33 @@ def _built(options: EngineOptions, driver: Driver) -> Iterator[tuple[Driver, Tim
         gc.collect()
         gc.freeze()  # as the engine's own process does
         driver.attach(engine)
-        yield driver, timers[0]
+        yield driver, timers[0], ready
     finally:
         engine.close()
         endpoint.close()
 
 
-def _measure(bench: _Bench, work: _Work) -> Iterator[Measurement]:
+def _room(ready: EngineReady, context: int, model_context: int, chunk_tokens: int) -> Room:
+    return Room(
+        max_running_requests=ready.max_running_requests,
+        context_length=context,
+        model_context=model_context,
+        page_size=ready.page_size,
+        num_pages=ready.num_pages,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def _measure(bench: _Bench, work: OfflineWork, progress: Callable[[str], None]) -> Iterator[Measurement]:
     if work.grammar_share:
-        work.progress("grammar")
-        work.progress(f"grammar ready after {bench.driver.prepare_grammar():.1f} s")
-    for length in work.prefill_lengths:
-        work.progress(f"prefill {length}")
+        progress("grammar")
+        progress(f"grammar ready after {bench.driver.prepare_grammar():.1f} s")
+    for length in work.prefill:
+        progress(f"prefill {length}")
         yield _prefill(bench, length)
-    for batch, context in work.decode_shapes:
-        work.progress(f"decode {batch} x {context}")
-        plain = _DecodeRun(batch, context, work.decode_steps, work.temperature)
-        yield _decode(bench, plain)
-        if work.grammar_share:
-            work.progress(f"decode {batch} x {context}, grammars")
-            yield _decode(bench, plain._replace(grammar_share=work.grammar_share))
+    for run in work.decode_runs:
+        progress(f"decode {run.batch} x {run.context}{run.kind.removeprefix('decode')}")
+        yield _decode(bench, run)
 
 
 def _prefill(bench: _Bench, length: int) -> Measurement:
@@ -197,32 +207,22 @@ def _prefill(bench: _Bench, length: int) -> Measurement:
     return Measurement("prefill", 1, length, 1e3 * statistics.median(times), 1e3 * floor_s, 1e3 * max(times))
 
 
-class _DecodeRun(NamedTuple):
-    batch: int
-    context: int
-    num_steps: int
-    temperature: float
-    grammar_share: float = 0.0
-
-
-def _decode(bench: _Bench, run: _DecodeRun) -> Measurement:
+def _decode(bench: _Bench, run: DecodeRun) -> Measurement:
     """The median time between reports of full decode steps; the first few after prefill are left out.
 
     Prompts differ by a few tokens, so that rows need new pages in different steps, as in service. The host's
     work per step is the wall time of half of the steps less what was spent waiting, and on measuring.
     """
     driver, timer = bench.driver, bench.timer
-    batch, context, num_steps, temperature, grammar_share = run
-    # Early prompts decode while later ones prefill: leave room for that before the batch is complete.
-    lead = 8 + (batch * context) // 4096
-    prompt = max(1, context - lead - num_steps // 2)
+    batch, num_steps = run.batch, run.num_steps
+    plan = DecodePlan(batch, run.context, num_steps, bench.chunk_tokens)
     driver.start_batch(
         batch,
-        prompt,
-        num_steps + lead,
-        temperature=temperature,
+        plan.prompt_tokens,
+        plan.new_tokens,
+        sampling=run.sampling,
         staggered=True,
-        grammar_share=grammar_share,
+        grammar_share=run.grammar_share,
     )
     driver.run_until(lambda: driver.full_steps(batch) >= 4)
     timer.reset()
@@ -233,18 +233,18 @@ def _decode(bench: _Bench, run: _DecodeRun) -> Measurement:
     num_launches, idle_percent = len(timer.launches), timer.idle_percent(batch)
     driver.run_until(lambda: False)
     gaps = driver.full_step_gaps(batch)[4:]
-    if len(gaps) < num_steps // 4:
+    if len(gaps) < max(1, num_steps // 4):
         raise PhloemError(
-            "batch_did_not_fit",
-            f"a batch of {batch} with {context} tokens each never ran whole: the KV pool holds too few; "
-            "leave this shape out, or raise --mem-fraction-static",
+            "batch_not_whole",
+            f"a batch of {batch} with {run.context} tokens each ran whole in {len(gaps)} steps only: raise "
+            "--steps, or leave this shape out",
         )
     return Measurement(
-        "decode, grammars" if grammar_share else "decode",
+        run.kind,
         batch,
-        context,
+        run.context,
         measured_ms=1e3 * statistics.median(gaps),
-        floor_ms=1e3 * decode_floor_s(bench.cost, bench.ceilings, batch, context),
+        floor_ms=1e3 * decode_floor_s(bench.cost, bench.ceilings, batch, run.context),
         p99_ms=1e3 * sorted(gaps)[min(len(gaps) - 1, int(0.99 * len(gaps)))],
         host_ms=1e3 * host_s / max(1, num_launches),
         idle_percent=idle_percent,

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from phloem.shared.engine.engine_loop import Engine
+from phloem.shared.engine.offline.work import GREEDY, StepSampling, staggered_tokens
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.engine import EngineSubmit, EngineUp, FlushCache, StepReport, engine_up
-from phloem.shared.protocol.session import Ended, Grammar, SamplingParams, Submit, TokensOut
+from phloem.shared.protocol.session import Ended, Grammar, Submit, TokensOut
 
 # JSON objects without end: no request is over before its `max_tokens`.
 ENDLESS_JSON = Grammar(
@@ -92,24 +93,24 @@ class Driver:
         prompt_tokens: int,
         new_tokens: int,
         *,
-        temperature: float = 0.0,
+        sampling: StepSampling = GREEDY,
         staggered: bool = False,
         grammar_share: float = 0.0,
     ) -> None:
         """Submits `batch` equal requests to an empty cache; `run_until` runs them.
 
-        `staggered`: prompts are up to 8 tokens shorter or longer than that, so that not all requests need
-        their next page in the same step. `grammar_share` of the requests follow `ENDLESS_JSON`.
+        `staggered`: prompts are about that long (`staggered_tokens`), so that not all requests need their
+        next page in the same step. `grammar_share` of the requests follow `ENDLESS_JSON`. Each has its seed.
         """
         engine = self._attached()
         engine.deliver(FlushCache(0))
         self.steps = []
         self._steps_of.clear()
         for index in range(batch):
-            length = max(1, prompt_tokens + (index % 17 - 8 if staggered else 0))
+            length = staggered_tokens(prompt_tokens, index) if staggered else prompt_tokens
             follows = int((index + 1) * grammar_share) > int(index * grammar_share)
             grammar = ENDLESS_JSON if follows else None
-            engine.deliver(EngineSubmit(0, self._submit(length, new_tokens, temperature, grammar)))
+            engine.deliver(EngineSubmit(0, self._submit(length, new_tokens, sampling, grammar)))
 
     def run_until(self, enough: Callable[[], bool]) -> None:
         """Turns the engine until `enough`, or until all requests have ended.
@@ -157,7 +158,7 @@ class Driver:
         return time.perf_counter() - start
 
     def _submit(
-        self, prompt_tokens: int, new_tokens: int, temperature: float, grammar: Grammar | None
+        self, prompt_tokens: int, new_tokens: int, sampling: StepSampling, grammar: Grammar | None
     ) -> Submit:
         self._count += 1
         request_id = f"offline-{self._count}"
@@ -170,11 +171,5 @@ class Driver:
             phase="both",
             token_ids=[self._rng.randrange(100, top) for _ in range(prompt_tokens)],
             num_prompt_tokens=prompt_tokens,
-            sampling=SamplingParams(
-                max_tokens=new_tokens,
-                temperature=temperature,
-                ignore_eos=True,
-                seed=self._count,
-                grammar=grammar,
-            ),
+            sampling=sampling.params(new_tokens, self._count, grammar),
         )
