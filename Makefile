@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export VENV PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help up pull chat test check format test-gpu test-fresh test-compose bench install install-dev clean
+.PHONY: help up pull chat test check format test-gpu test-fresh test-compose bench install install-dev install-gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ install:
 
 install-dev:
 	@scripts/venv.sh dev
+
+install-gpu:
+	@scripts/venv.sh gpu
 
 up: install  ## a whole cluster on this machine; ARGS="--prefill 2 --decode 2"
 	@$(BIN)/phloem up $(ARGS)
@@ -40,7 +43,7 @@ format: install-dev  ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test-gpu: install-dev  ## what needs a CUDA device
+test-gpu: install-gpu  ## what needs a CUDA device, with FlashInfer
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-fresh:  ## `make up` as a newcomer does it, from a fresh clone of HEAD; takes minutes

@@ -1,16 +1,24 @@
 #!/usr/bin/env bash
 # Makes the virtual environment and installs Phloem into it, once for each pyproject.toml.
-#   scripts/venv.sh EXTRA        EXTRA: engine (to serve) or dev (to develop; contains engine)
+#   scripts/venv.sh WHAT     engine (to serve), dev (to develop; contains engine), or gpu (to develop on a GPU:
+#                            dev with FlashInfer, which torch's CUDA build goes with)
 # $VENV names the environment (.venv), $PYTHON the interpreter to make it with.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extra=${1:?usage: scripts/venv.sh engine|dev}
+usage="usage: scripts/venv.sh engine|dev|gpu"
+what=${1:?$usage}
 venv=${VENV:-.venv}
 key=$(sha256sum pyproject.toml | cut -c1-16)
 stamp=$venv/.phloem-installed
 
-installed() { grep -qsx "$key $1" "$stamp"; }
+installed() {
+    local name
+    for name; do
+        if grep -qsx "$key $name" "$stamp"; then return 0; fi
+    done
+    return 1
+}
 fail() { printf 'phloem: error: %s\n' "$1" >&2; exit 1; }
 
 find_python() {
@@ -24,7 +32,14 @@ find_python() {
     fail "Python 3.11 or newer is needed and was not found: install it (Debian, Ubuntu: apt install python3 python3-venv), or name one: make PYTHON=/path/to/python3"
 }
 
-if installed "$extra" || installed dev; then exit 0; fi
+case $what in  # which extras it is, and what contains it
+    engine) extras=engine holders="engine dev gpu" ;;
+    dev) extras=dev holders="dev gpu" ;;
+    gpu) extras=dev,gpu holders=gpu ;;
+    *) fail "$usage" ;;
+esac
+# shellcheck disable=SC2086  # a list of words
+if installed $holders; then exit 0; fi
 
 if [ ! -x "$venv/bin/python" ]; then
     python=$(find_python)
@@ -34,5 +49,5 @@ if [ ! -x "$venv/bin/python" ]; then
     "$python" -m venv "$venv"
 fi
 echo "Installing Phloem into $venv (the first time takes minutes: torch is large) ..."
-"$venv/bin/python" -m pip install --disable-pip-version-check -e ".[$extra]"
-echo "$key $extra" >> "$stamp"
+"$venv/bin/python" -m pip install --disable-pip-version-check -e ".[$extras]"
+echo "$key $what" >> "$stamp"

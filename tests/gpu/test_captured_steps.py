@@ -25,10 +25,7 @@ from tests.support.requests import make_request
 from tests.support.runner_world import MAX_PAGES, PAGE, SLOTS, RunnerDevice, answers_of
 from tests.support.table_model import VOCAB, TableModel
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda:0")
 

@@ -21,6 +21,7 @@ from phloem.shared.engine.models.registry import find_architecture
 from phloem.shared.engine.weights.slots import weight_slots
 from phloem.shared.model_store.model_config import ModelConfig, parse_model_config
 from tests.support.device_ops import relative_error
+from tests.support.hopper import skip_unless_hopper
 from tests.support.key_work import key_work
 
 pytestmark = pytest.mark.gpu
@@ -66,20 +67,13 @@ def model(architecture: str, heads: tuple[int, int, int]) -> tuple[ModelConfig, 
 
 def cooperative_step(made_by: str, decoder: Decoder, kv: KVCache, kernels: DecodeKernels) -> CooperativeStep:
     """Skips where the kernels, which are for Hopper, can't be made."""
+    skip_unless_hopper()
     shape, weights = decode_shape(decoder.config), step_weights(decoder)
     if made_by == "one launch":
         plan = ops.plan_decode_step(shape, torch.bfloat16, CUDA)
-        return (
-            ops.decode_step(shape, weights, kv, plan)
-            if plan
-            else pytest.skip("not a Hopper, or not for this model")
-        )
+        return ops.decode_step(shape, weights, kv, plan) if plan else pytest.skip("not for this model")
     plans = ops.plan_chain_step(shape, torch.bfloat16, CUDA)
-    return (
-        ops.chain_step(shape, weights, kv, plans, kernels)
-        if plans
-        else pytest.skip("not a Hopper, or not for this model")
-    )
+    return ops.chain_step(shape, weights, kv, plans, kernels) if plans else pytest.skip("not for this model")
 
 
 @pytest.mark.parametrize(

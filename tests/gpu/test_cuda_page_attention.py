@@ -10,10 +10,10 @@ from torch import Tensor
 
 from phloem.kernels.hopper_ops.page_attention import PageAttention
 from phloem.kernels.hopper_ops.page_plan import plan_pages
-from phloem.kernels.hopper_ops.program import has_bindings
 from phloem.kernels.types import DecodeRows, DecodeShape
 from phloem.shared.engine.models.kv_cache import KVCache
 from tests.support.device_ops import relative_error
+from tests.support.hopper import skip_unless_hopper
 
 pytestmark = pytest.mark.gpu
 
@@ -143,8 +143,7 @@ def random(case: Case, *shape: int) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def hopper() -> None:
-    if torch.cuda.get_device_capability() != (9, 0) or not has_bindings():
-        pytest.skip("the kernel is for Hopper")
+    skip_unless_hopper()
 
 
 def kernel(world: World) -> PageAttention:

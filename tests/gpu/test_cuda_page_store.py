@@ -12,10 +12,7 @@ from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.transfer.device_event import ArrivalEvent, DeviceEvent
 from phloem.shared.transfer.pending import Moved
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda:0")
 NUM_LAYERS, NUM_PAGES = 4, 64

@@ -18,9 +18,10 @@ from phloem.kernels.hopper_ops.chain_plan import (
     size_of,
 )
 from phloem.kernels.hopper_ops.product_chain import ChainLink, ProductChain
-from phloem.kernels.hopper_ops.program import has_bindings, resident_blocks
+from phloem.kernels.hopper_ops.program import resident_blocks
 from phloem.kernels.types import LinearWeight
 from tests.support.device_ops import relative_error
+from tests.support.hopper import skip_unless_hopper
 
 pytestmark = pytest.mark.gpu
 
@@ -80,8 +81,7 @@ class Made(NamedTuple):
     scope="module", params=VARIANTS, ids="{0.rows}x{0.depth}s{0.splits}b{0.blocks}c{0.cluster}".format
 )
 def made(request: pytest.FixtureRequest) -> Made:
-    if torch.cuda.get_device_capability() != (9, 0) or not has_bindings():
-        pytest.skip("the kernels are for Hopper")
+    skip_unless_hopper()
     plans = {size: plan(request.param, size) for size in SIZES}
     return Made(ProductChain(plans, 2, request.param.dtype, CUDA), request.param.dtype)
 
@@ -155,7 +155,6 @@ def test_chain_between_two_attentions(made: Made, num_rows: int) -> None:
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
 def test_all_blocks_that_fit_are_of_whole_clusters(cluster: int) -> None:
-    if torch.cuda.get_device_capability() != (9, 0) or not has_bindings():
-        pytest.skip("the kernels are for Hopper")
+    skip_unless_hopper()
     room = resident_blocks(CUDA, CLUSTERS, SHARED_BYTES)[cluster]
     assert 0 < room <= torch.cuda.get_device_properties(CUDA).multi_processor_count and room % cluster == 0

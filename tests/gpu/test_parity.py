@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 import pytest
-import torch
 
 from phloem.shared.engine.config import EngineOptions
 from scripts.pack_model import FOLDERS, unpack_to
@@ -32,7 +31,6 @@ from tests.support.reference import MAX_TOKENS
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(
         not all(folder.is_dir() for folder in FOLDERS),
         reason="needs the packed model: scripts/pack_model.py pack",
