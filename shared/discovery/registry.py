@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 LEASE_TTL_S = 3.0
 POLL_INTERVAL_S = 0.5
 FENCE_TTL_S = 3600.0
+_ID_FLAGS = {"gateway": "--gateway-id", "cache_index": "--service-id"}
 
 
 class Renewal(msgspec.Struct, frozen=True):
@@ -70,12 +71,13 @@ class Registry:
         joining does anyway. Raises `PhloemError` `stale_epoch` when a newer epoch has held the lease, or
         this one was deregistered."""
         member = keys.worker_member(record.worker_id)
-        return await self._renew(member, record.epoch, worker_record.encode(record), notify)
+        return await self._renew(member, record.epoch, worker_record.encode(record), notify, "--worker-id")
 
     async def renew_service(self, record: ServiceRecord, *, notify: bool = False) -> Renewal:
         """As `renew_worker`, for a gateway or an index replica."""
         member = keys.service_member(record.kind, record.service_id)
-        return await self._renew(member, record.epoch, service_record.encode(record), notify)
+        flag = _ID_FLAGS[record.kind]
+        return await self._renew(member, record.epoch, service_record.encode(record), notify, flag)
 
     async def deregister_worker(self, worker_id: str, epoch: int) -> bool:
         """Gives the lease back for good: this epoch can't register again. False when a newer one holds it."""
@@ -153,7 +155,7 @@ class Registry:
         values: list[bytes | None] = await self.link.command("MGET", *names) if names else []
         return values
 
-    async def _renew(self, member: str, epoch: int, record: bytes, notify: bool) -> Renewal:
+    async def _renew(self, member: str, epoch: int, record: bytes, notify: bool, id_flag: str) -> Renewal:
         names = (keys.lease(member), keys.fence(member), keys.MEMBERS)
         reply: list[Any] = await self.link.script(
             scripts.RENEW,
@@ -172,7 +174,8 @@ class Registry:
         if held < 0:
             raise PhloemError(
                 "stale_epoch",
-                f"{member} at epoch {epoch} is not allowed to register: epoch {text} came after it",
+                f"{member} at epoch {epoch} is not allowed to register: epoch {text} came after it: "
+                f"another process runs with the same {id_flag}, give each its own",
                 http_status=409,
             )
         return Renewal(held == 1, text)

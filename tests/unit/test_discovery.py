@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from typing import Literal
 
 import msgspec
 import pytest
@@ -64,8 +65,19 @@ async def test_older_epoch_never_overwrites_a_newer_one(registry: Registry) -> N
         await registry.renew_worker(new_record(epoch=4))
     assert caught.value.code == "stale_epoch"
     assert not caught.value.retryable
+    assert "another process runs with the same --worker-id" in str(caught.value)
     await registry.renew_worker(new_record(epoch=6))
     assert [record.epoch for record in (await registry.read()).workers.values()] == [6]
+
+
+@pytest.mark.parametrize(("kind", "flag"), [("gateway", "--gateway-id"), ("cache_index", "--service-id")])
+async def test_replaced_service_is_told_the_flag_of_its_name(
+    registry: Registry, kind: Literal["gateway", "cache_index"], flag: str
+) -> None:
+    record = ServiceRecord(kind=kind, service_id="s", epoch=5, address="127.0.0.1:9")
+    await registry.renew_service(record)
+    with pytest.raises(PhloemError, match=f"epoch 5 came after it: .* the same {flag}"):
+        await registry.renew_service(msgspec.structs.replace(record, epoch=4))
 
 
 async def test_fence_outlives_the_lease(registry: Registry) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from phloem.shared.protocol.engine import PeerDown, PeerUp
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.worker.config import WorkerConfig
 from phloem.shared.worker.engine_env import engine_environment, usable_cores
-from phloem.shared.worker.peers import Peers
+from phloem.shared.worker.peers import Peers, misfit
 from phloem.shared.worker.pending_changes import PendingChanges
 from phloem.shared.worker.progress_log import INTERVAL_S, ProgressLog
 from tests.support.worker_records import new_record
@@ -136,6 +137,47 @@ def test_unified_workers_open_no_channel_between_them() -> None:
     assert changes_of(peers, record("u2", "unified"), record("d", "decode")) == [
         PeerUp(PeerRef("d", 1), "d:9")
     ]
+
+
+def test_worker_of_another_layout_is_named_once_by_both_sides(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody dials it, and nobody else says why it gets no request."""
+    own, other = record("p", "prefill"), record("d", "decode", layout="other")
+    wide = msgspec.structs.replace(other, page_size=32)
+    for peers, joins in ((Peers(own), wide), (Peers(wide), own)):
+        caplog.clear()
+        for _ in range(3):
+            assert changes_of(peers, joins) == []
+        (text,) = [line.getMessage() for line in caplog.records if line.levelname == "WARNING"]
+        assert text.startswith(f"no KV channel with {joins.worker_id} (epoch 1), requests go elsewhere: ")
+        assert "'other'" in text and "'kv'" in text and "the same model, dtype and page size" in text
+        assert "page size: " in text and "model: " not in text
+    changes_of(peers, msgspec.structs.replace(own, epoch=2))
+    assert len(caplog.records) == 2, "its next self may differ in other ways"
+
+
+def test_workers_that_never_pair_may_differ(caplog: pytest.LogCaptureFixture) -> None:
+    peers = Peers(record("p", "prefill"))
+    assert changes_of(peers, record("p2", "prefill", layout="other"), record("d", "decode")) == [
+        PeerUp(PeerRef("d", 1), "d:9")
+    ]
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"page_size": 32}, "page size: 32 there, 16 here"),
+        ({"kv_bytes_per_token": 100}, "bytes of KV a token: 100 there, 0 here"),
+        ({"model_id": "n"}, "model: n there, m here"),
+        ({}, "--load-format"),
+    ],
+)
+def test_what_differs_between_layouts_is_told_as_far_as_it_is_known(
+    changes: dict[str, Any], said: str
+) -> None:
+    other = msgspec.structs.replace(record("d", "decode", layout="other"), **changes)
+    assert said in misfit(record("p", "prefill"), other)
+    assert misfit(record("p", "prefill"), record("d", "decode")) == ""
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
