@@ -6,9 +6,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from phloem.cli.main import run
-from phloem.shared.engine.offline.bench import OfflineReport
+from phloem.shared.engine.config import EngineOptions
+from phloem.shared.engine.offline.bench import OfflineReport, with_gpu_share
 from phloem.shared.engine.offline.work import SAMPLED_BATCH
 from phloem.shared.transfer_bench.models import write_model
 
@@ -85,3 +87,11 @@ def test_figures_are_shown_before_a_file_that_can_not_be_written_ends_the_run(
     said = capsys.readouterr()
     assert "prefill" in said.out and "measured ms" in said.out
     assert said.err.startswith("phloem: error: can't write ") and "too long" in said.err
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "used"), [("cuda:1", 0.0, 0.9), ("cuda", 0.5, 0.5), ("cpu", 0.0, 0.0)]
+)
+def test_a_gpu_is_the_instruments_own(device: str, given: float, used: float) -> None:
+    options = EngineOptions(mem_fraction_static=given)
+    assert with_gpu_share(options, torch.device(device)).mem_fraction_static == used

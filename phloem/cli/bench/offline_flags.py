@@ -34,9 +34,12 @@ class EngineFlags:
     dtype: Annotated[DtypeName, Parameter(help="of weights and activations")] = "auto"
     attention_backend: Annotated[AttentionBackend, Parameter(help="attention kernels")] = "auto"
     mem_fraction_static: Annotated[
-        float | None,
-        Parameter(help="share of a GPU's memory for weights and KV [default: 0.9]; of free RAM on a CPU"),
-    ] = None
+        float,
+        Parameter(
+            help="share of a GPU's memory for weights and KV pages; on a CPU, of free RAM for KV pages; "
+            "0: 0.9 of a GPU, 0.125 on a CPU"
+        ),
+    ] = 0.0
     context_length: Annotated[int, Parameter(help="longest prompt + output; 0: the model's own")] = 0
     max_running_requests: Annotated[int, Parameter(help="slots; 0: 256 on CUDA, else 64")] = 0
     max_total_tokens: Annotated[

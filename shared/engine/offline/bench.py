@@ -104,10 +104,16 @@ class _Bench(NamedTuple):
     chunk_tokens: int  # of an engine step
 
 
+def with_gpu_share(options: EngineOptions, device: torch.device) -> EngineOptions:
+    """The instrument's own `--mem-fraction-static` on a GPU, where none was given."""
+    if device.type != "cuda" or options.mem_fraction_static:
+        return options
+    return msgspec.structs.replace(options, mem_fraction_static=_GPU_SHARE)
+
+
 def _run(options: EngineOptions, work: OfflineWork, progress: Callable[[str], None]) -> OfflineReport:
     device = find_device(options.device)
-    if device.type == "cuda" and not options.mem_fraction_static:
-        options = msgspec.structs.replace(options, mem_fraction_static=_GPU_SHARE)
+    options = with_gpu_share(options, device)
     model_dir = Path(options.model_path)
     config = load_model_config(model_dir)
     dtype = resolve_dtype(options.dtype, model_dir, device)
