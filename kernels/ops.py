@@ -2,8 +2,8 @@
 
 Every op runs where its tensors are. `reference/` is plain torch, the specification, and the CPU path.
 Shapes: T tokens of a step, B sequences, R rows of logits, V vocabulary size, H heads, D head_dim.
-Backends must agree with the reference within rtol 1e-5 in float32, and within 2e-2 in bfloat16 and float16,
-unless an op says otherwise; ids, bytes and digests agree exactly.
+On CUDA they agree with the reference in float64 within 1e-4 in float32, 5e-3 in bfloat16 and 1e-3 in float16,
+relative to the norm of the result (`tests/support/device_ops.py`); ids, bytes and digests agree exactly.
 """
 
 from __future__ import annotations

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypeAlias
 
-from phloem.shared.engine.config import AttentionBackend
+from phloem.shared.engine.config import AttentionBackend, EngineOptions
 
 Backend: TypeAlias = Literal["flashinfer", "triton", "torch"]
 
+HOPPER = (9, 0)
 LEAST_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16, and the oldest that Triton supports
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
+DECODE_HEAD_DIMS = (64, 128, 256)  # of the kernels that captured decode steps are made of
 TRITON_MAX_HEAD_DIM = 256
 _TWO_BYTES = ("bfloat16", "float16")
 
@@ -26,6 +28,7 @@ class GpuFacts(NamedTuple):
     `torch_archs` are the targets that torch was compiled for ("sm_90", or "compute_90" for code that newer
     devices can translate). `flashinfer_problem` says why FlashInfer can't be used at all; `missing_kernels`
     are its kernels for this model that nobody has compiled yet, `can_compile` whether nvcc is there to do it.
+    `has_cuda_bindings`: whether kernels in CUDA C++ can be compiled and launched.
     """
 
     name: str
@@ -35,11 +38,13 @@ class GpuFacts(NamedTuple):
     flashinfer_problem: str | None = None
     missing_kernels: tuple[str, ...] = ()
     can_compile: bool = False
+    has_cuda_bindings: bool = True
 
 
 class ModelFacts(NamedTuple):
     dtype: str  # "bfloat16", "float16" or "float32"
     head_dim: int
+    has_windows: bool = False  # some layers see no more than the last tokens
 
 
 class Choice(NamedTuple):
@@ -79,7 +84,26 @@ def choose_backend(wanted: AttentionBackend, gpu: GpuFacts | None, model: ModelF
             return Choice("triton") if reason is None else _named_but(wanted, reason)
         case "flashinfer":
             reason = _against_flashinfer(gpu, model)
-            return _flashinfer(gpu) if reason is None else _named_but(wanted, reason)
+            return _flashinfer(gpu, model) if reason is None else _named_but(wanted, reason)
+
+
+def decode_fallback(options: EngineOptions, gpu: GpuFacts, model: ModelFacts) -> str | None:
+    """What decode steps of few requests are made of instead of the kernels for Hopper that the flags ask for,
+    and why; None where nothing is missing, or those kernels are for other devices or models."""
+    unwanted = (
+        options.attention_backend == "torch"
+        or options.disable_cuda_graph
+        or options.disable_decode_kernels
+        or options.disable_cooperative_decode
+    )
+    is_for = model.dtype in _TWO_BYTES and model.head_dim in DECODE_HEAD_DIMS and not model.has_windows
+    if gpu.has_cuda_bindings or unwanted or gpu.capability != HOPPER or not is_for:
+        return None
+    return (
+        "decode steps of up to 64 requests by triton instead of the kernels for Hopper, a bit slower: "
+        "cuda.bindings is missing or finds no NVRTC (pip install cuda-bindings; CUDA builds of torch bring "
+        "it); --disable-cooperative-decode silences this"
+    )
 
 
 def refuse_device(name: str, capability: tuple[int, int], torch_archs: tuple[str, ...]) -> Refusal | None:
@@ -130,21 +154,26 @@ def _refuse_without_triton(gpu: GpuFacts) -> Refusal | None:
 def _best(gpu: GpuFacts, model: ModelFacts) -> Choice:
     no_flashinfer = _against_flashinfer(gpu, model)
     if no_flashinfer is None:
-        return _flashinfer(gpu)
+        return _flashinfer(gpu, model)
     no_triton = _against_triton(model)
     if no_triton is None:
         return Choice("triton", (f"attention by triton instead of flashinfer: {no_flashinfer}",))
     return Choice("torch", (f"attention by plain torch, many times slower: {no_triton}",))
 
 
-def _flashinfer(gpu: GpuFacts) -> Choice:
-    if not gpu.missing_kernels:
-        return Choice("flashinfer")
-    note = (
-        f"FlashInfer compiles {len(gpu.missing_kernels)} kernels first, once, which takes minutes; "
-        "--attention-backend triton starts at once"
-    )
-    return Choice("flashinfer", (note,), gpu.missing_kernels)
+def _flashinfer(gpu: GpuFacts, model: ModelFacts) -> Choice:
+    notes = []
+    if model.has_windows:
+        notes.append(
+            "attention by triton instead of flashinfer in layers with a sliding window, which only triton's "
+            "kernels are used for"
+        )
+    if gpu.missing_kernels:
+        notes.append(
+            f"FlashInfer compiles {len(gpu.missing_kernels)} kernels first, once, which takes minutes; "
+            "--attention-backend triton starts at once"
+        )
+    return Choice("flashinfer", tuple(notes), gpu.missing_kernels)
 
 
 def _against_flashinfer(gpu: GpuFacts, model: ModelFacts) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from phloem.kernels.hopper_ops.program import has_bindings
 from phloem.shared.engine.backend import FLASHINFER_HEAD_DIMS, GpuFacts, ModelFacts, Refusal, refuse_device
 
 FLASHINFER_VERSION = "0.6.14"  # its private entry points are called: see docs/adr/0005
@@ -31,6 +32,7 @@ def find_gpu_facts(device: torch.device, model: ModelFacts) -> GpuFacts:
         flashinfer_problem=problem,
         missing_kernels=missing,
         can_compile=find_nvcc() is not None,
+        has_cuda_bindings=has_bindings(),
     )
 
 

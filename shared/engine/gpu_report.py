@@ -36,12 +36,15 @@ def report_gpus() -> list[GpuReport]:
 def _report(device: torch.device) -> GpuReport:
     import torch
 
-    from phloem.shared.engine.backend import ModelFacts, Refusal, choose_backend
+    from phloem.shared.engine.backend import ModelFacts, Refusal, choose_backend, decode_fallback
+    from phloem.shared.engine.config import EngineOptions
     from phloem.shared.engine.gpu_facts import find_gpu_facts
 
     model = ModelFacts("bfloat16", 128)
     facts = find_gpu_facts(device, model)
     chosen = choose_backend("auto", facts, model)
+    slower = decode_fallback(EngineOptions(), facts, model)
+    notes = () if isinstance(chosen, Refusal) else (*chosen.notes, *([slower] if slower else []))
     free, total = torch.cuda.mem_get_info(device)
     return GpuReport(
         facts.name,
@@ -49,7 +52,7 @@ def _report(device: torch.device) -> GpuReport:
         total,
         free,
         "" if isinstance(chosen, Refusal) else chosen.backend,
-        (chosen.message,) if isinstance(chosen, Refusal) else chosen.notes,
+        (chosen.message,) if isinstance(chosen, Refusal) else notes,
     )
 
 

@@ -88,7 +88,10 @@ class ModelLoading:
         self._cost = step_cost(self._config, self._dtype.itemsize)
 
     def run(self) -> tuple[LoadedModel, StepRunner]:
-        facts = ModelFacts(str(self._dtype).removeprefix("torch."), self._config.head_dim)
+        config = self._config
+        facts = ModelFacts(
+            str(self._dtype).removeprefix("torch."), config.head_dim, has_windows=any(config.layer_windows)
+        )
         backend = pick_backend(self._options, self._device, facts, self._send)
         decoder = self._weights(facts.dtype)
         pool = self.pool(decoder, backend)

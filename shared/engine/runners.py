@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from phloem.shared.engine import gpu_facts
-from phloem.shared.engine.backend import Backend, Choice, ModelFacts, Refusal, choose_backend
+from phloem.shared.engine.backend import Backend, ModelFacts, Refusal, choose_backend, decode_fallback
 from phloem.shared.engine.config import GPU_MEM_FRACTION, EngineOptions
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache
@@ -86,8 +86,12 @@ def pick_backend(
     chosen = choose_backend(options.attention_backend, facts, model)
     if isinstance(chosen, Refusal):
         raise ConfigError(chosen.message, param=chosen.param)
-    _log_notes(chosen)
-    if not chosen.compiles or facts is None:
+    _log_notes(chosen.notes)
+    if facts is None:
+        return chosen.backend
+    if (note := decode_fallback(options, facts, model)) is not None:
+        _log_notes((note,))
+    if not chosen.compiles:
         return chosen.backend
     failure = gpu_facts.compile_kernels(
         device, model, lambda done, total: send(Progress("flashinfer_kernels", done, total))
@@ -98,12 +102,12 @@ def pick_backend(
     instead = choose_backend(options.attention_backend, without, model)
     if isinstance(instead, Refusal):
         raise ConfigError(instead.message, param=instead.param)
-    _log_notes(instead)
+    _log_notes(instead.notes)
     return instead.backend
 
 
-def _log_notes(chosen: Choice) -> None:
-    for note in chosen.notes:
+def _log_notes(notes: tuple[str, ...]) -> None:
+    for note in notes:
         log.warning("%s", note)
 
 

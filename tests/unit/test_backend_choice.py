@@ -10,9 +10,10 @@ from phloem.shared.engine.backend import (
     ModelFacts,
     Refusal,
     choose_backend,
+    decode_fallback,
     refuse_device,
 )
-from phloem.shared.engine.config import AttentionBackend
+from phloem.shared.engine.config import AttentionBackend, EngineOptions
 
 H100 = GpuFacts("NVIDIA H100", (9, 0), ("sm_80", "sm_90"), has_triton=True)
 COLD = H100._replace(missing_kernels=("decode", "prefill"))
@@ -80,6 +81,47 @@ def test_kernels_that_must_be_compiled_are_announced(wanted: AttentionBackend) -
     assert taken.backend == "flashinfer"
     assert taken.compiles == ("decode", "prefill")
     assert "compiles 2 kernels first" in taken.notes[0] and "triton starts at once" in taken.notes[0]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "flashinfer"])
+def test_layers_with_a_window_are_said_to_go_to_triton(wanted: AttentionBackend) -> None:
+    windows = LLAMA._replace(has_windows=True)
+    assert choice(wanted, H100, windows) == Choice(
+        "flashinfer",
+        (
+            "attention by triton instead of flashinfer in layers with a sliding window, which only triton's "
+            "kernels are used for",
+        ),
+    )
+    assert len(choice(wanted, COLD._replace(can_compile=True), windows).notes) == 2
+    assert choice("triton", H100, windows) == Choice("triton")
+
+
+def test_kernels_for_hopper_that_can_not_be_made_are_named_with_the_remedy() -> None:
+    without = H100._replace(has_cuda_bindings=False)
+    note = decode_fallback(EngineOptions(), without, LLAMA)
+    assert note is not None and "pip install cuda-bindings" in note and "by triton instead of" in note
+    assert decode_fallback(EngineOptions(), H100, LLAMA) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "capability", "model"),
+    [
+        (EngineOptions(disable_cooperative_decode=True), (9, 0), LLAMA),
+        (EngineOptions(disable_decode_kernels=True), (9, 0), LLAMA),
+        (EngineOptions(disable_cuda_graph=True), (9, 0), LLAMA),
+        (EngineOptions(attention_backend="torch"), (9, 0), LLAMA),
+        (EngineOptions(), (8, 0), LLAMA),
+        (EngineOptions(), (9, 0), ModelFacts("float32", 128)),
+        (EngineOptions(), (9, 0), ModelFacts("bfloat16", 96)),
+        (EngineOptions(), (9, 0), ModelFacts("bfloat16", 128, has_windows=True)),
+    ],
+)
+def test_kernels_for_hopper_that_would_not_be_used_are_not_missed(
+    options: EngineOptions, capability: tuple[int, int], model: ModelFacts
+) -> None:
+    without = H100._replace(has_cuda_bindings=False, capability=capability)
+    assert decode_fallback(options, without, model) is None
 
 
 def test_head_that_no_kernel_takes_runs_on_torch_and_says_so() -> None:

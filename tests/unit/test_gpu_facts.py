@@ -154,6 +154,25 @@ def test_flashinfer_by_name_is_refused_when_its_kernels_can_not_be_compiled(
         pick(monkeypatch, Compiler("ninja failed"), EngineOptions(attention_backend="flashinfer"))
 
 
+def test_kernels_for_hopper_that_can_not_be_made_are_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without = H100._replace(has_cuda_bindings=False)
+    monkeypatch.setattr(gpu_facts, "find_gpu_facts", lambda device, model: without)
+    assert pick_backend(EngineOptions(), CUDA, MODEL, lambda message: None) == "flashinfer"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "cuda.bindings is missing" in record.getMessage()
+
+
+def test_cuda_bindings_are_looked_for(
+    gpu: Callable[[tuple[int, int]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu((9, 0))
+    for found in (False, True):
+        monkeypatch.setattr(gpu_facts, "has_bindings", lambda found=found: found)
+        assert gpu_facts.find_gpu_facts(CUDA, MODEL).has_cuda_bindings == found
+
+
 def test_triton_by_name_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick(monkeypatch, Compiler("never asked"), EngineOptions(attention_backend="triton")) == (
         "triton",
