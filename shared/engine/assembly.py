@@ -24,9 +24,10 @@ from phloem.shared.engine.radix_tree import RadixTree
 from phloem.shared.engine.runners import LoadedModel, find_device, for_device
 from phloem.shared.engine.sizing import kv_layout, transfer_peers
 from phloem.shared.engine.step_runner import StepRunner
-from phloem.shared.engine.transfer_assembly import open_endpoint, send_rate
+from phloem.shared.engine.transfer_assembly import open_endpoint
 from phloem.shared.protocol.engine import EngineReady, EngineUp
 from phloem.shared.transfer.endpoint import TransferEndpoint
+from phloem.shared.transfer.stats import send_rates
 
 Send = Callable[[EngineUp], None]
 
@@ -106,7 +107,7 @@ def _wire(
         handover_timeout_s=options.handover_timeout_s,
         overlap=not options.disable_overlap_schedule,
         grammars=grammar_parts(_grammar_model(options, model), lambda ready: engines[0].deliver(ready)),
-        transfer_bytes_per_s=lambda: send_rate(endpoint),
+        send_rates=lambda: send_rates(endpoint.stats()),
         transfer_status=endpoint.status,
         hang_timeout_s=config.hang_timeout_s,
     )

@@ -176,7 +176,7 @@ class Engine:
         watch = self._sender.watch(
             plan.rows,
             tokens_per_s=self._rates.prefill_tokens_per_s,
-            bytes_per_s=self._status.transfer_bytes_per_s,
+            rates=self._status.send_rates,
         )
         return None if watch is None else watch._replace(reached=partial(self._reached, watch.reached))
 
@@ -226,7 +226,7 @@ class Engine:
             return
         self._next_tick_s = now_s + _TICK_S
         self._steps.check_hang(now_s)
-        self._status.transfer_bytes_per_s = self._parts.transfer_bytes_per_s()
+        self._status.send_rates = self._parts.send_rates()
         self._status.transfer = self._parts.transfer_status()
         self._ends.fail_cut_off(self._status.transfer.cut_off)
         self._ends.handovers(self._receiver.expired())

@@ -13,7 +13,7 @@ from phloem.shared.engine.page_account import PageAccount
 from phloem.shared.engine.step_runner import StepRunner
 from phloem.shared.protocol.engine import EngineUp
 from phloem.shared.protocol.session import PeerRef
-from phloem.shared.transfer.stats import TransferStatus
+from phloem.shared.transfer.stats import SendRates, TransferStatus
 
 
 class Peers(Channels, Protocol):
@@ -38,7 +38,7 @@ class EngineParts(NamedTuple):
     handover_timeout_s: float
     overlap: bool = True
     grammars: GrammarParts | None = None  # none: requests with a grammar are refused
-    transfer_bytes_per_s: Callable[[], float] = lambda: 0.0  # measured; zero: not yet
+    send_rates: Callable[[], SendRates] = SendRates
     transfer_status: Callable[[], TransferStatus] = TransferStatus
     hang_timeout_s: float = 120.0
     clock: Callable[[], float] = time.monotonic

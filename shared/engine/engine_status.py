@@ -9,7 +9,7 @@ from phloem.shared.engine.rates import Rates
 from phloem.shared.engine.scheduler import Scheduler
 from phloem.shared.protocol.cluster import WorkerLoad
 from phloem.shared.protocol.engine import AuditReply
-from phloem.shared.transfer.stats import TransferStatus
+from phloem.shared.transfer.stats import SendRates, TransferStatus
 
 
 class EngineStatus:
@@ -30,7 +30,7 @@ class EngineStatus:
         self._receiver = receiver
         self.num_turns = 0
         self.num_steps = 0
-        self.transfer_bytes_per_s = 0.0
+        self.send_rates = SendRates()
         self.transfer = TransferStatus()
 
     def load(self) -> WorkerLoad:
@@ -44,7 +44,7 @@ class EngineStatus:
             total_pages=self._account.pool.num_pages,
             prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
             decode_step_s=self._rates.decode_step_s,
-            transfer_bytes_per_s=self.transfer_bytes_per_s,
+            transfer_bytes_per_s=self.send_rates.overall,
             tree_pages=self._account.tree.num_pages,
             exposed_transfer_s=self._sender.exposure.average_s,
             num_handing_over=scheduler.num_requests - scheduler.num_running - scheduler.num_waiting,

@@ -30,9 +30,11 @@ from phloem.shared.errors import ErrorInfo, PhloemError
 from phloem.shared.protocol.session import PeerRef
 from phloem.shared.protocol.transfer import Cancel, Last, Ready
 from phloem.shared.transfer.pending import Pending
+from phloem.shared.transfer.stats import SendRates
 
 _MAX_EARLY = 4096
 _EXPECTED_S = 0.005  # decode answers within this time, or has no room yet
+_NOT_MEASURED = SendRates()
 _STARVED_S = 1.0  # a request that decode has room for waits at most this long for pages held in vain
 
 
@@ -113,12 +115,12 @@ class HandoverSender:
         self._pieces.tell()
 
     def watch(
-        self, rows: Sequence[Row], *, tokens_per_s: float = 0.0, bytes_per_s: float = 0.0
+        self, rows: Sequence[Row], *, tokens_per_s: float = 0.0, rates: SendRates = _NOT_MEASURED
     ) -> LayerWatch | None:
         """For the launch of a step: how it shall tell what lies in the pages; None when nobody wants to know.
 
-        The rows count as computed in their requests by now. The rates are the measured ones of prefill and
-        of the channels; zero: not yet.
+        The rows count as computed in their requests by now. The rates are the measured ones of prefill (zero:
+        not yet) and of the channels: of the step's peers the slowest is what its groups must suit.
         """
         chunks = [
             (plan, self._chunk(plan, row)) for row in rows if (plan := self._plans.get(row.request.key))
@@ -133,7 +135,7 @@ class HandoverSender:
                 pages * self._store.layer_page_bytes,
                 num_tokens,
                 tokens_per_s,
-                bytes_per_s,
+                rates.slowest(plan.peer for plan, _ in chunks),
             )
         )
         return LayerWatch(groups, partial(self._reached, chunks))

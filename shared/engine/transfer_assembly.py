@@ -50,14 +50,6 @@ def open_endpoint(
         )
 
 
-def send_rate(endpoint: TransferEndpoint) -> float:
-    """Bytes per second of all that was sent, over the time in which something was under way; zero: not
-    measured yet."""
-    stats = endpoint.stats().values()
-    seconds = sum(peer.send_s for peer in stats)
-    return sum(peer.bytes_sent for peer in stats) / seconds if seconds > 0 else 0.0
-
-
 def _transfer_config(
     config: EngineConfig, device: torch.device, layout: str, layer_page_bytes: int
 ) -> TransferConfig:

@@ -40,6 +40,7 @@ from phloem.shared.protocol.session import PeerRef, Phase, SamplingParams, Submi
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.endpoint import TransferEndpoint
 from phloem.shared.transfer.events import TransferEvent
+from phloem.shared.transfer.stats import SendRates
 from tests.support.streams import Stream
 
 CPU = torch.device("cpu")
@@ -217,7 +218,7 @@ class LocalEngine:
             context_length=length,
             handover_timeout_s=DEADLINE_S,
             overlap=spec.overlap,
-            transfer_bytes_per_s=lambda: spec.transfer_bytes_per_s,
+            send_rates=lambda: SendRates(spec.transfer_bytes_per_s),
         )
 
     def _transfer_config(self, decoder: Decoder) -> TransferConfig:

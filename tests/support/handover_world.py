@@ -23,10 +23,12 @@ from phloem.shared.transfer.events import (
     TransferEvent,
 )
 from phloem.shared.transfer.pending import DONE
+from phloem.shared.transfer.stats import SendRates
 from tests.support.handover_wire import D, FakePageStore, P, Wire
 
 PAGE = 4  # tokens
 TIMEOUT_S = 10.0
+NOT_MEASURED = SendRates()
 
 
 class Job:
@@ -48,13 +50,13 @@ class Job:
     def begin(self) -> None:
         self._world.sender.begin(self.sent)
 
-    def launch(self, num_tokens: int, *, bytes_per_s: float = 0.0) -> LayerWatch | None:
+    def launch(self, num_tokens: int, rates: SendRates = NOT_MEASURED) -> LayerWatch | None:
         """The prefill side launches a step that computes tokens up to the first `num_tokens`; over a slow
         link each layer is a group of its own."""
         start = self.sent.num_computed_tokens
         self.sent.num_computed_tokens = num_tokens
         row = Row(self.sent, start, num_tokens - start, num_tokens == self.num_tokens, False)
-        return self._world.sender.watch([row], bytes_per_s=bytes_per_s)
+        return self._world.sender.watch([row], rates=rates)
 
     def retract(self, first_page: int) -> None:
         """The prefill side takes the pages away; when it computes the prompt again, it is in others."""

@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from phloem.shared.engine.kv_pool import OwnerKey
 from phloem.shared.transfer.pending import DONE
+from phloem.shared.transfer.stats import SendRates
 from tests.support.handover_wire import HeldBack, Wire
 from tests.support.handover_world import TIMEOUT_S, HandoverWorld, Job
 
@@ -66,7 +67,7 @@ class HandoverMachine(RuleBasedStateMachine):
         end = min(num_tokens, job.num_tokens)
         if not self._lives_at_prefill(self.all[index]) or end <= job.sent.num_computed_tokens:
             return
-        watch = job.launch(end, bytes_per_s=1e3)
+        watch = job.launch(end, SendRates(1e3))
         if watch is not None:
             mark = HeldBack()
             self.marks.append(mark)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from phloem.shared.engine.step_runner import LayerWatch
+from phloem.shared.protocol.session import PeerRef
 from phloem.shared.transfer.events import PieceReceived
 from phloem.shared.transfer.pending import DONE
-from tests.support.handover_wire import HeldBack, Wire
+from phloem.shared.transfer.stats import SendRates
+from tests.support.handover_wire import D, HeldBack, Wire
 from tests.support.handover_world import (
     TIMEOUT_S,
     HandoverWorld,
@@ -17,7 +19,7 @@ from tests.support.handover_world import (
     error_of,
 )
 
-SLOW = 1e3  # bytes/s: a layer is a group
+SLOW = SendRates(1e3)  # bytes/s: a layer is a group
 
 
 def ready_job(world: HandoverWorld, name: str = "r", num_tokens: int = 10) -> Job:
@@ -29,7 +31,7 @@ def ready_job(world: HandoverWorld, name: str = "r", num_tokens: int = 10) -> Jo
 
 
 def launch(job: Job, num_tokens: int = 10) -> LayerWatch:
-    watch = job.launch(num_tokens, bytes_per_s=SLOW)
+    watch = job.launch(num_tokens, SLOW)
     assert watch is not None
     assert list(watch.layer_ends) == [1, 2, 3, 4]
     return watch
@@ -49,6 +51,16 @@ def decode_has_news(world: HandoverWorld) -> bool:
 
 
 # -- the prefill side ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("by_peer", "layer_ends"), [({D: 1e3}, [1, 2, 3, 4]), ({PeerRef("other", 1): 1e3}, [4]), ({}, [4])]
+)
+def test_layers_are_grouped_for_the_link_that_they_take(
+    by_peer: dict[PeerRef, float], layer_ends: list[int]
+) -> None:
+    watch = ready_job(HandoverWorld()).launch(10, SendRates(1e12, by_peer))
+    assert watch is not None and list(watch.layer_ends) == layer_ends
 
 
 def test_layers_leave_when_the_device_has_written_them() -> None:
@@ -113,7 +125,7 @@ def test_word_of_the_peer_while_a_step_is_launched_sends_what_the_step_before_ha
     world.pump()
     if told == "slot":
         assert layers_under_way(world) == [(0, 1)] and not has_news(world)
-    watch = job.launch(12, bytes_per_s=SLOW)
+    watch = job.launch(12, SLOW)
     assert watch is not None
     if told == "ready":
         job.reserve()

@@ -8,10 +8,11 @@ import torch
 
 from phloem.shared.engine import transfer_assembly
 from phloem.shared.engine.config import EngineConfig, EngineOptions
-from phloem.shared.engine.transfer_assembly import open_endpoint, send_rate
+from phloem.shared.engine.transfer_assembly import open_endpoint
 from phloem.shared.errors import ConfigError
 from phloem.shared.transfer.config import TransferConfig
 from phloem.shared.transfer.events import TransferEvent
+from phloem.shared.transfer.stats import SendRates, send_rates
 
 LAYER_PAGE_BYTES = 4096
 CPU = torch.device("cpu")
@@ -51,6 +52,6 @@ def test_endpoint_listens_and_has_sent_nothing_yet() -> None:
     try:
         host, _, port = endpoint.address.rpartition(":")
         assert host == "127.0.0.1" and int(port) > 0
-        assert send_rate(endpoint) == 0.0
+        assert send_rates(endpoint.stats()) == SendRates()
     finally:
         endpoint.close()
