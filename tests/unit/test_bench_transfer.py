@@ -106,26 +106,41 @@ def test_sizes_are_mib() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "text", "num_gpus", "pair"),
+    ("device", "named", "num_gpus", "pair"),
     [
-        ("auto", "0,1", 0, None),
-        ("cpu", "0,1", 2, None),
-        ("auto", "0,1", 2, (0, 1)),
+        ("auto", None, 0, None),
+        ("cpu", None, 2, None),
+        ("auto", None, 2, (0, 1)),
+        ("auto", "1,0", 2, (1, 0)),
         ("cuda", "3,1", 4, (3, 1)),
     ],
 )
-def test_pair_of_gpus(device: str, text: str, num_gpus: int, pair: tuple[int, int] | None) -> None:
-    assert gpus_of(device, text, num_gpus) == pair
+def test_pair_of_gpus(device: str, named: str | None, num_gpus: int, pair: tuple[int, int] | None) -> None:
+    assert gpus_of(device, named, num_gpus) == pair
+
+
+def test_gpus_are_not_named_for_a_cpu() -> None:
+    with pytest.raises(ConfigError, match="--gpus 0,1 and --device cpu"):
+        gpus_of("cpu", "0,1", 2)
 
 
 @pytest.mark.parametrize(
-    ("device", "text", "num_gpus"),
-    [("auto", "0,1", 1), ("cuda", "0,1", 0), ("cuda", "0,0", 2), ("cuda", "0,2", 2), ("cuda", "0", 2)],
+    ("device", "named", "num_gpus"),
+    [
+        ("auto", None, 1),
+        ("auto", "0,0", 0),
+        ("auto", "0,1", 0),
+        ("cuda", None, 0),
+        ("cuda", "0,1", 0),
+        ("cuda", "0,0", 2),
+        ("cuda", "0,2", 2),
+        ("cuda", "0", 2),
+    ],
 )
-def test_less_than_two_gpus_are_refused_with_a_way_out(device: str, text: str, num_gpus: int) -> None:
+def test_less_than_two_gpus_are_refused_with_a_way_out(device: str, named: str | None, num_gpus: int) -> None:
     with pytest.raises(ConfigError, match=r"--gpus") as caught:
-        gpus_of(device, text, num_gpus)
-    if "," in text:
+        gpus_of(device, named, num_gpus)
+    if named is None or "," in named:
         assert "--unified 1" in str(caught.value) and "--device cpu" in str(caught.value)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # it imports torch
     from phloem.shared.transfer_bench.run import TransferOptions
 
 _SIZES_GPU, _SIZES_CPU = "1,4,16,64,256,512,1024", "1,4,16"
+_GPUS = "0,1"
 _PROMPTS_GPU, _PROMPTS_CPU = "1024,8192", "64,256"
 
 _PAIR = Group("Pair", sort_key=1)
@@ -31,7 +32,9 @@ class PairFlags:
         Literal["auto", "cuda", "cpu"],
         Parameter(help="cuda: two GPUs over NCCL; cpu: two processes over Gloo"),
     ] = "auto"
-    gpus: Annotated[str, Parameter(help="numbers of the prefill and the decode GPU")] = "0,1"
+    gpus: Annotated[
+        str | None, Parameter(help=f"numbers of the prefill and the decode GPU [default: {_GPUS}]")
+    ] = None
     model_path: Annotated[
         Path | None, Parameter(help="directory with a config.json [default: --model-shape]")
     ] = None
@@ -98,10 +101,14 @@ def transfer_options(
     )
 
 
-def gpus_of(device: str, text: str, num_gpus: int) -> tuple[int, int] | None:
-    """The pair of GPUs, or None for a CPU. Raises `ConfigError`."""
-    if device == "cpu" or (device == "auto" and num_gpus == 0):
+def gpus_of(device: str, named: str | None, num_gpus: int) -> tuple[int, int] | None:
+    """The pair of GPUs, `named` or the first two, or None for a CPU, which is measured only when no GPUs are
+    named. Raises `ConfigError`."""
+    if device == "cpu" and named is not None:
+        raise ConfigError(f"--gpus {named} and --device cpu: give one of them", param="gpus")
+    if device == "cpu" or (device == "auto" and named is None and num_gpus == 0):
         return None
+    text = _GPUS if named is None else named
     try:
         first, second = (int(part) for part in text.split(","))
     except ValueError:
