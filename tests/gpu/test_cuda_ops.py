@@ -1,4 +1,4 @@
-"""Every op on CUDA against the reference on the CPU: dtype x shape x page size x heads, all backends.
+"""Every op on CUDA against the reference on the CPU: all backends, over dtypes, shapes, page sizes and heads.
 
 Tolerances are `tolerance`'s in tests/support/device_ops.py: 1e-4 in float32, 5e-3 in bfloat16, 1e-3 in
 float16, relative to the norm of the result; ids, bytes and digests are equal.

@@ -52,7 +52,8 @@ class Measurement(msgspec.Struct, frozen=True):
 
 
 class OfflineReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a run found, and what it was asked; `start_s` is from nothing to ready."""
+    """Everything a run found, and what it was asked; `start_s` is from when the engine is
+    about to be built, all imported and the device in use, to ready."""
 
     model: str
     engine: EngineOptions
