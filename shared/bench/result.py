@@ -12,6 +12,7 @@ import msgspec
 from phloem.shared.bench.environment import Environment
 from phloem.shared.bench.lag_report import LagReport
 from phloem.shared.bench.options import RunOptions
+from phloem.shared.bench.output_path import write_output
 from phloem.shared.bench.rate_search import Trial
 from phloem.shared.bench.record import RequestRecord
 from phloem.shared.errors import ConfigError
@@ -140,10 +141,7 @@ def save_record(record: RequestRecord, epoch_s: float, *, with_text: bool) -> Sa
 def write_result(result: RunResult, path: Path) -> None:
     """As JSON, gzipped when the name ends in .gz. Raises `ConfigError` when it can't be written."""
     data = msgspec.json.encode(result)
-    try:
-        path.write_bytes(gzip.compress(data, 6) if path.suffix == ".gz" else data)
-    except OSError as error:
-        raise ConfigError(f"can't write {path}: {error.strerror}") from error
+    write_output(path, gzip.compress(data, 6) if path.suffix == ".gz" else data)
 
 
 def read_result(path: Path) -> RunResult:

@@ -66,6 +66,11 @@ def test_help_of_a_service_shows_its_flags_and_imports_no_torch(service: str) ->
         (["serve", "decode", "--dtype", "float3"], "Did you mean float32?"),
         (["serve", "decode", "--config", "/no/such.toml"], "can't read the configuration file /no/such.toml"),
         (["up", "--prefill", "0"], "a cluster needs --prefill and --decode of at least 1 each"),
+        (
+            ["bench", "transfer", "--device", "cpu", "-o", "/nope/x.json"],
+            "/nope/x.json: there is no such directory",
+        ),
+        (["bench", "serve", "--target", "x=http://127.0.0.1:9", "-o", "/"], "--output / is a directory"),
         (["frobnicate"], "frobnicate"),
     ],
 )

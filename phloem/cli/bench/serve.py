@@ -24,6 +24,7 @@ from phloem.cli.bench.table import print_result
 from phloem.shared.bench.comparison import compare_targets
 from phloem.shared.bench.controller import Controller, Watcher
 from phloem.shared.bench.options import RunOptions
+from phloem.shared.bench.output_path import check_output_path
 from phloem.shared.bench.plot import check_plot_path, write_plot
 from phloem.shared.bench.result import RunResult, write_result
 
@@ -42,6 +43,8 @@ def serve(
 ) -> int:
     """Measure OpenAI-compatible servers. Exits with 3 when the run is invalid: failures, or own lag."""
     options = run_options(targets, data, load, verdict, output)
+    if output.output is not None:
+        check_output_path(output.output, "--output")
     if output.plot is not None:
         check_plot_path(output.plot)
     console = Console(highlight=False)

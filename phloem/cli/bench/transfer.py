@@ -14,6 +14,7 @@ from rich.console import Console
 from phloem.cli.bench.transfer_flags import ChannelFlags, PairFlags, WorkFlags, transfer_options
 from phloem.cli.bench.transfer_table import print_logs, print_report
 from phloem.cli.up.devices import count_gpus
+from phloem.shared.bench.output_path import check_output_path, write_output
 
 EXIT_MISSED = 1
 
@@ -29,6 +30,8 @@ def transfer(
     """Measure KV transfer: bandwidth by size, exposed time per request, and what it costs others."""
     from phloem.shared.transfer_bench.run import run_transfer_bench
 
+    if output is not None:
+        check_output_path(output, "--output")
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="phloem-bench-") as name:
         folder = Path(name)
@@ -38,7 +41,7 @@ def transfer(
         except Exception:
             print_logs(folder, console)
             raise
-    if output is not None:
-        output.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
     print_report(report, console)
+    if output is not None:
+        write_output(output, msgspec.json.format(msgspec.json.encode(report)))
     return EXIT_MISSED if check and not report.holds else 0
