@@ -13,12 +13,7 @@ from phloem.shared.engine.rehearsal import HostGauge
 from phloem.shared.errors import ConfigError
 from phloem.shared.model_store.model_config import ModelConfig
 from phloem.shared.protocol.cluster import Role
-from phloem.shared.transfer.config import (
-    COMMUNICATOR_CTAS,
-    MAX_PEERS,
-    NCCL_BYTES_PER_CTA,
-    num_staging_blocks,
-)
+from phloem.shared.transfer.config import MAX_PEERS, nccl_bytes, num_staging_blocks
 
 CPU_SHARE = 0.125  # of free memory: several workers and the demo's other services share a host
 CPU_MAX_TOKENS = 131_072
@@ -66,9 +61,8 @@ def channels_reserve(options: EngineOptions, *, num_peers: int = 0) -> int:
     allocates for each when it opens. Without room for that a worker would run out of memory when its peers
     come."""
     peers = num_peers or options.transfer_peers
-    ctas = COMMUNICATOR_CTAS * options.transfer_max_ctas
     staging = num_staging_blocks(peers, options.staging_slots) * options.staging_bytes
-    return staging + peers * ctas * NCCL_BYTES_PER_CTA
+    return staging + peers * nccl_bytes(options.transfer_max_ctas)
 
 
 def context_length(options: EngineOptions, config: ModelConfig) -> int:
