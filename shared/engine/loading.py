@@ -16,7 +16,6 @@ from phloem.shared.engine.backend import Backend, ModelFacts
 from phloem.shared.engine.config import EngineOptions
 from phloem.shared.engine.memory import (
     BesidePool,
-    DeviceMemory,
     PoolWish,
     check_weights,
     plan_pool,
@@ -29,9 +28,12 @@ from phloem.shared.engine.rehearsal import MemoryGauge, measure_overhead, memory
 from phloem.shared.engine.runners import LoadedModel, build_runner, log, pick_backend, warm_up_runner
 from phloem.shared.engine.sizing import channels_reserve, context_length, host_pool_pages
 from phloem.shared.engine.step_advice import (
-    Rehearsed,
+    Rehearsal,
+    graphs_of,
     graphs_too_large,
-    rehearsal_not_allocated,
+    pages_of,
+    rehearsal_failed,
+    step_of,
     step_too_large,
 )
 from phloem.shared.engine.step_memory import StepSizes, rehearsal_pages, step_cost
@@ -94,9 +96,8 @@ class ModelLoading:
         )
         backend = pick_backend(self._options, self._device, facts, self._send)
         decoder = self._weights(facts.dtype)
-        pool = self.pool(decoder, backend)
-        model = self._allocate(decoder, pool.num_pages, lambda memory: self._pool_too_large(pool, memory))
-        runner = self._runner(model, backend, self._send)
+        model = self._allocate_pool(decoder, self.pool(decoder, backend))
+        runner = self._runner(model, backend)
         self._send(Progress("warmup", 0, 1))
         self._warm_up(model, runner)
         self._send(Progress("warmup", 1, 1))
@@ -149,54 +150,63 @@ class ModelLoading:
 
     def _rehearse(self, decoder: Decoder, backend: Backend, num_pages: int) -> object:
         """A runner over a small pool, after its largest step; whoever drops it frees what it holds."""
+        rehearsal, memory, sizes = self._rehearsal(), self._gauge.read(), self._sizes
+
+        def failed(what: str) -> Callable[[], PhloemError]:
+            return lambda: rehearsal_failed(what, rehearsal, memory)
 
         def in_the_background(message: EngineUp) -> None:
             if isinstance(message, Progress):
                 self._send(Progress("memory", message.done, message.total + 1))
 
+        step = step_of(sizes, self._cost)
+        model = self._allocate(decoder, num_pages, failed(pages_of(rehearsal)))
         # Tables are as wide as the real pool's may need.
-        model = self._allocate(decoder, num_pages, self._rehearsal_too_large)
         model = model._replace(context_length=self._length)
-        runner = self._runner(model, backend, in_the_background, rehearsed=False)
-        self._warm_up(model, runner, rehearsed=False)
+        with out_of_memory_as(failed(graphs_of(sizes) if sizes.graph_rows else step)):
+            runner = build_runner(self._options, model, backend, in_the_background, self._is_alone)
+        with out_of_memory_as(failed(step)):
+            warm_up_runner(self._options, model, runner)
         return runner, model
 
-    def _allocate(
-        self, decoder: Decoder, num_pages: int, too_large: Callable[[DeviceMemory], PhloemError]
-    ) -> LoadedModel:
+    def _rehearsal(self) -> Rehearsal:
+        return Rehearsal(
+            self._sizes,
+            self._cost,
+            self._page_bytes,
+            self._options.page_size,
+            self._length,
+            channels_reserve(self._options),
+            channels_reserve(self._options, num_peers=1),
+        )
+
+    def _allocate(self, decoder: Decoder, num_pages: int, failed: Callable[[], PhloemError]) -> LoadedModel:
         page_size = self._options.page_size
         # What doesn't fit into the pool alone is refused at the door, not when it has been half answered.
         length = min(self._length, num_pages * page_size)
-        memory = self._gauge.read()
-        with out_of_memory_as(lambda: too_large(memory)):
+        with out_of_memory_as(failed):
             # One page more than the pool knows: padding rows of a CUDA graph write there.
             kv = KVCache.allocate(self._config, num_pages + 1, page_size, self._dtype, self._device)
         return LoadedModel(decoder, kv, self._device, self._dtype, length, num_pages)
 
-    def _runner(
-        self, model: LoadedModel, backend: Backend, send: Send, *, rehearsed: bool = True
-    ) -> StepRunner:
-        memory, sizes = self._gauge.read(), self._sizes
-        too_large = graphs_too_large if sizes.graph_rows else step_too_large
-        with out_of_memory_as(lambda: too_large(sizes, self._cost, memory, rehearsed=rehearsed)):
-            return build_runner(self._options, model, backend, send, self._is_alone)
-
-    def _warm_up(self, model: LoadedModel, runner: StepRunner, *, rehearsed: bool = True) -> None:
-        memory = self._gauge.read()
-        with out_of_memory_as(lambda: step_too_large(self._sizes, self._cost, memory, rehearsed=rehearsed)):
-            warm_up_runner(self._options, model, runner)
-
-    # -- sentences -------------------------------------------------------------------------------------
-
-    def _pool_too_large(self, pool: PoolSize, memory: DeviceMemory) -> PhloemError:
-        return pool_not_allocated(
-            pool.num_pages, self._page_bytes, self._options.page_size, memory, pool.beside
+    def _allocate_pool(self, decoder: Decoder, pool: PoolSize) -> LoadedModel:
+        memory, page_size = self._gauge.read(), self._options.page_size
+        return self._allocate(
+            decoder,
+            pool.num_pages,
+            lambda: pool_not_allocated(pool.num_pages, self._page_bytes, page_size, memory, pool.beside),
         )
 
-    def _rehearsal_too_large(self, memory: DeviceMemory) -> PhloemError:
-        pool = Rehearsed(self._page_bytes, self._options.page_size, self._length)
-        channels = channels_reserve(self._options)
-        return rehearsal_not_allocated(pool, memory, self._sizes, self._cost, channels)
+    def _runner(self, model: LoadedModel, backend: Backend) -> StepRunner:
+        memory, sizes = self._gauge.read(), self._sizes
+        too_large = graphs_too_large if sizes.graph_rows else step_too_large
+        with out_of_memory_as(lambda: too_large(sizes, self._cost, memory)):
+            return build_runner(self._options, model, backend, self._send, self._is_alone)
+
+    def _warm_up(self, model: LoadedModel, runner: StepRunner) -> None:
+        memory = self._gauge.read()
+        with out_of_memory_as(lambda: step_too_large(self._sizes, self._cost, memory)):
+            warm_up_runner(self._options, model, runner)
 
 
 class PoolSize(NamedTuple):

@@ -19,83 +19,93 @@ from phloem.shared.engine.step_memory import (
 from phloem.shared.errors import PhloemError
 
 
-class Rehearsed(NamedTuple):
-    """The pool of a rehearsal, whose pages the flags decide."""
+class Rehearsal(NamedTuple):
+    """What a start rehearses, and what comes beside it later: `channels` for KV transfer, `one_channel` with
+    `--transfer-peers 1`."""
 
+    sizes: StepSizes
+    cost: StepCost
     page_bytes: int
     page_size: int
     context_length: int
+    channels: int = 0
+    one_channel: int = 0
 
-    def bytes_of(self, sizes: StepSizes) -> int:
-        """With its scratch page."""
+    def pool_bytes(self, sizes: StepSizes) -> int:
+        """Of the pages that a step writes, with the scratch page."""
         return (rehearsal_pages(sizes, self.page_size, self.context_length) + 1) * self.page_bytes
 
-    def with_pages(self, cost: StepCost) -> StepCost:
-        """The costs of tokens and rows with those of their pages."""
-        return cost._replace(
-            per_token=cost.per_token + self.page_bytes // self.page_size,
-            per_row=cost.per_row + self.page_bytes,
+    def need(self, sizes: StepSizes, channels: int) -> int:
+        """Of all that must fit beside the weights."""
+        graphs = sizes.graph_rows * self.cost.per_graph_row + WORKSPACE_BYTES
+        return self.pool_bytes(sizes) + self.cost.of(sizes) + graphs + channels + MARGIN_BYTES
+
+    def smaller(self, free: int, channels: int) -> StepSizes | None:
+        """A smaller step that fits, halved where it takes most, its pages counted."""
+        cost = self.cost._replace(
+            per_token=self.cost.per_token + self.page_bytes // self.page_size,
+            per_row=self.cost.per_row + self.page_bytes,
         )
+        return smaller_step(self.sizes, cost, lambda sizes: self.need(sizes, channels) <= free)
 
 
-def rehearsal_not_allocated(
-    pool: Rehearsed, memory: DeviceMemory, sizes: StepSizes, cost: StepCost, channels: int
-) -> PhloemError:
-    """What to say when there is no memory for the pages that the largest step writes, which `sizes` decide,
-    not `--mem-fraction-static`. What is advised has room for all that comes after them, too."""
-
-    def need(sizes: StepSizes) -> int:
-        return pool.bytes_of(sizes) + cost.of(sizes) + WORKSPACE_BYTES + channels + MARGIN_BYTES
-
-    found = smaller_step(sizes, pool.with_pages(cost), lambda sizes: need(sizes) <= memory.free)
-    return out_of_memory(
-        f"the weights fit, but KV pages for a step of {sizes.chunk_tokens} tokens and {sizes.running} "
-        f"requests, {gb(pool.bytes_of(sizes))}, could not be allocated: {gb(memory.free)} of {memory.name}'s "
-        f"{gb(memory.total)} were free; {_advice(sizes, found, need(smallest_step(sizes)), memory)}",
-        "chunked_prefill_size",
-    )
+def pages_of(rehearsal: Rehearsal) -> str:
+    """What there was no memory for."""
+    pool = gb(rehearsal.pool_bytes(rehearsal.sizes))
+    return f"KV pages for {_step(rehearsal.sizes)}, {pool},"
 
 
-def step_too_large(sizes: StepSizes, cost: StepCost, memory: DeviceMemory, *, rehearsed: bool) -> PhloemError:
-    """What to say when memory ran out in the largest step at start; `memory` is as it was before the step.
-    `rehearsed`: it had room once, beside a smaller pool."""
+def graphs_of(sizes: StepSizes) -> str:
+    return f"CUDA graphs for up to {sizes.graph_rows} requests"
+
+
+def step_of(sizes: StepSizes, cost: StepCost) -> str:
+    return f"{_step(sizes)}, about {gb(cost.of(sizes))},"
+
+
+def _step(sizes: StepSizes) -> str:
+    return f"a step of {sizes.chunk_tokens} tokens and {sizes.running} requests"
+
+
+def rehearsal_failed(what: str, rehearsal: Rehearsal, memory: DeviceMemory) -> PhloemError:
+    """What to say when memory ran out in the rehearsal, which the flags of the step decide, not
+    `--mem-fraction-static`. `what` did not fit; `memory` is with the weights loaded, and nothing else. What
+    is advised has room for all that comes later, too."""
+    sizes, free = rehearsal.sizes, memory.free
+    told = f"the weights fit, but {what} did not: beside them {_left(memory)}"
+    for channels in (rehearsal.channels, rehearsal.one_channel):
+        if (found := rehearsal.smaller(free, channels)) is not None:
+            fewer = " and --transfer-peers to 1" if channels < rehearsal.channels else ""
+            advice = f"lower {lowered(sizes, found)}{fewer}, or stop what else uses the device"
+            return out_of_memory(f"{told}: {advice}", "chunked_prefill_size")
+    least = smallest_step(sizes)
+    need = gb(rehearsal.need(least, rehearsal.one_channel))
+    advice = f"even {as_flags(least)} --transfer-peers 1 would need {need}: {stop_others(memory)}"
+    return out_of_memory(f"{told}; {advice}", "device")
+
+
+def step_too_large(sizes: StepSizes, cost: StepCost, memory: DeviceMemory) -> PhloemError:
+    """What to say when memory ran out in the largest step at start, which was rehearsed; `memory` is as it
+    was before the step."""
     found = smaller_step(sizes, cost, lambda sizes: cost.of(sizes) <= memory.free)
-    advice = _advice(sizes, found, cost.of(smallest_step(sizes)), memory, share=_lower_share(rehearsed))
+    smaller = f"lower {lowered(sizes, found)}, or " if found is not None else ""
     return out_of_memory(
-        f"a step of {sizes.chunk_tokens} tokens and {sizes.running} requests, about {gb(cost.of(sizes))}, "
-        f"does not fit ({_left(memory)}): {advice}",
+        f"{step_of(sizes, cost)} does not fit ({_left(memory)}): lower --mem-fraction-static, or "
+        f"{smaller}stop what else uses the device",
         "chunked_prefill_size",
     )
 
 
-def graphs_too_large(
-    sizes: StepSizes, cost: StepCost, memory: DeviceMemory, *, rehearsed: bool
-) -> PhloemError:
+def graphs_too_large(sizes: StepSizes, cost: StepCost, memory: DeviceMemory) -> PhloemError:
     """What to say when memory ran out while decode steps were captured, as `step_too_large`."""
     rows = fewer_graph_rows(sizes, lambda rows: rows * cost.per_graph_row + WORKSPACE_BYTES <= memory.free)
     fewer = f"--cuda-graph-max-bs {rows}, or " if rows is not None else ""
     return out_of_memory(
-        f"CUDA graphs for up to {sizes.graph_rows} requests do not fit ({_left(memory)}): "
-        f"{_lower_share(rehearsed)}give {fewer}--disable-cuda-graph, or {stop_others(memory)}",
+        f"{graphs_of(sizes)} do not fit ({_left(memory)}): lower --mem-fraction-static, or give "
+        f"{fewer}--disable-cuda-graph, or stop what else uses the device",
         "cuda_graph_max_bs",
     )
 
 
 def _left(memory: DeviceMemory) -> str:
     return f"{gb(memory.free)} of {memory.name}'s {gb(memory.total)} were free"
-
-
-def _lower_share(rehearsed: bool) -> str:
-    """What helps where the pool's size has a say, which it has not in the rehearsal."""
-    return "lower --mem-fraction-static, or " if rehearsed else ""
-
-
-def _advice(
-    sizes: StepSizes, found: StepSizes | None, least: int, memory: DeviceMemory, share: str = ""
-) -> str:
-    """The smaller step that fits; where none does, how much the smallest would need. Beside it `share`,
-    another advice."""
-    if found is not None:
-        return f"{share}lower {lowered(sizes, found)}, or stop what else uses the device"
-    need = f"even {as_flags(smallest_step(sizes))} would need {gb(least)}"
-    return f"{need}: {share}{stop_others(memory)}"

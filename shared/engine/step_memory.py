@@ -8,7 +8,7 @@ from typing import NamedTuple
 from phloem.shared.model_store.model_config import ModelConfig
 
 LEAST_CHUNK = 64  # tokens: no advice asks for smaller chunks
-# FlashInfer's buffer (384 MiB), and room for cuBLAS's, for the kernels themselves and for graphs.
+# FlashInfer's buffer (384 MiB), and room for cuBLAS's, for the kernels themselves and for graphs' nodes.
 WORKSPACE_BYTES = 640 * 2**20
 
 # What sampling with every filter holds for each logit while it sorts (`triton_ops/sampling.py` `_thresholds`,
@@ -16,9 +16,9 @@ WORKSPACE_BYTES = 640 * 2**20
 #   4 logits | 4 scores | 4 sorted, 8 their indices | torch and CUB: 32 below 128 rows, 20 from there on
 # What comes after the sort holds less: 4 logits | 4 sorted | 8 masses | 8 their sums | 8 quotients.
 _SAMPLING_BYTES = 52
-# A graph samples without filters: float32 logits and what the blocks found; and some graphs keep theirs.
-_GRAPH_BYTES = 8
-_GRAPHS_AT_ONCE = 3
+# A graph samples without filters, from float32 logits; all graphs share one pool, in which some room is lost.
+_FLOAT32_BYTES = 4
+_GRAPH_POOL = 2
 
 
 class StepSizes(NamedTuple):
@@ -46,7 +46,7 @@ def step_cost(config: ModelConfig, itemsize: int) -> StepCost:
     """Of a model whose activations have `itemsize` bytes each."""
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     per_token = (3 * config.intermediate_size + 4 * config.hidden_size + heads) * itemsize
-    per_graph_row = _GRAPHS_AT_ONCE * config.vocab_size * (itemsize + _GRAPH_BYTES)
+    per_graph_row = _GRAPH_POOL * config.vocab_size * (itemsize + _FLOAT32_BYTES)
     return StepCost(per_token, config.vocab_size * (itemsize + _SAMPLING_BYTES), per_token + per_graph_row)
 
 

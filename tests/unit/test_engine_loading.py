@@ -202,7 +202,8 @@ def test_rehearsal_whose_pages_can_not_be_allocated_names_the_flags_that_decide_
     with pytest.raises(PhloemError, match="KV pages for a step of 2048 tokens and 100 requests") as caught:
         loading_.pool(tiny_decoder(), "triton")
     assert caught.value.info.param == "chunked_prefill_size"
-    assert "lower --chunked-prefill-size to 1024, or stop what else uses the device" in str(caught.value)
+    assert "did not: beside them 70.0 GB of GPU's 80.0 GB were free: lower --" in str(caught.value)
+    assert "--chunked-prefill-size to 1024, or stop what else uses the device" in str(caught.value)
 
 
 class RehearsedLoading(ModelLoading):

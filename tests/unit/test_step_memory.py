@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phloem.kernels.triton_ops import sampling
-from phloem.shared.engine.memory import MARGIN_BYTES, DeviceMemory
+from phloem.shared.engine.memory import DeviceMemory
 from phloem.shared.engine.step_advice import (
-    Rehearsed,
+    Rehearsal,
+    graphs_of,
     graphs_too_large,
-    rehearsal_not_allocated,
+    pages_of,
+    rehearsal_failed,
+    step_of,
     step_too_large,
 )
 from phloem.shared.engine.step_memory import (
@@ -36,7 +39,10 @@ H100 = DeviceMemory("NVIDIA H100", 85 * GB, 68 * GB, 16 * GB)
 LLAMA = load_model_config(Path(__file__).parents[2] / "benchmarks/models/llama-3.1-8b")
 COST = step_cost(LLAMA, 2)
 DEFAULTS = StepSizes(chunk_tokens=8192, running=256, graph_rows=256)
-POOL = Rehearsed(16 * 131_072, 16, 131_072)
+
+
+def rehearsal_of(sizes: StepSizes) -> Rehearsal:
+    return Rehearsal(sizes, COST, 16 * 131_072, 16, 131_072, channels=GB // 2, one_channel=GB // 2)
 
 
 def obeyed(message: str, sizes: StepSizes) -> StepSizes:
@@ -44,10 +50,8 @@ def obeyed(message: str, sizes: StepSizes) -> StepSizes:
     chunk = re.search(r"--chunked-prefill-size to (\d+)", message)
     running = re.search(r"--max-running-requests to (\d+)", message)
     assert chunk or running, message
-    advised = sizes._replace(
-        chunk_tokens=int(chunk[1]) if chunk else sizes.chunk_tokens,
-        running=int(running[1]) if running else sizes.running,
-    )
+    rows = int(running[1]) if running else sizes.running
+    advised = StepSizes(int(chunk[1]) if chunk else sizes.chunk_tokens, rows, min(sizes.graph_rows, rows))
     assert (
         advised != sizes and advised.chunk_tokens <= sizes.chunk_tokens and advised.running <= sizes.running
     )
@@ -148,67 +152,73 @@ def test_where_none_fits_none_is_found() -> None:
 
 @pytest.mark.parametrize("free", [int(0.1 * GB), int(0.3 * GB), int(0.6 * GB), GB])
 def test_step_that_is_too_large_names_one_that_fits(free: int) -> None:
-    error = step_too_large(DEFAULTS, COST, H100._replace(free=free), rehearsed=False)
+    error = step_too_large(DEFAULTS, COST, H100._replace(free=free))
     message = str(error)
     assert (error.code, error.info.param) == ("out_of_memory", "chunked_prefill_size")
     assert message.startswith("a step of 8192 tokens and 256 requests, about 2.8 GB, does not fit")
+    assert "lower --mem-fraction-static, or lower --" in message, "it was rehearsed beside a smaller pool"
     assert COST.of(obeyed(message, DEFAULTS)) <= free
-    assert "--mem-fraction-static" not in message, "the rehearsal's pool is as small as it gets"
 
 
-def test_step_that_was_rehearsed_leaves_the_pool_to_be_lowered() -> None:
-    memory = H100._replace(free=GB)
-    assert "lower --mem-fraction-static, or lower --" in str(
-        step_too_large(DEFAULTS, COST, memory, rehearsed=True)
-    )
-    nothing = str(step_too_large(DEFAULTS, COST, memory._replace(free=0), rehearsed=True))
-    assert (
-        "even --chunked-prefill-size 64 --max-running-requests 1 would need 15.3 MB: lower "
-        "--mem-fraction-static, or stop what else uses the device (69.0 GB)" in nothing
-    )
+def test_step_of_which_no_part_fits_leaves_the_pool_to_be_lowered() -> None:
+    message = str(step_too_large(DEFAULTS, COST, H100._replace(free=0)))
+    assert message.endswith("lower --mem-fraction-static, or stop what else uses the device")
 
 
-@pytest.mark.parametrize("free", [GB, int(1.6 * GB)])
+@pytest.mark.parametrize("free", [GB * 7 // 10, GB])
 def test_graphs_that_are_too_large_name_a_batch_that_fits(free: int) -> None:
-    error = graphs_too_large(DEFAULTS, COST, H100._replace(free=free), rehearsed=False)
+    error = graphs_too_large(DEFAULTS, COST, H100._replace(free=free))
     message = str(error)
     assert error.info.param == "cuda_graph_max_bs"
     assert f"CUDA graphs for up to 256 requests do not fit ({free / GB:.1f} GB of NVIDIA H100's" in message
     rows = int(message.split("--cuda-graph-max-bs ")[1].split(",")[0])
     assert 1 <= rows < 256 and rows * COST.per_graph_row + WORKSPACE_BYTES <= free
-    assert "--disable-cuda-graph" in message and "--mem-fraction-static" not in message
+    assert "--disable-cuda-graph" in message
 
 
 def test_graphs_of_which_none_fits_are_to_be_disabled() -> None:
-    message = str(graphs_too_large(DEFAULTS, COST, H100._replace(free=GB // 5), rehearsed=True))
+    message = str(graphs_too_large(DEFAULTS, COST, H100._replace(free=GB // 5)))
     assert "--cuda-graph-max-bs" not in message
     assert "lower --mem-fraction-static, or give --disable-cuda-graph, or stop what else" in message
 
 
+def test_each_part_of_a_rehearsal_is_named() -> None:
+    rehearsal = rehearsal_of(DEFAULTS)
+    assert pages_of(rehearsal) == "KV pages for a step of 8192 tokens and 256 requests, 1.1 GB,"
+    assert graphs_of(DEFAULTS) == "CUDA graphs for up to 256 requests"
+    assert step_of(DEFAULTS, COST) == "a step of 8192 tokens and 256 requests, about 2.8 GB,"
+
+
 @pytest.mark.parametrize("free", [2 * GB, 3 * GB, 4 * GB])
 @pytest.mark.parametrize("sizes", [StepSizes(65_536, 256, 256), StepSizes(8192, 4096, 256)])
-def test_pages_of_the_rehearsal_are_lowered_by_the_flags_that_decide_them(
-    sizes: StepSizes, free: int
-) -> None:
-    """By those of the step: `--mem-fraction-static` and `--max-total-tokens` have no say in them."""
-    error = rehearsal_not_allocated(POOL, H100._replace(free=free), sizes, COST, channels=GB // 2)
+def test_what_a_rehearsal_lacks_is_lowered_by_the_flags_that_decide_it(sizes: StepSizes, free: int) -> None:
+    """By those of the step: `--mem-fraction-static` and `--max-total-tokens` have no say in it."""
+    rehearsal = rehearsal_of(sizes)
+    error = rehearsal_failed(pages_of(rehearsal), rehearsal, H100._replace(free=free))
     message = str(error)
     assert (error.code, error.info.param) == ("out_of_memory", "chunked_prefill_size")
     assert (
         f"KV pages for a step of {sizes.chunk_tokens} tokens and {sizes.running} requests, 8.6 GB" in message
     )
     assert "--mem-fraction-static" not in message and "--max-total-tokens" not in message
-    advised = obeyed(message, sizes)
-    beside = COST.of(advised) + WORKSPACE_BYTES + GB // 2 + MARGIN_BYTES
-    assert POOL.bytes_of(advised) + beside <= free
+    assert rehearsal.need(obeyed(message, sizes), rehearsal.channels) <= free
+
+
+def test_where_channels_are_in_the_way_of_a_rehearsal_fewer_peers_are_advised() -> None:
+    rehearsal = rehearsal_of(DEFAULTS)._replace(channels=3 * GB)
+    message = str(rehearsal_failed("X", rehearsal, H100._replace(free=3 * GB)))
+    assert "and --transfer-peers to 1, or stop what else uses the device" in message
+    assert rehearsal.need(obeyed(message, DEFAULTS), rehearsal.one_channel) <= 3 * GB
 
 
 def test_where_no_rehearsal_fits_no_flag_is_promised_to_help() -> None:
     """As beside another process that leaves 0.9 GB: the least that an engine keeps free is more than that."""
-    message = str(rehearsal_not_allocated(POOL, H100._replace(free=int(0.9 * GB)), DEFAULTS, COST, GB))
-    assert message == (
-        "the weights fit, but KV pages for a step of 8192 tokens and 256 requests, 1.1 GB, could not be "
-        "allocated: 0.9 GB of NVIDIA H100's 85.0 GB were free; even --chunked-prefill-size 64 "
-        "--max-running-requests 1 would need 2.2 GB: stop what else uses the device (68.1 GB), or use one "
-        "with more memory"
+    rehearsal = rehearsal_of(DEFAULTS)
+    error = rehearsal_failed(pages_of(rehearsal), rehearsal, H100._replace(free=int(0.9 * GB)))
+    assert error.info.param == "device"
+    assert str(error) == (
+        "the weights fit, but KV pages for a step of 8192 tokens and 256 requests, 1.1 GB, did not: beside "
+        "them 0.9 GB of NVIDIA H100's 85.0 GB were free; even --chunked-prefill-size 64 "
+        "--max-running-requests 1 --transfer-peers 1 would need 1.7 GB: stop what else uses the device "
+        "(68.1 GB), or use one with more memory"
     )
