@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from phloem.shared.block_hash import BlockHasher
@@ -21,6 +23,7 @@ from phloem.shared.protocol.engine import (
     TreeDump,
 )
 from phloem.shared.protocol.session import Ended, Output, PeerRef, SamplingParams, Submit
+from phloem.shared.transfer.events import ChannelLost, ChannelOpened
 from tests.support.engine_world import CONTEXT, EngineWorld, next_tokens
 from tests.support.handover_wire import D, P, Wire
 
@@ -273,3 +276,15 @@ def test_loop_ends_when_its_front_is_gone() -> None:
     world.engine.deliver(FrontGone("closed"))
     world.engine.run()
     assert world.device.num_launched == 0
+
+
+def test_log_tells_when_a_channel_opens_and_when_it_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    world = EngineWorld()
+    world.engine.deliver(ChannelOpened(D, "prefill"))
+    world.engine.deliver(ChannelLost(D, "prefill", ErrorInfo("channel_lost", "it closed")))
+    world.turn()
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", f"KV channel with {D.worker_id} (as prefill) is open"),
+        ("WARNING", f"KV channel with {D.worker_id} (as prefill) is lost: it closed"),
+    ]
