@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from phloem.shared.engine import loading
+from phloem.shared.engine.backend import ModelFacts
 from phloem.shared.engine.config import EngineOptions
 from phloem.shared.engine.loading import ModelLoading, is_out_of_memory, load_model, out_of_memory_as
 from phloem.shared.engine.memory import MARGIN_BYTES, DeviceMemory
@@ -153,6 +154,24 @@ def test_each_stage_names_its_own_number(
         load_model(options, CPU, lambda message: None)
     assert (caught.value.code, caught.value.info.param) == ("out_of_memory", param)
     assert "this machine" in str(caught.value)
+
+
+@pytest.mark.parametrize("window", [None, 128])
+def test_kernels_are_chosen_by_what_the_model_is(
+    window: int | None, options: EngineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(options.model_path) / "config.json"
+    mistral = {"architectures": ["MistralForCausalLM"], "sliding_window": window}
+    path.write_text(json.dumps(CONFIG | mistral))
+    asked: list[ModelFacts] = []
+
+    def pick(options: object, device: object, facts: ModelFacts, send: object) -> str:
+        asked.append(facts)
+        return "torch"
+
+    monkeypatch.setattr(loading, "pick_backend", pick)
+    load_model(options, CPU, lambda message: None)
+    assert asked == [ModelFacts("float32", 16, has_windows=window is not None)]
 
 
 @pytest.mark.parametrize("asked", [0.0, 0.02, 0.04, 0.3])
