@@ -59,5 +59,6 @@ def test_wait_ends_at_its_deadline(timeout_s: float) -> None:
     driver, event = posted(None)
     with pytest.raises(PhloemError) as caught:
         event.wait(timeout_s)
+    assert not driver.gives_way
     assert caught.value.code == "transfer_timeout"
     assert f"{timeout_s:.1f} s" in str(caught.value)
