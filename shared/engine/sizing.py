@@ -13,11 +13,10 @@ from phloem.shared.engine.rehearsal import HostGauge
 from phloem.shared.errors import ConfigError
 from phloem.shared.model_store.model_config import ModelConfig
 from phloem.shared.protocol.cluster import Role
-from phloem.shared.transfer.config import MAX_PEERS, nccl_bytes, num_staging_blocks
+from phloem.shared.transfer.config import MAX_PEERS, UNIFIED_PEERS, nccl_bytes, num_staging_blocks
 
 CPU_SHARE = 0.125  # of free memory: several workers and the demo's other services share a host
 CPU_MAX_TOKENS = 131_072
-UNIFIED_PEERS = 2
 _SAMPLE_BYTES = 65_536
 
 

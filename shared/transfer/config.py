@@ -29,6 +29,7 @@ STAGING_BYTES = 128 * 1024 * 1024
 STAGING_SLOTS = 4
 # NCCL made a communicator in 3.8 s where engines were starting on the same host; as a rule it takes 0.1 s.
 OPENING_TIMEOUT_S = 10.0
+UNIFIED_PEERS = 2  # of a unified worker: most hand nothing over
 MAX_PEERS = 8  # of a host of eight GPUs all others, on one side or the other
 
 

@@ -48,6 +48,34 @@ def test_engine_flags_reach_workers_when_they_differ_from_the_default() -> None:
     assert "--chunked-prefill-size" not in specs["gateway-0"].argv
 
 
+@pytest.mark.parametrize(
+    ("prefill", "decode", "unified", "peers"),
+    [
+        (1, 1, 0, {}),
+        (8, 8, 0, {}),
+        (1, 9, 0, {"prefill-0": "9"}),
+        (2, 4, 1, {"unified-0": "6"}),
+        (1, 1, 1, {}),
+        (0, 0, 12, {}),
+    ],
+)
+def test_workers_have_channels_with_all_their_peers(
+    prefill: int, decode: int, unified: int, peers: dict[str, str]
+) -> None:
+    specs = plan(UpConfig(prefill=prefill, decode=decode, unified=unified))
+    given = {
+        name: flag(spec, "--transfer-peers")
+        for name, spec in specs.items()
+        if "--transfer-peers" in spec.argv
+    }
+    assert given == peers
+
+
+def test_peers_that_the_user_set_stay() -> None:
+    specs = plan(UpConfig(prefill=1, decode=9, engine=EngineOptions(transfer_peers=3)))
+    assert flag(specs["prefill-0"], "--transfer-peers") == "3"
+
+
 def test_general_variables_are_not_passed_on_but_those_of_a_service_are() -> None:
     environ = {"PHLOEM_PORT": "1", "PHLOEM_UP_PREFILL": "2", "PHLOEM_GATEWAY_API_KEY": "k", "HOME": "/h"}
     env = plan(UpConfig(), AROUND._replace(environ=environ))["gateway-0"].env

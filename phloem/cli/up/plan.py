@@ -14,6 +14,7 @@ from phloem.shared.config.fields import config_fields
 from phloem.shared.config.sources import ENV_PREFIX, env_word
 from phloem.shared.engine.config import GPU_MEM_FRACTION, EngineOptions
 from phloem.shared.errors import ConfigError
+from phloem.shared.transfer.config import MAX_PEERS, UNIFIED_PEERS
 
 Kind: TypeAlias = Literal["valkey", "cache-index", "prefill", "decode", "unified", "gateway"]
 
@@ -82,9 +83,22 @@ def _plan_workers(
     names = [(kind, f"{kind}-{index}") for kind, count in counts for index in range(count)]
     for rank, (kind, name) in enumerate(names):
         options = placed_options(config.engine, rank, len(names), around.num_gpus)
+        if not options.transfer_peers:
+            options = msgspec.structs.replace(options, transfer_peers=_more_peers(kind, dict(counts)))
         engine = engine_flags(options, str(around.model_dir))
         argv = _serve(kind, [*common, "--worker-id", name + around.name_suffix, *engine])
         yield ChildSpec(kind, name, argv, env)
+
+
+def _more_peers(kind: Kind, counts: Mapping[Kind, int]) -> int:
+    """As many peers as a worker of this cluster has; 0: its default will do."""
+    phases: dict[Kind, tuple[Kind, ...]] = {
+        "prefill": ("decode", "unified"),
+        "decode": ("prefill", "unified"),
+        "unified": ("prefill", "decode"),
+    }
+    num_peers = sum(counts[other] for other in phases[kind])
+    return num_peers if num_peers > (UNIFIED_PEERS if kind == "unified" else MAX_PEERS) else 0
 
 
 def _plan_gateways(
