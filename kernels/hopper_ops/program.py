@@ -160,7 +160,7 @@ def has_bindings() -> bool:
     """Whether `cuda.bindings` is installed and finds its libraries."""
     try:
         checked(bindings("nvrtc").nvrtcVersion())
-    except (ImportError, RuntimeError):
+    except (ImportError, AttributeError, RuntimeError, OSError):  # those of another CUDA, too
         return False
     return True
 

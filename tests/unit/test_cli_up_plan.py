@@ -8,6 +8,7 @@ import pytest
 
 from phloem.cli.up.config import UpConfig
 from phloem.cli.up.devices import count_gpus
+from phloem.cli.up.own_settings import sections_that_set
 from phloem.cli.up.plan import ChildSpec, Surroundings, placed_options, plan_services, served_model_name
 from phloem.shared.engine.config import EngineOptions
 
@@ -74,6 +75,17 @@ def test_workers_have_channels_with_all_their_peers(
 def test_peers_that_the_user_set_stay() -> None:
     specs = plan(UpConfig(prefill=1, decode=9, engine=EngineOptions(transfer_peers=3)))
     assert flag(specs["prefill-0"], "--transfer-peers") == "3"
+    around = AROUND._replace(own_peers=frozenset({"prefill"}))
+    assert "--transfer-peers" not in plan(UpConfig(prefill=1, decode=9), around)["prefill-0"].argv
+
+
+def test_settings_of_one_kind_of_workers_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "phloem.toml"
+    path.write_text("[up]\ntransfer-peers = 9\n[decode]\ntransfer-peers = 4\n[prefill]\npage_size = 16\n")
+    environ = {"PHLOEM_UNIFIED_TRANSFER_PEERS": "1", "PHLOEM_TRANSFER_PEERS": "2"}
+    found = sections_that_set("transfer_peers", ("prefill", "decode", "unified"), path, environ)
+    assert found == {"decode", "unified"}
+    assert not sections_that_set("transfer_peers", ("prefill", "decode"), None, environ)
 
 
 def test_general_variables_are_not_passed_on_but_those_of_a_service_are() -> None:

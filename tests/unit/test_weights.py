@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from phloem.shared.engine.models.batch import ForwardBatch
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache
+from phloem.shared.engine.weights.files import INDEX_FILE, stored_dtype
 from phloem.shared.engine.weights.loader import load_decoder, resolve_dtype
 from phloem.shared.errors import ConfigError, PhloemError
 
@@ -285,3 +286,13 @@ def test_weights_are_never_in_memory_twice(smollm2_dir: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120.0)
     stored = (smollm2_dir / "model.safetensors").stat().st_size
     assert stored * 0.9 < int(done.stdout) < stored * 1.25
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["{}", '{"weight_map": {}}', '{"weight_map": 3}', "no json", '{"weight_map": {"a": "none.safetensors"}}'],
+)
+def test_weights_that_can_not_be_read_say_nothing_of_their_dtype(index: str, tmp_path: Path) -> None:
+    """Whoever loads them will say what is wrong; dummy weights are loaded from nowhere."""
+    (tmp_path / INDEX_FILE).write_text(index)
+    assert stored_dtype(tmp_path) is None

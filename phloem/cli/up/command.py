@@ -29,7 +29,9 @@ from phloem.cli.up.display import Display, display_for
 from phloem.cli.up.first_answer import first_answer
 from phloem.cli.up.hang_watch import kill_what_hangs
 from phloem.cli.up.model import prepare_model
+from phloem.cli.up.own_settings import sections_that_set
 from phloem.cli.up.plan import (
+    WORKER_KINDS,
     ChildSpec,
     Surroundings,
     plan_services,
@@ -163,6 +165,7 @@ class UpRun:
             environ=os.environ,
             num_gpus=count_gpus(os.environ),
             name_suffix=f"-{secrets.token_hex(2)}" if self._config.redis_url else "",
+            own_peers=sections_that_set("transfer_peers", WORKER_KINDS, self._config_path, os.environ),
         )
         return plan_services(self._config, around)
 

@@ -42,6 +42,7 @@ class Surroundings(NamedTuple):
     """What is known once the preparations are done.
 
     `name_suffix` keeps the names of this cluster's processes apart from others' in a shared Redis.
+    `own_peers`: the kinds of workers for which an operator has set `--transfer-peers` elsewhere.
     """
 
     redis_url: str
@@ -51,6 +52,7 @@ class Surroundings(NamedTuple):
     environ: Mapping[str, str]
     num_gpus: int = 0
     name_suffix: str = ""
+    own_peers: frozenset[str] = frozenset()
 
 
 def plan_services(config: UpConfig, around: Surroundings) -> list[ChildSpec]:
@@ -83,7 +85,7 @@ def _plan_workers(
     names = [(kind, f"{kind}-{index}") for kind, count in counts for index in range(count)]
     for rank, (kind, name) in enumerate(names):
         options = placed_options(config.engine, rank, len(names), around.num_gpus)
-        if not options.transfer_peers:
+        if not options.transfer_peers and kind not in around.own_peers:
             options = msgspec.structs.replace(options, transfer_peers=_more_peers(kind, dict(counts)))
         engine = engine_flags(options, str(around.model_dir))
         argv = _serve(kind, [*common, "--worker-id", name + around.name_suffix, *engine])

@@ -48,7 +48,7 @@ def stored_dtype(model_dir: Path) -> str | None:
             for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
                 tensor = shard.get_slice(name)
                 counts[tensor.get_dtype()] += math.prod(tensor.get_shape())
-    except (PhloemError, SafetensorError, OSError):
+    except (PhloemError, SafetensorError, OSError, msgspec.DecodeError, LookupError):
         return None
     floats = [(count, name) for name, count in counts.items() if name in _FLOATS]
     return _FLOATS[max(floats)[1]] if floats else None
