@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from phloem.kernels.limits import DECODE_HEAD_DIMS
 from phloem.kernels.reference import activation as _activation
 from phloem.kernels.reference import attention as _attention
 from phloem.kernels.reference import linear as _linear
@@ -273,7 +274,7 @@ def decode_kernels(
     They compute what `Decoder.forward` does for one token per sequence, with fewer roundings in between.
     """
     halves = dtype in (torch.bfloat16, torch.float16)
-    if device.type != "cuda" or not halves or shape.head_dim not in (64, 128, 256):
+    if device.type != "cuda" or not halves or shape.head_dim not in DECODE_HEAD_DIMS:
         return None
     from phloem.kernels.triton_ops.decode_kernels import DecodeKernels
 
@@ -294,7 +295,7 @@ def plan_chain_step(
 ) -> dict[int, ChainPlan] | None:
     """How the products between two attentions would be one launch, by rows; None where they can't be. Raises
     CudaError where the compiler or the driver fails."""
-    if not _is_for_hopper(shape, dtype, device) or shape.head_dim not in (64, 128, 256):
+    if not _is_for_hopper(shape, dtype, device) or shape.head_dim not in DECODE_HEAD_DIMS:
         return None
     from phloem.kernels.hopper_ops.chain_plan import CLUSTERS, SHARED_BYTES, SIZES, plan_chain
     from phloem.kernels.hopper_ops.program import resident_blocks

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from phloem.kernels.hopper_ops.program import Kernel, Launch, address, compile_file
 from phloem.kernels.hopper_ops.tensor_map import INNER, MAP_BYTES, WIDTH, gated_map, map_bytes, rows_map
+from phloem.kernels.limits import DECODE_HEAD_DIMS
 from phloem.kernels.triton_ops.decode_begin import begin_rows
 from phloem.kernels.triton_ops.key_shares import ONE_EACH, num_items
 from phloem.kernels.types import DecodeRows, DecodeShape, LinearWeight, PagedKV, StepWeights
@@ -47,7 +48,7 @@ def plan_step(shape: DecodeShape, num_multiprocessors: int) -> LaunchPlan | None
     """None where tiles don't divide a weight, or a KV head's queries don't fit into registers."""
     group = shape.num_heads // shape.num_kv_heads
     width = group * shape.head_dim
-    if group > _MAX_GROUP or width > _MAX_QUERY_WIDTH or shape.head_dim not in (64, 128, 256):
+    if group > _MAX_GROUP or width > _MAX_QUERY_WIDTH or shape.head_dim not in DECODE_HEAD_DIMS:
         return None
     weights = [(2 * n if product == "gated" else n, k) for product, n, k in shape.products()]
     if any(n % _TILE or k % INNER for n, k in weights):

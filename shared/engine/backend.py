@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypeAlias
 
+from phloem.kernels.limits import DECODE_HEAD_DIMS
 from phloem.shared.engine.config import AttentionBackend, EngineOptions
 
 Backend: TypeAlias = Literal["flashinfer", "triton", "torch"]
@@ -17,7 +18,6 @@ Backend: TypeAlias = Literal["flashinfer", "triton", "torch"]
 HOPPER = (9, 0)
 LEAST_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16, and the oldest that Triton supports
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
-DECODE_HEAD_DIMS = (64, 128, 256)  # of the kernels that captured decode steps are made of
 TRITON_MAX_HEAD_DIM = 256
 _TWO_BYTES = ("bfloat16", "float16")
 

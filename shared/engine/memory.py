@@ -193,17 +193,17 @@ def _no_room_for_pages(wish: PoolWish, memory: DeviceMemory, beside: BesidePool)
         pool = (-(-tokens // wish.page_size) + 1) * wish.page_bytes
         for channels in (beside.channels, beside.one_channel):
             if (found := step_beside(pool, channels)) is not None:
-                fewer = " and --transfer-peers to 1" if channels < beside.channels else ""
+                smaller = lowered(sizes, found, to_one_peer=channels < beside.channels)
                 holds = _pages(room(found, channels), wish) * wish.page_size
                 return out_of_memory(
-                    f"{what}: lower {lowered(sizes, found)}{fewer}, which leaves room for about {holds} "
+                    f"{what}: lower {smaller}, which leaves room for about {holds} "
                     "tokens, or use a device with more memory",
                     "chunked_prefill_size",
                 )
     least = smallest_step(sizes)
     need = memory.free - room(least, beside.one_channel) + (_LEAST_PAGES + 1) * wish.page_bytes
     return out_of_memory(
-        f"{what}, and even {as_flags(least)} --transfer-peers 1 would need {gb(need)}: {stop_others(memory)}",
+        f"{what}, and even {as_flags(least)} would need {gb(need)}: {stop_others(memory)}",
         "device",
     )
 

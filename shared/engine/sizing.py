@@ -13,7 +13,7 @@ from phloem.shared.engine.rehearsal import HostGauge
 from phloem.shared.errors import ConfigError
 from phloem.shared.model_store.model_config import ModelConfig
 from phloem.shared.protocol.cluster import Role
-from phloem.shared.transfer.config import MAX_PEERS, UNIFIED_PEERS, nccl_bytes, num_staging_blocks
+from phloem.shared.transfer.config import default_peers, nccl_bytes, num_staging_blocks
 
 CPU_SHARE = 0.125  # of free memory: several workers and the demo's other services share a host
 CPU_MAX_TOKENS = 131_072
@@ -45,14 +45,15 @@ def host_pool_pages(options: EngineOptions, bytes_per_page: int, context_length:
 
 
 def transfer_peers(options: EngineOptions, role: Role) -> int:
-    """`--transfer-peers`, or what suits the role: most unified workers hand nothing over."""
-    return options.transfer_peers or (UNIFIED_PEERS if role == "unified" else MAX_PEERS)
+    """`--transfer-peers`, or what suits the role."""
+    return options.transfer_peers or default_peers(role)
 
 
-def staging_reserve(options: EngineOptions) -> int:
-    """Bytes that the transfer endpoint allocates for all its channels, beside the KV pool; the options'
-    `transfer_peers` are set by now."""
-    return num_staging_blocks(options.transfer_peers, options.staging_slots) * options.staging_bytes
+def staging_reserve(options: EngineOptions, *, num_peers: int = 0) -> int:
+    """Bytes that the transfer endpoint allocates for all its channels, or those of `num_peers`, beside the KV
+    pool; the options' `transfer_peers` are set by now."""
+    peers = num_peers or options.transfer_peers
+    return num_staging_blocks(peers, options.staging_slots) * options.staging_bytes
 
 
 def channels_reserve(options: EngineOptions, *, num_peers: int = 0) -> int:
@@ -60,8 +61,7 @@ def channels_reserve(options: EngineOptions, *, num_peers: int = 0) -> int:
     allocates for each when it opens. Without room for that a worker would run out of memory when its peers
     come."""
     peers = num_peers or options.transfer_peers
-    staging = num_staging_blocks(peers, options.staging_slots) * options.staging_bytes
-    return staging + peers * nccl_bytes(options.transfer_max_ctas)
+    return staging_reserve(options, num_peers=peers) + peers * nccl_bytes(options.transfer_max_ctas)
 
 
 def context_length(options: EngineOptions, config: ModelConfig) -> int:

@@ -75,12 +75,12 @@ def rehearsal_failed(what: str, rehearsal: Rehearsal, memory: DeviceMemory) -> P
     told = f"the weights fit, but {what} did not: beside them {_left(memory)}"
     for channels in (rehearsal.channels, rehearsal.one_channel):
         if (found := rehearsal.smaller(free, channels)) is not None:
-            fewer = " and --transfer-peers to 1" if channels < rehearsal.channels else ""
-            advice = f"lower {lowered(sizes, found)}{fewer}, or stop what else uses the device"
+            smaller = lowered(sizes, found, to_one_peer=channels < rehearsal.channels)
+            advice = f"lower {smaller}, or stop what else uses the device"
             return out_of_memory(f"{told}: {advice}", "chunked_prefill_size")
     least = smallest_step(sizes)
     need = gb(rehearsal.need(least, rehearsal.one_channel))
-    advice = f"even {as_flags(least)} --transfer-peers 1 would need {need}: {stop_others(memory)}"
+    advice = f"even {as_flags(least)} would need {need}: {stop_others(memory)}"
     return out_of_memory(f"{told}; {advice}", "device")
 
 

@@ -90,16 +90,19 @@ def fewer_graph_rows(sizes: StepSizes, fits: Callable[[int], bool]) -> int | Non
     return rows or None
 
 
-def lowered(before: StepSizes, after: StepSizes) -> str:
+def lowered(before: StepSizes, after: StepSizes, *, to_one_peer: bool = False) -> str:
     """As the flags that make it so: "--chunked-prefill-size to 2048 and --max-running-requests to 64"."""
     flags = []
     if after.chunk_tokens < before.chunk_tokens:
         flags.append(f"--chunked-prefill-size to {after.chunk_tokens}")
     if after.running < before.running:
         flags.append(f"--max-running-requests to {after.running}")
+    if to_one_peer:
+        flags.append("--transfer-peers to 1")
     return " and ".join(flags)
 
 
 def as_flags(sizes: StepSizes) -> str:
-    """All of them: "--chunked-prefill-size 64 --max-running-requests 1"."""
-    return f"--chunked-prefill-size {sizes.chunk_tokens} --max-running-requests {sizes.running}"
+    """With one peer: "--chunked-prefill-size 64 --max-running-requests 1 --transfer-peers 1"."""
+    tokens, rows = sizes.chunk_tokens, sizes.running
+    return f"--chunked-prefill-size {tokens} --max-running-requests {rows} --transfer-peers 1"

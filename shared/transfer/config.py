@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from phloem.shared.protocol.cluster import Role
 from phloem.shared.protocol.session import PeerRef
 
 # Measured on 2 x H200 with messages of 64 MiB, for which NCCL takes half of these: 8 CTAs in use give 256
@@ -31,6 +32,11 @@ STAGING_SLOTS = 4
 OPENING_TIMEOUT_S = 10.0
 UNIFIED_PEERS = 2  # of a unified worker: most hand nothing over
 MAX_PEERS = 8  # of a host of eight GPUs all others, on one side or the other
+
+
+def default_peers(role: Role) -> int:
+    """What `--transfer-peers 0` means."""
+    return UNIFIED_PEERS if role == "unified" else MAX_PEERS
 
 
 def num_staging_blocks(max_peers: int, staging_slots: int) -> int:

@@ -21,6 +21,11 @@ _TARGETS: dict[Role, tuple[Role, ...]] = {
 }
 
 
+def roles_that_pair(role: Role) -> set[Role]:
+    """Of the workers that one of `role` exchanges KV with, either way."""
+    return {*_TARGETS[role], *(source for source, targets in _TARGETS.items() if role in targets)}
+
+
 def hands_over_to(source: WorkerRecord, target: WorkerRecord) -> bool:
     """Whether `source` may send KV to `target`: roles that pair, the same layout, and an address."""
     return _would_hand_over_to(source, target) and target.kv_layout == source.kv_layout

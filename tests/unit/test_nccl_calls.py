@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from phloem.shared.errors import PhloemError
 from phloem.shared.transfer.nccl_calls import NcclCalls
+from tests.support.giving_way import GivingWay
 
 COMMUNICATOR, PEER, STREAM = 0x1230, 1, 0x4560
 OPENING_S = 7.0
@@ -57,21 +57,9 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     return made
 
 
-class Driver:
-    gives_way = False
-
-    def __init__(self) -> None:
-        self.long_calls: list[float | None] = []  # how long each may take
-
-    @contextmanager
-    def giving_way(self, at_most_s: float | None = None) -> Iterator[None]:
-        self.long_calls.append(at_most_s)
-        yield
-
-
 @pytest.fixture
 def driver() -> Any:
-    return Driver()
+    return GivingWay()
 
 
 def stream() -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,7 @@ from phloem.shared.errors import PhloemError
 from phloem.shared.transfer.errors import channel_lost
 from phloem.shared.transfer.planes import DataPlane, PlaneSpec
 from phloem.shared.transfer.traffic import DeviceTraffic
+from tests.support.giving_way import GivingWay
 
 WAIT_S = 5.0
 LONG_S = 60.0  # of the plane: nothing here ends by its deadline
@@ -44,20 +45,6 @@ class Nccl:
         return 1
 
 
-class Driver:
-    """Counts the long calls that all others give way to."""
-
-    def __init__(self) -> None:
-        self.num_long = 0
-
-    @contextmanager
-    def giving_way(self, at_most_s: float | None = None) -> Iterator[None]:
-        del at_most_s
-        self.num_long += 1
-        yield
-        self.num_long -= 1
-
-
 class _Event:
     def __init__(self, driver: object) -> None:
         del driver
@@ -79,8 +66,8 @@ def nccl() -> Iterator[Nccl]:
 
 
 @pytest.fixture
-def driver() -> Driver:
-    return Driver()
+def driver() -> GivingWay:
+    return GivingWay()
 
 
 @pytest.fixture
@@ -89,7 +76,9 @@ def traffic() -> DeviceTraffic:
 
 
 @pytest.fixture
-def plane(nccl: Nccl, driver: Driver, traffic: DeviceTraffic, monkeypatch: pytest.MonkeyPatch) -> DataPlane:
+def plane(
+    nccl: Nccl, driver: GivingWay, traffic: DeviceTraffic, monkeypatch: pytest.MonkeyPatch
+) -> DataPlane:
     if not hasattr(torch.distributed, "ProcessGroupNCCL"):  # in torch's builds for CPUs
         monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", None, raising=False)
     module = importlib.import_module("phloem.shared.transfer.nccl_plane")
@@ -152,7 +141,7 @@ def test_abort_waits_for_who_is_posting(nccl: Nccl, plane: DataPlane) -> None:
 
 
 def test_calls_give_way_while_nccl_makes_a_channel_or_gives_it_up(
-    nccl: Nccl, driver: Driver, plane: DataPlane
+    nccl: Nccl, driver: GivingWay, plane: DataPlane
 ) -> None:
     """The fixture has looked while it was made."""
     assert driver.num_long == 0

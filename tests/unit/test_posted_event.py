@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,25 +9,13 @@ import pytest
 from phloem.shared.errors import PhloemError
 from phloem.shared.transfer import device_event
 from phloem.shared.transfer.device_event import PostedEvent
-
-
-class Driver:
-    def __init__(self) -> None:
-        self.gives_way = False
-        self.has_given_way = False
-
-    @contextmanager
-    def giving_way(self, at_most_s: float | None = None) -> Iterator[None]:
-        assert at_most_s is None
-        self.gives_way = self.has_given_way = True
-        yield
-        self.gives_way = False
+from tests.support.giving_way import GivingWay
 
 
 class Event:
     """Done at the first look while calls do as they do in `when`, or never."""
 
-    def __init__(self, driver: Driver, when: bool | None) -> None:
+    def __init__(self, driver: GivingWay, when: bool | None) -> None:
         self._driver = driver
         self._when = when
 
@@ -37,8 +23,8 @@ class Event:
         return self._when is not None and self._driver.gives_way == self._when
 
 
-def posted(when: bool | None) -> tuple[Driver, PostedEvent]:
-    driver: Any = Driver()
+def posted(when: bool | None) -> tuple[GivingWay, PostedEvent]:
+    driver: Any = GivingWay()
     return driver, PostedEvent(Event(driver, when), driver)
 
 
@@ -51,7 +37,7 @@ def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_a_long_wait_has_others_give_way(late: bool) -> None:
     driver, event = posted(late)
     event.wait(10.0)
-    assert driver.has_given_way == late and not driver.gives_way
+    assert driver.long_calls == [None] * late and not driver.gives_way
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, 0.005, 0.05])

@@ -14,7 +14,9 @@ from phloem.shared.config.fields import config_fields
 from phloem.shared.config.sources import ENV_PREFIX, env_word
 from phloem.shared.engine.config import GPU_MEM_FRACTION, EngineOptions
 from phloem.shared.errors import ConfigError
-from phloem.shared.transfer.config import MAX_PEERS, UNIFIED_PEERS
+from phloem.shared.protocol.cluster import Role
+from phloem.shared.transfer.config import default_peers
+from phloem.shared.worker.peers import roles_that_pair
 
 Kind: TypeAlias = Literal["valkey", "cache-index", "prefill", "decode", "unified", "gateway"]
 
@@ -77,7 +79,7 @@ def _plan_index(around: Surroundings, common: list[str], env: dict[str, str]) ->
 def _plan_workers(
     config: UpConfig, around: Surroundings, common: list[str], env: dict[str, str]
 ) -> Iterator[ChildSpec]:
-    counts: tuple[tuple[Kind, int], ...] = (
+    counts: tuple[tuple[Role, int], ...] = (
         ("prefill", config.prefill),
         ("decode", config.decode),
         ("unified", config.unified),
@@ -92,15 +94,10 @@ def _plan_workers(
         yield ChildSpec(kind, name, argv, env)
 
 
-def _more_peers(kind: Kind, counts: Mapping[Kind, int]) -> int:
+def _more_peers(kind: Role, counts: Mapping[Role, int]) -> int:
     """As many peers as a worker of this cluster has; 0: its default will do."""
-    phases: dict[Kind, tuple[Kind, ...]] = {
-        "prefill": ("decode", "unified"),
-        "decode": ("prefill", "unified"),
-        "unified": ("prefill", "decode"),
-    }
-    num_peers = sum(counts[other] for other in phases[kind])
-    return num_peers if num_peers > (UNIFIED_PEERS if kind == "unified" else MAX_PEERS) else 0
+    num_peers = sum(counts[other] for other in roles_that_pair(kind))
+    return num_peers if num_peers > default_peers(kind) else 0
 
 
 def _plan_gateways(

@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 
 from phloem.shared.protocol.session import Grammar, SamplingParams
 
-SAMPLED_BATCH = 64  # the batch whose idle device issue 3 bounds, greedy and sampled
+SAMPLED_BATCH = 64  # the batch whose idle device has a bar, greedy and sampled
 _STAGGER_TOKENS = 8
 _PREFILL_TOKENS_PER_STEP = 4096  # no more than that is counted on while a batch gathers
 
