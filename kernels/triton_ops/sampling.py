@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels.reference.sampling import GOLDEN, MIX_1, MIX_2
+from phloem.kernels.triton_ops.thresholds import thresholds
 
 _BLOCK = 2048
 
@@ -75,7 +76,7 @@ def _noisy_best_of_block_kernel(
             token = tl.program_id(1) * block + tl.arange(0, block)
             keep = token < vocab
             logit = tl.load(logits + row * row_stride + token, mask=keep, other=float("-inf")).to(tl.float32)
-            # Rounded as torch rounds the thresholds: the last token of a nucleus must equal its own.
+            # Rounded as the thresholds are: the last token of a nucleus must equal its own.
             score = tl.div_rn(logit - best, heat)
             if has_threshold:
                 keep = keep & (score >= tl.load(threshold + row))
@@ -156,7 +157,7 @@ def sample(
     """
     draw = _Draw(logits, temperature)
     if not all_greedy:
-        threshold = None if no_filters else _thresholds(logits, draw.best(), temperature, top_k, top_p, min_p)
+        threshold = None if no_filters else thresholds(logits, draw.best(), temperature, top_k, top_p, min_p)
         draw.add_noise(seed, position, threshold)
     out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     draw.choose(out, all_greedy=all_greedy)
@@ -180,24 +181,6 @@ def sample_to_slots(
     if not all_greedy:
         draw.add_noise(seed, position, None)
     draw.choose(results, all_greedy=all_greedy, slots=_Slots(slot, last_token, turn))
-
-
-def _thresholds(
-    logits: Tensor, best: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-) -> Tensor:
-    """The least score `(logit - best) / temperature` that passes top_k, then top_p, then min_p."""
-    vocab = logits.shape[1]
-    heat = torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)
-    ranked = ((logits.float() - best.unsqueeze(1)) / heat).sort(dim=-1, descending=True).values
-    limit = torch.where((top_k > 0) & (top_k < vocab), top_k, vocab).unsqueeze(1)
-    by_k = ranked.gather(1, limit - 1)
-    masses = torch.where(ranked >= by_k, ranked.double(), float("-inf")).exp_()
-    before = masses.cumsum(dim=-1) / masses.sum(dim=-1, keepdim=True)
-    num_kept = (before < top_p.double().unsqueeze(1)).sum(dim=-1, keepdim=True) + 1
-    by_p = ranked.gather(1, num_kept.clamp(max=vocab) - 1)
-    by_p = torch.where(top_p.unsqueeze(1) < 1.0, by_p, float("-inf"))
-    by_min = torch.where(min_p > 0, min_p.log(), float("-inf")).unsqueeze(1)
-    return torch.maximum(torch.maximum(by_k, by_p), by_min).squeeze(1)
 
 
 class _Slots(NamedTuple):

@@ -11,14 +11,11 @@ LEAST_CHUNK = 64  # tokens: no advice asks for smaller chunks
 # FlashInfer's buffer (384 MiB), and room for cuBLAS's, for the kernels themselves and for graphs' nodes.
 WORKSPACE_BYTES = 640 * 2**20
 
-# What sampling with every filter holds for each logit while it sorts (`triton_ops/sampling.py` `_thresholds`,
-# torch's `SortStable.cu`, CUB's radix sort), besides the logits as the product left them:
-#   4 logits | 4 scores | 4 sorted, 8 their indices | torch and CUB: 32 below 128 rows, 20 from there on
-# What comes after the sort holds less: 4 logits | 4 sorted | 8 masses | 8 their sums | 8 quotients.
-_SAMPLING_BYTES = 52
-# A graph samples without filters, from float32 logits; all graphs share one pool, in which some room is lost.
+# Rows are sampled from float32 logits; all graphs share one pool, in which some room is lost.
 _FLOAT32_BYTES = 4
 _GRAPH_POOL = 2
+# What a row's filters take (`triton_ops/thresholds.py`): eight histograms of 2,048 sums, and some words.
+_FILTER_BYTES = 8 * 2048 * 8 + 4096
 
 
 class StepSizes(NamedTuple):
@@ -47,7 +44,8 @@ def step_cost(config: ModelConfig, itemsize: int) -> StepCost:
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     per_token = (3 * config.intermediate_size + 4 * config.hidden_size + heads) * itemsize
     per_graph_row = _GRAPH_POOL * config.vocab_size * (itemsize + _FLOAT32_BYTES)
-    return StepCost(per_token, config.vocab_size * (itemsize + _SAMPLING_BYTES), per_token + per_graph_row)
+    per_row = config.vocab_size * (itemsize + _FLOAT32_BYTES) + _FILTER_BYTES
+    return StepCost(per_token, per_row, per_token + per_graph_row)
 
 
 def rehearsal_pages(sizes: StepSizes, page_size: int, context_length: int) -> int:

@@ -29,7 +29,7 @@ WEIGHTS = 16_060_522_496
 TOTAL = 85 * GB
 PAGE_BYTES = 16 * 131_072
 TOKEN_BYTES = 90_000  # as measured, rather than as estimated: of a chunk's activations
-ROW_BYTES = 38 * 128_256  # and of a row's sampling with filters
+ROW_BYTES = 7 * 128_256  # and of a row's sampling with filters
 GRAPH_ROW_BYTES = 1_400_000
 FLAGS = {
     "chunked-prefill-size": "chunked_prefill_size",

@@ -1,0 +1,262 @@
+"""Top-k, top-p and min-p as the least score that a token may have, without sorting the vocabulary.
+
+A score is `(logit - best) / temperature`, never above 0: a token's **magnitude** is the score's float32 bits
+without the sign, an integer that orders tokens from best to worst. Both filters ask for the smallest
+magnitude such that the tokens that have at most that come to a target: to so many, or to so much of the mass.
+
+A radix selection finds it in four rounds over the row: each adds what its tokens bring to the bins of a
+histogram, and the next looks for the bin in which the sum reaches the target. The first round's bins are 1/64
+of a score wide, so that a row's tokens spread over hundreds of them; the others split one bin by its bits,
+down to a single float. Masses are integers, in units of 2**-44: sums do not depend on the order of additions,
+so a row keeps the same tokens whatever else is in the batch. Rows are filtered by top_k first, then by top_p.
+
+Radix selection on GPUs: Zhang et al., "Parallel Top-K Algorithms on GPU" (SC 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BINS = 2048
+_TILE = 2048
+_ROUNDS = 4
+# A round's bin has this many magnitudes, as a power of 2; the first round's have 1/64 of a score each.
+_SHIFTS = (0, 19, 8, 0)
+_WIDTH = 1 / 64
+_MASS_BITS = 44
+_SIGN = -(2**31)
+_MAGNITUDE = 2**31 - 1
+_INFINITE = 0x7F800000
+# Of a launch, about: enough programs to fill a device, and not so many that each has little to do.
+_PROGRAMS = 1024
+
+
+@triton.jit
+def _asked(row, bests, temperature, top_k, top_p, vocab):
+    """(best logit, temperature, k, p, whether k, whether p filters the row)."""
+    heat, best = tl.load(temperature + row), tl.load(bests + row)
+    k, p = tl.load(top_k + row), tl.load(top_p + row)
+    is_drawn = (heat > 0.0) & (best > float("-inf")) & (best < float("inf"))
+    return best, heat, k, p, is_drawn & (k > 0) & (k < vocab), is_drawn & (p < 1.0)
+
+
+@triton.jit
+def _first_magnitude(bin_id, width: tl.constexpr, bins: tl.constexpr, infinite: tl.constexpr):
+    """Where a bin of the first round begins; the last one has all that is worse, and ends behind infinity."""
+    edge = (bin_id.to(tl.float32) * width).to(tl.int32, bitcast=True)
+    return tl.where(bin_id < bins, edge, infinite + 1)
+
+
+@triton.jit
+def _reaching(histogram, before, target, bins: tl.constexpr):
+    """(the bin in which `before` and the bins up to it come to the target, what they come to before it)."""
+    bin_id = tl.arange(0, bins)
+    amount = tl.load(histogram + bin_id)
+    is_before = before + tl.cumsum(amount, axis=0) < target
+    at = tl.minimum(tl.sum(is_before.to(tl.int32), axis=0), bins - 1)
+    return at, before + tl.sum(tl.where(bin_id < at, amount, 0), axis=0)
+
+
+@triton.jit
+def _range_of_round(
+    histogram,
+    found,
+    k,
+    p,
+    has_k,
+    number: tl.constexpr,
+    of_p: tl.constexpr,
+    last_shift: tl.constexpr,
+    bins: tl.constexpr,
+    width: tl.constexpr,
+    infinite: tl.constexpr,
+):
+    """(low, high, before, target): magnitudes from low to below high are looked at, what is better comes to
+    `before`. `histogram` and `found` are those of the round before, which for top_p's first is top_k's last.
+    """
+    low = tl.full((), 0, tl.int32)
+    high = tl.full((), infinite + 1, tl.int32)
+    before = tl.full((), 0, tl.int64)
+    target = k
+    if number == 0:
+        if of_p and has_k:  # what top_k keeps is all there is
+            at, _before = _reaching(histogram, tl.load(found + 1), tl.load(found + 2), bins)
+            high = tl.load(found).to(tl.int32) + at + 1
+    else:
+        if of_p and number == 1:
+            total = tl.sum(tl.load(histogram + tl.arange(0, bins)), axis=0)
+            target = tl.ceil(p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
+        elif of_p:
+            target = tl.load(found + 2)
+        at, before = _reaching(histogram, tl.load(found + 1), target, bins)
+        if number == 1:
+            low = _first_magnitude(at, width, bins, infinite)
+            high = _first_magnitude(at + 1, width, bins, infinite)
+        else:
+            low = tl.load(found).to(tl.int32) + (at << last_shift)
+            high = low + (1 << last_shift)
+    return low, high, before, target
+
+
+@triton.jit
+def _round_kernel(
+    logits,
+    bests,
+    temperature,
+    top_k,
+    top_p,
+    histograms,
+    found,
+    row_stride,
+    vocab,
+    rows,
+    number: tl.constexpr,
+    of_p: tl.constexpr,
+    shift: tl.constexpr,
+    last_shift: tl.constexpr,
+    tiles: tl.constexpr,
+    tile: tl.constexpr,
+    bins: tl.constexpr,
+    width: tl.constexpr,
+    mass_bits: tl.constexpr,
+    all_bits: tl.constexpr,
+    infinite: tl.constexpr,
+):
+    """Round `number` (0 to 3) of a filter, for `tiles` tiles of a row.
+
+    histograms int64 `[8, R, bins]`, zero at first; found int64 `[8, R, 3]`: low, before and target of
+    `_range_of_round`. Both hold top_k's four rounds, then top_p's.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    best, heat, k, p, has_k, has_p = _asked(row, bests, temperature, top_k, top_p, vocab)
+    if has_p if of_p else has_k:
+        this = (4 + number if of_p else number) * rows + row
+        last = this - rows
+        low, high, before, target = _range_of_round(
+            histograms + last * bins,
+            found + last * 3,
+            k,
+            p,
+            has_k,
+            number,
+            of_p,
+            last_shift,
+            bins,
+            width,
+            infinite,
+        )
+        if tl.program_id(1) == 0:
+            tl.store(found + this * 3, low.to(tl.int64))
+            tl.store(found + this * 3 + 1, before)
+            tl.store(found + this * 3 + 2, target)
+        for step in tl.range(0, tiles):
+            token = (tl.program_id(1) * tiles + step) * tile + tl.arange(0, tile)
+            inside = token < vocab
+            logit = tl.load(logits + row * row_stride + token, mask=inside, other=float("-inf"))
+            # As the kernel that draws finds it: the last token of a nucleus must equal its own.
+            score = tl.div_rn(logit.to(tl.float32) - best, heat)
+            magnitude = score.to(tl.int32, bitcast=True) & all_bits
+            inside = inside & (magnitude >= low) & (magnitude < high)
+            if tl.max(inside.to(tl.int32), axis=0) > 0:  # few tiles have any of a late round
+                if number == 0:
+                    bin_id = tl.minimum(-score / width, bins - 1.0).to(tl.int32)
+                else:
+                    bin_id = (magnitude - low) >> shift
+                bin_id = tl.minimum(tl.maximum(bin_id, 0), bins - 1)  # of tokens outside, too
+                if of_p:
+                    amount = (tl.exp(score.to(tl.float64)) * (1 << mass_bits) + 0.5).to(tl.int64)
+                else:
+                    amount = tl.full((tile,), 1, tl.int64)
+                tl.atomic_add(histograms + this * bins + bin_id, amount, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _threshold_kernel(
+    bests,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    histograms,
+    found,
+    thresholds,
+    vocab,
+    rows,
+    bins: tl.constexpr,
+    sign: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    _best, _heat, _k, _p, has_k, has_p = _asked(row, bests, temperature, top_k, top_p, vocab)
+    threshold = tl.full((), float("-inf"), tl.float32)
+    if has_k | has_p:
+        last = tl.where(has_p, 7, 3) * rows + row
+        before, target = tl.load(found + last * 3 + 1), tl.load(found + last * 3 + 2)
+        at, _before = _reaching(histograms + last * bins, before, target, bins)
+        magnitude = (tl.load(found + last * 3) + at).to(tl.int32)
+        threshold = (magnitude | sign).to(tl.float32, bitcast=True)
+    least = tl.load(min_p + row)
+    if least > 0.0:
+        threshold = tl.maximum(threshold, tl.log(least.to(tl.float64)).to(tl.float32))
+    tl.store(thresholds + row, threshold)
+
+
+def thresholds(
+    logits: Tensor, best: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    """The least score that passes top_k, then top_p, then min_p, float32 `[R]`; -inf where all do.
+
+    logits `[R, V]`; best (the largest logit of each row), temperature, top_p and min_p float32 `[R]`, top_k
+    int64 `[R]`. Rows without a temperature, or whose best logit is not finite, are not filtered by
+    the first two. Tokens that tie with the last one stay. Takes 128 KiB a row.
+    """
+    rows, vocab = logits.shape
+    histograms = torch.zeros((2 * _ROUNDS, rows, _BINS), dtype=torch.int64, device=logits.device)
+    found = torch.empty((2 * _ROUNDS, rows, 3), dtype=torch.int64, device=logits.device)
+    all_tiles = triton.cdiv(vocab, _TILE)
+    tiles = triton.next_power_of_2(triton.cdiv(all_tiles * rows, _PROGRAMS))
+    for of_p in (False, True):
+        for number in range(_ROUNDS):
+            _round_kernel[(rows, triton.cdiv(all_tiles, tiles))](
+                logits,
+                best,
+                temperature,
+                top_k,
+                top_p,
+                histograms,
+                found,
+                logits.stride(0),
+                vocab,
+                rows,
+                number=number,
+                of_p=of_p,
+                shift=_SHIFTS[number],
+                last_shift=_SHIFTS[number - 1],
+                tiles=tiles,
+                tile=_TILE,
+                bins=_BINS,
+                width=_WIDTH,
+                mass_bits=min(_MASS_BITS, 62 - vocab.bit_length()),  # all of them may be as good as the best
+                all_bits=_MAGNITUDE,
+                infinite=_INFINITE,
+                num_warps=8,
+            )
+    out = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    _threshold_kernel[(rows,)](
+        best,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        histograms,
+        found,
+        out,
+        vocab,
+        rows,
+        bins=_BINS,
+        sign=_SIGN,
+        num_warps=8,
+    )
+    return out

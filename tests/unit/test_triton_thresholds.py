@@ -1,0 +1,72 @@
+"""Top-k, top-p and min-p by Triton's interpreter: which tokens stay, beside sorting them all."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from phloem.kernels.triton_ops.thresholds import thresholds
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels for real")
+
+ROWS = 4
+
+
+def kept(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Of one row: the tokens that stay, with all that tie with the last one."""
+    ranked = scores.sort(descending=True).values
+    least = ranked[min(top_k, len(ranked)) - 1] if top_k else ranked[-1]
+    masses = ranked.double().exp() * (ranked >= least)
+    before = masses.cumsum(0) - masses
+    if top_p < 1.0:
+        least = torch.maximum(least, ranked[before < top_p * masses.sum()][-1])
+    return scores >= max(float(least), math.log(min_p) if min_p else -math.inf)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kind", ["spread", "ties", "masked", "flat"])
+def test_those_stay_that_sorting_keeps(kind: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    vocab = int(rand() * 3000) + 3  # tiles that are not full, and rows of less than one
+    logits = torch.randn((ROWS, vocab), generator=generator) * {"flat": 0.01}.get(kind, 4.0)
+    if kind == "ties":
+        logits = logits.round()
+    if kind == "masked":
+        logits[:, 1::2] = -math.inf
+    temperature, top_p = rand(ROWS) + 0.2, rand(ROWS)
+    top_k = (rand(ROWS) * (vocab + 2)).long()
+    min_p = torch.where(rand(ROWS) < 0.5, rand(ROWS) * 0.1, 0.0)
+    top_p[seed % ROWS], top_k[(seed + 1) % ROWS] = 1.0, 0
+    best = logits.max(dim=-1).values
+    found = thresholds(logits, best, temperature, top_k, top_p, min_p)
+    scores = (logits - best[:, None]) / temperature[:, None]
+    for row in range(ROWS):
+        expected = kept(scores[row], int(top_k[row]), float(top_p[row]), float(min_p[row]))
+        assert torch.equal(scores[row] >= found[row], expected)
+
+
+def test_rows_that_are_not_sampled_or_not_filtered_keep_all() -> None:
+    logits = torch.randn(3, 50)
+    logits[1] = -math.inf
+    ones, zeros = torch.ones(3), torch.zeros(3)
+    best = logits.max(dim=-1).values
+    top_k, top_p = torch.tensor([5, 5, 0]), torch.tensor([0.5, 0.5, 1.0])
+    found = thresholds(logits, best, torch.tensor([0.0, 1.0, 1.0]), top_k, top_p, zeros)
+    assert found.tolist() == [-math.inf] * 3
+    assert thresholds(logits, best, ones, top_k * 0, ones, ones / 2)[2] == pytest.approx(math.log(0.5))
+
+
+def test_masses_of_a_large_flat_vocabulary_do_not_overflow() -> None:
+    logits = torch.zeros(1, 2**18 + 5)
+    logits[0, 7] = -1e-3
+    found = thresholds(
+        logits, *torch.tensor([[0.0], [1.0]]), torch.tensor([0]), torch.tensor([0.9]), torch.zeros(1)
+    )
+    assert (logits[0] >= found).sum() == logits.shape[1] - 1
