@@ -24,21 +24,22 @@ from torch import Tensor
 from phloem.kernels.triton_ops.thresholds import thresholds
 
 CUDA = torch.device("cuda")
+BLOCK = 2048  # as `triton_ops/sampling.py` looks at rows
 KINDS = ("top_p", "top_k", "both", "one row")
 
 
 class Filters(NamedTuple):
-    """One batch: logits float32 `[R, V]`, the rest `[R]`."""
+    """One batch: logits float32 `[R, V]`, the largest of blocks `[R, B]`, the rest `[R]`."""
 
     logits: Tensor
-    best: Tensor
+    largest: Tensor
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
     kind: str
 
     def scores(self) -> Tensor:
-        return (self.logits - self.best[:, None]) / self.temperature[:, None]
+        return (self.logits - self.largest.max(dim=-1, keepdim=True).values) / self.temperature[:, None]
 
 
 def random_filters(rows: int, vocab: int, kind: str) -> Filters:
@@ -53,7 +54,9 @@ def random_filters(rows: int, vocab: int, kind: str) -> Filters:
     if kind == "one row":
         top_p[1:] = 1.0
     temperature = torch.rand(rows, device=CUDA) * 0.8 + 0.4
-    return Filters(logits, logits.max(dim=-1).values, temperature, top_k, top_p, kind)
+    largest = torch.nn.functional.pad(logits, (0, -vocab % BLOCK), value=float("-inf"))
+    largest = largest.view(rows, -1, BLOCK).max(dim=-1).values
+    return Filters(logits, largest, temperature, top_k, top_p, kind)
 
 
 def by_sorting(batch: Filters) -> Tensor:
@@ -110,7 +113,7 @@ def main() -> int:
         off = torch.zeros(rows, device=CUDA)
 
         def ours(batch: Filters = batch, off: Tensor = off) -> Tensor:
-            return thresholds(batch.logits, batch.best, batch.temperature, batch.top_k, batch.top_p, off)
+            return thresholds(batch.logits, batch.largest, batch.temperature, batch.top_k, batch.top_p, off)
 
         kept, scores = batch.scores() >= ours()[:, None], batch.scores()
         others = int((kept != (scores >= by_sorting(batch)[:, None])).any(dim=1).sum())

@@ -157,7 +157,7 @@ def sample(
     """
     draw = _Draw(logits, temperature)
     if not all_greedy:
-        threshold = None if no_filters else thresholds(logits, draw.best(), temperature, top_k, top_p, min_p)
+        threshold = None if no_filters else thresholds(logits, draw.largest, temperature, top_k, top_p, min_p)
         draw.add_noise(seed, position, threshold)
     out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     draw.choose(out, all_greedy=all_greedy)
@@ -199,12 +199,12 @@ class _Draw:
         self._temperature = temperature
         num_rows, vocab = logits.shape
         self._grid = (num_rows, triton.cdiv(vocab, _BLOCK))
-        self._largest = torch.empty(self._grid, dtype=torch.float32, device=logits.device)
+        self.largest = torch.empty(self._grid, dtype=torch.float32, device=logits.device)
         self._tokens = torch.empty(self._grid, dtype=torch.int64, device=logits.device)
-        self._scores, self._noisy = self._largest, self._tokens
+        self._scores, self._noisy = self.largest, self._tokens
         _largest_of_block_kernel[self._grid](
             logits,
-            self._largest,
+            self.largest,
             self._tokens,
             logits.stride(0),
             vocab,
@@ -213,10 +213,6 @@ class _Draw:
             num_warps=8,
         )
 
-    def best(self) -> Tensor:
-        """Each row's largest logit, float32 `[R]`."""
-        return self._largest.max(dim=-1).values
-
     def add_noise(self, seed: Tensor, position: Tensor, threshold: Tensor | None) -> None:
         """For rows with a temperature. threshold float32 `[R]`: tokens whose `(logit - best) / temperature`
         is below it are not sampled (None: all are)."""
@@ -224,9 +220,9 @@ class _Draw:
         self._noisy = torch.empty_like(self._tokens)
         _noisy_best_of_block_kernel[self._grid](
             self._logits,
-            self._largest,
+            self.largest,
             self._temperature,
-            self._largest if threshold is None else threshold,
+            self.largest if threshold is None else threshold,
             seed,
             position,
             self._scores,
@@ -247,7 +243,7 @@ class _Draw:
         """Writes each row's token. With `all_greedy` no noise was added."""
         slot, last_token, turn = slots or (results, results, results)
         _choose_kernel[(self._grid[0],)](
-            self._largest,
+            self.largest,
             self._tokens,
             self._temperature,
             self._scores,

@@ -10,6 +10,10 @@ of a score wide, so that a row's tokens spread over hundreds of them; the others
 down to a single float. Masses are integers, in units of 2**-44: sums do not depend on the order of additions,
 so a row keeps the same tokens whatever else is in the batch. Rows are filtered by top_k first, then by top_p.
 
+Most tokens are never added: a row is made of blocks whose largest logits are known, and k tokens are no worse
+than the k-th of those; and what is so improbable that a whole vocabulary of it would have less mass than
+top_p leaves out only counts for the mass of all.
+
 Radix selection on GPUs: Zhang et al., "Parallel Top-K Algorithms on GPU" (SC 2023).
 """
 
@@ -35,12 +39,41 @@ _PROGRAMS = 1024
 
 
 @triton.jit
-def _asked(row, bests, temperature, top_k, top_p, vocab):
-    """(best logit, temperature, k, p, whether k, whether p filters the row)."""
-    heat, best = tl.load(temperature + row), tl.load(bests + row)
+def _asked(row, largest, temperature, top_k, top_p, vocab):
+    """(best logit, temperature, k, p, whether k, whether p filters the row). largest `[B]`: of its blocks."""
+    heat, best = tl.load(temperature + row), tl.max(largest, axis=0)
     k, p = tl.load(top_k + row), tl.load(top_p + row)
     is_drawn = (heat > 0.0) & (best > float("-inf")) & (best < float("inf"))
     return best, heat, k, p, is_drawn & (k > 0) & (k < vocab), is_drawn & (p < 1.0)
+
+
+@triton.jit
+def _of_blocks(largest, row, num_blocks, blocks: tl.constexpr):
+    block = tl.arange(0, blocks)
+    return tl.load(largest + row * num_blocks + block, mask=block < num_blocks, other=float("-inf"))
+
+
+@triton.jit
+def _magnitude(logit, best, heat, all_bits: tl.constexpr):
+    """(magnitude, score). The kernel that draws finds the same: a nucleus' last token must equal its own."""
+    score = tl.div_rn(logit - best, heat)
+    return score.to(tl.int32, bitcast=True) & all_bits, score
+
+
+@triton.jit
+def _worst_of_k(largest, k, best, heat, all_bits: tl.constexpr):
+    """A magnitude that k tokens do not exceed, one in each of k blocks; `all_bits` with fewer blocks."""
+    no_worse = tl.sum((largest[None, :] >= largest[:, None]).to(tl.int32), axis=1)
+    kth = tl.max(tl.where(no_worse >= k, largest, float("-inf")), axis=0)
+    magnitude, _score = _magnitude(kth, best, heat, all_bits)
+    return tl.where(tl.max(no_worse, axis=0) >= k, magnitude, all_bits)
+
+
+@triton.jit
+def _worst_of_p(p, vocab, all_bits: tl.constexpr):
+    """A magnitude that no token of the nucleus exceeds: the best has mass 1. A half is for the rounding."""
+    least = tl.log((1.0 - p.to(tl.float64)) / (2.0 * vocab))
+    return least.to(tl.float32).to(tl.int32, bitcast=True) & all_bits
 
 
 @triton.jit
@@ -64,6 +97,7 @@ def _reaching(histogram, before, target, bins: tl.constexpr):
 def _range_of_round(
     histogram,
     found,
+    total,
     k,
     p,
     has_k,
@@ -87,8 +121,7 @@ def _range_of_round(
             high = tl.load(found).to(tl.int32) + at + 1
     else:
         if of_p and number == 1:
-            total = tl.sum(tl.load(histogram + tl.arange(0, bins)), axis=0)
-            target = tl.ceil(p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
+            target = tl.ceil(p.to(tl.float64) * tl.load(total).to(tl.float64)).to(tl.int64)
         elif of_p:
             target = tl.load(found + 2)
         at, before = _reaching(histogram, tl.load(found + 1), target, bins)
@@ -104,15 +137,17 @@ def _range_of_round(
 @triton.jit
 def _round_kernel(
     logits,
-    bests,
+    largest,
     temperature,
     top_k,
     top_p,
     histograms,
+    totals,
     found,
     row_stride,
     vocab,
     rows,
+    num_blocks,
     number: tl.constexpr,
     of_p: tl.constexpr,
     shift: tl.constexpr,
@@ -124,20 +159,23 @@ def _round_kernel(
     mass_bits: tl.constexpr,
     all_bits: tl.constexpr,
     infinite: tl.constexpr,
+    blocks: tl.constexpr,
 ):
     """Round `number` (0 to 3) of a filter, for `tiles` tiles of a row.
 
-    histograms int64 `[8, R, bins]`, zero at first; found int64 `[8, R, 3]`: low, before and target of
-    `_range_of_round`. Both hold top_k's four rounds, then top_p's.
+    histograms int64 `[8, R, bins]` and totals int64 `[R]`, of the mass, zero at first; found int64 `[8, R, 3]`:
+    low, before and target of `_range_of_round`. The eight are top_k's four rounds, then top_p's.
     """
     row = tl.program_id(0).to(tl.int64)
-    best, heat, k, p, has_k, has_p = _asked(row, bests, temperature, top_k, top_p, vocab)
+    of_blocks = _of_blocks(largest, row, num_blocks, blocks)
+    best, heat, k, p, has_k, has_p = _asked(row, of_blocks, temperature, top_k, top_p, vocab)
     if has_p if of_p else has_k:
         this = (4 + number if of_p else number) * rows + row
         last = this - rows
         low, high, before, target = _range_of_round(
             histograms + last * bins,
             found + last * 3,
+            totals + row,
             k,
             p,
             has_k,
@@ -152,30 +190,37 @@ def _round_kernel(
             tl.store(found + this * 3, low.to(tl.int64))
             tl.store(found + this * 3 + 1, before)
             tl.store(found + this * 3 + 2, target)
+        worst = high - 1
+        if number == 0:
+            worst = min(
+                worst,
+                _worst_of_p(p, vocab, all_bits) if of_p else _worst_of_k(of_blocks, k, best, heat, all_bits),
+            )
         for step in tl.range(0, tiles):
             token = (tl.program_id(1) * tiles + step) * tile + tl.arange(0, tile)
-            inside = token < vocab
-            logit = tl.load(logits + row * row_stride + token, mask=inside, other=float("-inf"))
-            # As the kernel that draws finds it: the last token of a nucleus must equal its own.
-            score = tl.div_rn(logit.to(tl.float32) - best, heat)
-            magnitude = score.to(tl.int32, bitcast=True) & all_bits
-            inside = inside & (magnitude >= low) & (magnitude < high)
+            logit = tl.load(logits + row * row_stride + token, mask=token < vocab, other=float("-inf"))
+            magnitude, score = _magnitude(logit.to(tl.float32), best, heat, all_bits)
+            inside = (token < vocab) & (magnitude >= low) & (magnitude < high)
             if tl.max(inside.to(tl.int32), axis=0) > 0:  # few tiles have any of a late round
+                if of_p:
+                    amount = (tl.exp(score.to(tl.float64)) * (1 << mass_bits) + 0.5).to(tl.int64)
+                    if number == 0:
+                        mass = tl.sum(tl.where(inside, amount, 0), axis=0)
+                        tl.atomic_add(totals + row, mass, sem="relaxed")
+                else:
+                    amount = tl.full((tile,), 1, tl.int64)
                 if number == 0:
                     bin_id = tl.minimum(-score / width, bins - 1.0).to(tl.int32)
                 else:
                     bin_id = (magnitude - low) >> shift
                 bin_id = tl.minimum(tl.maximum(bin_id, 0), bins - 1)  # of tokens outside, too
-                if of_p:
-                    amount = (tl.exp(score.to(tl.float64)) * (1 << mass_bits) + 0.5).to(tl.int64)
-                else:
-                    amount = tl.full((tile,), 1, tl.int64)
-                tl.atomic_add(histograms + this * bins + bin_id, amount, mask=inside, sem="relaxed")
+                added = inside & (magnitude <= worst)
+                tl.atomic_add(histograms + this * bins + bin_id, amount, mask=added, sem="relaxed")
 
 
 @triton.jit
 def _threshold_kernel(
-    bests,
+    largest,
     temperature,
     top_k,
     top_p,
@@ -185,11 +230,14 @@ def _threshold_kernel(
     thresholds,
     vocab,
     rows,
+    num_blocks,
     bins: tl.constexpr,
     sign: tl.constexpr,
+    blocks: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    _best, _heat, _k, _p, has_k, has_p = _asked(row, bests, temperature, top_k, top_p, vocab)
+    of_blocks = _of_blocks(largest, row, num_blocks, blocks)
+    _best, _heat, _k, _p, has_k, has_p = _asked(row, of_blocks, temperature, top_k, top_p, vocab)
     threshold = tl.full((), float("-inf"), tl.float32)
     if has_k | has_p:
         last = tl.where(has_p, 7, 3) * rows + row
@@ -204,32 +252,37 @@ def _threshold_kernel(
 
 
 def thresholds(
-    logits: Tensor, best: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+    logits: Tensor, largest: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> Tensor:
     """The least score that passes top_k, then top_p, then min_p, float32 `[R]`; -inf where all do.
 
-    logits `[R, V]`; best (the largest logit of each row), temperature, top_p and min_p float32 `[R]`, top_k
-    int64 `[R]`. Rows without a temperature, or whose best logit is not finite, are not filtered by
-    the first two. Tokens that tie with the last one stay. Takes 128 KiB a row.
+    logits `[R, V]`; largest float32 `[R, B]`, contiguous: of the blocks that a row is made of, in any way;
+    temperature, top_p and min_p float32 `[R]`, top_k int64 `[R]`. Rows without a temperature, or whose best
+    logit is not finite, are not filtered by the first two. Tokens that tie with the last one stay. Takes 128
+    KiB a row.
     """
     rows, vocab = logits.shape
-    histograms = torch.zeros((2 * _ROUNDS, rows, _BINS), dtype=torch.int64, device=logits.device)
+    num_blocks, all_tiles = largest.shape[1], triton.cdiv(vocab, _TILE)
+    sums = torch.zeros(rows * (2 * _ROUNDS * _BINS + 1), dtype=torch.int64, device=logits.device)
+    totals, histograms = sums[:rows], sums[rows:]
     found = torch.empty((2 * _ROUNDS, rows, 3), dtype=torch.int64, device=logits.device)
-    all_tiles = triton.cdiv(vocab, _TILE)
     tiles = triton.next_power_of_2(triton.cdiv(all_tiles * rows, _PROGRAMS))
+    blocks = triton.next_power_of_2(num_blocks)
     for of_p in (False, True):
         for number in range(_ROUNDS):
             _round_kernel[(rows, triton.cdiv(all_tiles, tiles))](
                 logits,
-                best,
+                largest,
                 temperature,
                 top_k,
                 top_p,
                 histograms,
+                totals,
                 found,
                 logits.stride(0),
                 vocab,
                 rows,
+                num_blocks,
                 number=number,
                 of_p=of_p,
                 shift=_SHIFTS[number],
@@ -241,11 +294,12 @@ def thresholds(
                 mass_bits=min(_MASS_BITS, 62 - vocab.bit_length()),  # all of them may be as good as the best
                 all_bits=_MAGNITUDE,
                 infinite=_INFINITE,
+                blocks=blocks,
                 num_warps=8,
             )
     out = torch.empty(rows, dtype=torch.float32, device=logits.device)
     _threshold_kernel[(rows,)](
-        best,
+        largest,
         temperature,
         top_k,
         top_p,
@@ -255,8 +309,10 @@ def thresholds(
         out,
         vocab,
         rows,
+        num_blocks,
         bins=_BINS,
         sign=_SIGN,
+        blocks=blocks,
         num_warps=8,
     )
     return out

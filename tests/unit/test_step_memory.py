@@ -109,7 +109,9 @@ def test_the_estimate_counts_what_sampling_with_filters_holds() -> None:
     logits = torch.randn(rows, vocab)
     ones = torch.ones(rows)
     with Held() as held:
-        found = thresholds(logits, ones, ones, torch.full((rows,), 50), 0.9 * ones, 0.01 * ones)
+        found = thresholds(
+            logits, logits[:, :16].clone(), ones, torch.full((rows,), 50), 0.9 * ones, 0.01 * ones
+        )
     assert found.shape == (rows,)
     model = msgspec.structs.replace(LLAMA, vocab_size=vocab)
     beside_logits = step_cost(model, 0).per_row - logits.nbytes / rows

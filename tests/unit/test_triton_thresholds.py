@@ -26,9 +26,15 @@ def kept(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
     return scores >= max(float(least), math.log(min_p) if min_p else -math.inf)
 
 
+def largest_of(logits: Tensor, block: int) -> Tensor:
+    padded = torch.nn.functional.pad(logits, (0, -logits.shape[1] % block), value=-math.inf)
+    return padded.view(len(logits), -1, block).max(dim=-1).values
+
+
+@pytest.mark.parametrize("block", [16, 2048], ids=lambda block: f"blocks-of-{block}")
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("kind", ["spread", "ties", "masked", "flat"])
-def test_those_stay_that_sorting_keeps(kind: str, seed: int) -> None:
+def test_those_stay_that_sorting_keeps(kind: str, seed: int, block: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> Tensor:
@@ -41,12 +47,11 @@ def test_those_stay_that_sorting_keeps(kind: str, seed: int) -> None:
     if kind == "masked":
         logits[:, 1::2] = -math.inf
     temperature, top_p = rand(ROWS) + 0.2, rand(ROWS)
-    top_k = (rand(ROWS) * (vocab + 2)).long()
+    top_k = (rand(ROWS) * (vocab + 2 if block > 16 else 40)).long()  # more and fewer than there are blocks
     min_p = torch.where(rand(ROWS) < 0.5, rand(ROWS) * 0.1, 0.0)
     top_p[seed % ROWS], top_k[(seed + 1) % ROWS] = 1.0, 0
-    best = logits.max(dim=-1).values
-    found = thresholds(logits, best, temperature, top_k, top_p, min_p)
-    scores = (logits - best[:, None]) / temperature[:, None]
+    found = thresholds(logits, largest_of(logits, block), temperature, top_k, top_p, min_p)
+    scores = (logits - logits.max(dim=-1).values[:, None]) / temperature[:, None]
     for row in range(ROWS):
         expected = kept(scores[row], int(top_k[row]), float(top_p[row]), float(min_p[row]))
         assert torch.equal(scores[row] >= found[row], expected)
@@ -56,17 +61,27 @@ def test_rows_that_are_not_sampled_or_not_filtered_keep_all() -> None:
     logits = torch.randn(3, 50)
     logits[1] = -math.inf
     ones, zeros = torch.ones(3), torch.zeros(3)
-    best = logits.max(dim=-1).values
+    largest = largest_of(logits, 16)
     top_k, top_p = torch.tensor([5, 5, 0]), torch.tensor([0.5, 0.5, 1.0])
-    found = thresholds(logits, best, torch.tensor([0.0, 1.0, 1.0]), top_k, top_p, zeros)
+    found = thresholds(logits, largest, torch.tensor([0.0, 1.0, 1.0]), top_k, top_p, zeros)
     assert found.tolist() == [-math.inf] * 3
-    assert thresholds(logits, best, ones, top_k * 0, ones, ones / 2)[2] == pytest.approx(math.log(0.5))
+    assert thresholds(logits, largest, ones, top_k * 0, ones, ones / 2)[2] == pytest.approx(math.log(0.5))
 
 
 def test_masses_of_a_large_flat_vocabulary_do_not_overflow() -> None:
     logits = torch.zeros(1, 2**18 + 5)
     logits[0, 7] = -1e-3
-    found = thresholds(
-        logits, *torch.tensor([[0.0], [1.0]]), torch.tensor([0]), torch.tensor([0.9]), torch.zeros(1)
-    )
+    one, largest = torch.ones(1), largest_of(logits, 2048)
+    found = thresholds(logits, largest, one, torch.tensor([0]), 0.9 * one, 0 * one)
     assert (logits[0] >= found).sum() == logits.shape[1] - 1
+
+
+def test_what_can_not_be_in_a_nucleus_is_in_its_mass_all_the_same() -> None:
+    vocab = 60_000
+    logits = torch.full((1, vocab), -12.8)  # together 0.17, beside the 1 and 0.61 of these two
+    logits[0, :2] = torch.tensor([0.0, -0.5])
+    one, largest = torch.ones(1), largest_of(logits, 2048)
+    for top_p, num_kept in ((0.55, 1), (0.59, 2)):  # the first has 0.564 of all, but 0.622 of the two
+        assert math.log((1 - top_p) / (2 * vocab)) > -12.8, "it is below what is looked at"
+        found = thresholds(logits, largest, one, torch.tensor([0]), top_p * one, 0 * one)
+        assert (logits[0] >= found).sum() == num_kept
