@@ -44,6 +44,8 @@ class SamplingHints(NamedTuple):
 
     all_greedy: bool  # every temperature is 0
     no_filters: bool  # no row uses top_k, top_p or min_p
+    no_top_k: bool = False
+    no_top_p: bool = False
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -203,8 +205,7 @@ def sample(
             min_p,
             seed,
             position,
-            all_greedy=known.all_greedy,
-            no_filters=known.no_filters,
+            **known._asdict(),
         )
     return _sampling.sample(logits, temperature, top_k, top_p, min_p, seed, position)
 

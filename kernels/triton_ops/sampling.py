@@ -150,6 +150,8 @@ def sample(
     *,
     all_greedy: bool,
     no_filters: bool,
+    no_top_k: bool = False,
+    no_top_p: bool = False,
 ) -> Tensor:
     """See `ops.sample`. Never waits for the device: the caller says what the host knows of the batch.
 
@@ -157,7 +159,10 @@ def sample(
     """
     draw = _Draw(logits, temperature)
     if not all_greedy:
-        threshold = None if no_filters else thresholds(logits, draw.largest, temperature, top_k, top_p, min_p)
+        threshold = None
+        if not no_filters:
+            filters = (temperature, top_k, top_p, min_p)
+            threshold = thresholds(logits, draw.largest, *filters, no_top_k=no_top_k, no_top_p=no_top_p)
         draw.add_noise(seed, position, threshold)
     out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     draw.choose(out, all_greedy=all_greedy)

@@ -134,7 +134,7 @@ def _range_of_round(
     return low, high, before, target
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])  # one kernel for all batches: nobody waits for a compiler
 def _round_kernel(
     logits,
     largest,
@@ -148,11 +148,11 @@ def _round_kernel(
     vocab,
     rows,
     num_blocks,
+    tiles,
     number: tl.constexpr,
     of_p: tl.constexpr,
     shift: tl.constexpr,
     last_shift: tl.constexpr,
-    tiles: tl.constexpr,
     tile: tl.constexpr,
     bins: tl.constexpr,
     width: tl.constexpr,
@@ -163,8 +163,8 @@ def _round_kernel(
 ):
     """Round `number` (0 to 3) of a filter, for `tiles` tiles of a row.
 
-    histograms int64 `[8, R, bins]` and totals int64 `[R]`, of the mass, zero at first; found int64 `[8, R, 3]`:
-    low, before and target of `_range_of_round`. The eight are top_k's four rounds, then top_p's.
+    histograms int64 `[8, R, bins]`, and totals int64 `[R]` of the mass, zero at first; found int64 `[8, R,
+    3]`: low, before and target of `_range_of_round`. The eight are top_k's four rounds, then top_p's.
     """
     row = tl.program_id(0).to(tl.int64)
     of_blocks = _of_blocks(largest, row, num_blocks, blocks)
@@ -218,7 +218,7 @@ def _round_kernel(
                 tl.atomic_add(histograms + this * bins + bin_id, amount, mask=added, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _threshold_kernel(
     largest,
     temperature,
@@ -252,23 +252,31 @@ def _threshold_kernel(
 
 
 def thresholds(
-    logits: Tensor, largest: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+    logits: Tensor,
+    largest: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    *,
+    no_top_k: bool = False,
+    no_top_p: bool = False,
 ) -> Tensor:
     """The least score that passes top_k, then top_p, then min_p, float32 `[R]`; -inf where all do.
 
     logits `[R, V]`; largest float32 `[R, B]`, contiguous: of the blocks that a row is made of, in any way;
     temperature, top_p and min_p float32 `[R]`, top_k int64 `[R]`. Rows without a temperature, or whose best
     logit is not finite, are not filtered by the first two. Tokens that tie with the last one stay. Takes 128
-    KiB a row.
+    KiB a row. `no_top_k`, `no_top_p`: no row uses it, which spares launches.
     """
     rows, vocab = logits.shape
     num_blocks, all_tiles = largest.shape[1], triton.cdiv(vocab, _TILE)
     sums = torch.zeros(rows * (2 * _ROUNDS * _BINS + 1), dtype=torch.int64, device=logits.device)
-    totals, histograms = sums[:rows], sums[rows:]
+    histograms, totals = sums[:-rows], sums[-rows:]
     found = torch.empty((2 * _ROUNDS, rows, 3), dtype=torch.int64, device=logits.device)
-    tiles = triton.next_power_of_2(triton.cdiv(all_tiles * rows, _PROGRAMS))
+    tiles = triton.cdiv(all_tiles * rows, _PROGRAMS)
     blocks = triton.next_power_of_2(num_blocks)
-    for of_p in (False, True):
+    for of_p in [False] * (not no_top_k) + [True] * (not no_top_p):
         for number in range(_ROUNDS):
             _round_kernel[(rows, triton.cdiv(all_tiles, tiles))](
                 logits,
@@ -283,11 +291,11 @@ def thresholds(
                 vocab,
                 rows,
                 num_blocks,
+                tiles,
                 number=number,
                 of_p=of_p,
                 shift=_SHIFTS[number],
                 last_shift=_SHIFTS[number - 1],
-                tiles=tiles,
                 tile=_TILE,
                 bins=_BINS,
                 width=_WIDTH,

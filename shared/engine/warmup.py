@@ -8,7 +8,7 @@ from phloem.shared.engine.step_runner import StepRunner
 from phloem.shared.protocol.session import SamplingParams, Submit
 
 
-def warm_up(runner: StepRunner, tokens: int, page_size: int, rows: int = 1) -> None:
+def warm_up(runner: StepRunner, tokens: int, page_size: int, rows: int = 0) -> None:
     """A chunk of `tokens` tokens and one decode row, greedy and sampled, then `rows` decode rows that use
     every filter; pages [0, ...) are written, `rows` of them at least.
 
@@ -19,7 +19,7 @@ def warm_up(runner: StepRunner, tokens: int, page_size: int, rows: int = 1) -> N
         request.page_ids = list(range(-(-tokens // page_size)))
         for start, count in ((0, tokens), (tokens - 1, 1)):
             runner.launch(StepPlan([Row(request, start, count, True, False)])).token_ids()
-    if rows > 1:
+    if rows:
         many = [_in_slot(slot) for slot in range(rows)]
         runner.launch(StepPlan([Row(request, 0, 1, True, False) for request in many])).token_ids()
 
