@@ -15,7 +15,7 @@ from phloem.shared.engine.config import GPU_MEM_FRACTION, EngineOptions
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.step_runner import StepRunner, SyncStepRunner
-from phloem.shared.engine.warmup import warm_up
+from phloem.shared.engine.warmup import warm_up, warm_up_filters
 from phloem.shared.errors import ConfigError
 from phloem.shared.protocol.engine import EngineUp, Progress
 
@@ -131,7 +131,8 @@ def warm_up_runner(options: EngineOptions, model: LoadedModel, runner: StepRunne
     tokens = min(options.chunked_prefill_size, model.context_length - 1, pool_tokens)
     if model.device.type == "cuda":
         rows = min(options.max_running_requests, model.num_pages)
-        warm_up(runner, tokens, options.page_size, rows)
+        warm_up(runner, tokens, options.page_size)
+        warm_up_filters(runner, rows, model.decoder.config.vocab_size)
     else:
         warm_up(runner, min(tokens, _CPU_WARMUP_TOKENS), options.page_size)
 

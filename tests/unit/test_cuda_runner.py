@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from phloem.shared.engine.requests import Request
 from phloem.shared.engine.step_inputs import RunnerSizes
 from phloem.shared.engine.step_plan import DecodeBatch, DecodeStep, Row, StepPlan
 from phloem.shared.engine.step_runner import LaunchedStep, LayerWatch, SyncStepRunner
+from phloem.shared.engine.warmup import warm_up_filters
 from phloem.shared.protocol.session import SamplingParams
 from tests.support.late_device import LateDevice
 from tests.support.requests import make_request
@@ -263,3 +265,22 @@ def test_masked_rows_are_drawn_again_and_go_on_from_there() -> None:
     (masked, masked_after), (free, free_after) = made
     assert masked == [free[0], allowed] and free[1] != allowed
     assert masked_after == free_after
+
+
+@pytest.mark.parametrize("rows", [1, SLOTS])
+def test_warm_up_draws_with_filters_and_a_mask(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def noted(name: str) -> None:
+        plain = getattr(ops, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            called.append(name)
+            return plain(*args, **options)
+
+        monkeypatch.setattr(ops, name, call)
+
+    noted("apply_bitmask")
+    noted("sample")
+    warm_up_filters(Rig(200), rows, VOCAB)
+    assert called == ["apply_bitmask", "sample"]

@@ -216,9 +216,9 @@ def test_rehearsal_whose_pages_can_not_be_allocated_names_the_flags_that_decide_
 ) -> None:
     """Not those of the pool, which have no say in it."""
     monkeypatch.setattr(KVCache, "allocate", raising)
-    flags = msgspec.structs.replace(options, max_running_requests=100, transfer_peers=1)
+    flags = msgspec.structs.replace(options, max_running_requests=8, transfer_peers=1)
     loading_ = ModelLoading(flags, torch.device("cuda:0"), lambda message: None, FakeGauge())
-    with pytest.raises(PhloemError, match="KV pages for a step of 2048 tokens and 100 requests") as caught:
+    with pytest.raises(PhloemError, match="KV pages for a step of 2048 tokens and 8 requests") as caught:
         loading_.pool(tiny_decoder(), "triton")
     assert caught.value.info.param == "chunked_prefill_size"
     assert "did not: beside them 70.0 GB of GPU's 80.0 GB were free: lower --" in str(caught.value)

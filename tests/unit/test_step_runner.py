@@ -11,7 +11,7 @@ from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.requests import Request
 from phloem.shared.engine.step_plan import Row, StepPlan
 from phloem.shared.engine.step_runner import SyncStepRunner
-from phloem.shared.engine.warmup import warm_up
+from phloem.shared.engine.warmup import warm_up, warm_up_filters
 from phloem.shared.protocol.session import SamplingParams, Submit
 from tests.support.tiny_model import random_prompt, tiny_decoder
 
@@ -221,11 +221,11 @@ def test_warm_up_runs_chunk_and_decode_rows_and_leaves_the_runner_usable() -> No
     assert page_table(model.batches[-1]) == [[30]]
 
 
-def test_warm_up_of_many_rows_takes_a_slot_and_a_page_for_each() -> None:
+def test_warm_up_of_filters_takes_a_slot_and_a_page_for_each_row() -> None:
     model = RecordingModel()
     runner = make_runner(model)
-    warm_up(runner, 10, PAGE, rows=4)
-    assert [batch.query_lens for batch in model.batches] == [[10], [1], [10], [1], [1] * 4]
+    warm_up_filters(runner, 4, vocab_size=100)
+    assert [batch.query_lens for batch in model.batches] == [[1] * 4]
     assert [row[0] for row in page_table(model.batches[-1])] == [0, 1, 2, 3]
     assert model.batches[-1].write_index.tolist() == [page * PAGE for page in range(4)]
 
