@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from phloem.kernels.limits import DECODE_HEAD_DIMS
+from phloem.kernels.limits import DECODE_HEAD_DIMS, HOPPER, HOPPER_ACTIVATION
 from phloem.kernels.reference import activation as _activation
 from phloem.kernels.reference import attention as _attention
 from phloem.kernels.reference import linear as _linear
@@ -309,11 +309,11 @@ def plan_chain_step(
 def _is_for_hopper(shape: DecodeShape, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels in CUDA C++ can be made."""
     halves = dtype in (torch.bfloat16, torch.float16)
-    if device.type != "cuda" or not halves or shape.activation != "silu":
+    if device.type != "cuda" or not halves or shape.activation != HOPPER_ACTIVATION:
         return False
     from phloem.kernels.hopper_ops.program import has_bindings
 
-    return torch.cuda.get_device_capability(device) == (9, 0) and has_bindings()
+    return torch.cuda.get_device_capability(device) == HOPPER and has_bindings()
 
 
 def decode_step(shape: DecodeShape, weights: StepWeights, kv: PagedKV, plan: LaunchPlan) -> OneLaunchStep:

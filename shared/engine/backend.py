@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypeAlias
 
-from phloem.kernels.limits import DECODE_HEAD_DIMS
+from phloem.kernels.limits import DECODE_HEAD_DIMS, HOPPER, HOPPER_ACTIVATION
 from phloem.shared.engine.config import AttentionBackend, EngineOptions
 
 Backend: TypeAlias = Literal["flashinfer", "triton", "torch"]
 
-HOPPER = (9, 0)
 LEAST_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16, and the oldest that Triton supports
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 TRITON_MAX_HEAD_DIM = 256
@@ -45,6 +44,7 @@ class ModelFacts(NamedTuple):
     dtype: str  # "bfloat16", "float16" or "float32"
     head_dim: int
     has_windows: bool = False  # some layers see no more than the last tokens
+    activation: str = "silu"
 
 
 class Choice(NamedTuple):
@@ -96,7 +96,12 @@ def decode_fallback(options: EngineOptions, gpu: GpuFacts, model: ModelFacts) ->
         or options.disable_decode_kernels
         or options.disable_cooperative_decode
     )
-    is_for = model.dtype in _TWO_BYTES and model.head_dim in DECODE_HEAD_DIMS and not model.has_windows
+    is_for = (
+        model.dtype in _TWO_BYTES
+        and model.head_dim in DECODE_HEAD_DIMS
+        and model.activation == HOPPER_ACTIVATION
+        and not model.has_windows
+    )
     if gpu.has_cuda_bindings or unwanted or gpu.capability != HOPPER or not is_for:
         return None
     return (

@@ -24,6 +24,7 @@ from phloem.shared.engine.memory import (
 )
 from phloem.shared.engine.models.decoder import Decoder
 from phloem.shared.engine.models.kv_cache import KVCache, bytes_per_page
+from phloem.shared.engine.models.registry import find_activation
 from phloem.shared.engine.rehearsal import MemoryGauge, measure_overhead, memory_gauge
 from phloem.shared.engine.runners import LoadedModel, build_runner, log, pick_backend, warm_up_runner
 from phloem.shared.engine.sizing import channels_reserve, context_length, host_pool_pages
@@ -92,7 +93,10 @@ class ModelLoading:
     def run(self) -> tuple[LoadedModel, StepRunner]:
         config = self._config
         facts = ModelFacts(
-            str(self._dtype).removeprefix("torch."), config.head_dim, has_windows=any(config.layer_windows)
+            str(self._dtype).removeprefix("torch."),
+            config.head_dim,
+            has_windows=any(config.layer_windows),
+            activation=find_activation(config),
         )
         backend = pick_backend(self._options, self._device, facts, self._send)
         decoder = self._weights(facts.dtype)

@@ -115,6 +115,7 @@ def test_kernels_for_hopper_that_can_not_be_made_are_named_with_the_remedy() -> 
         (EngineOptions(), (9, 0), ModelFacts("float32", 128)),
         (EngineOptions(), (9, 0), ModelFacts("bfloat16", 96)),
         (EngineOptions(), (9, 0), ModelFacts("bfloat16", 128, has_windows=True)),
+        (EngineOptions(), (9, 0), ModelFacts("bfloat16", 128, activation="gelu")),
     ],
 )
 def test_kernels_for_hopper_that_would_not_be_used_are_not_missed(
