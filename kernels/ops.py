@@ -43,7 +43,7 @@ class SamplingHints(NamedTuple):
     """What the host knows of a batch's sampling parameters, so that the device need not be asked."""
 
     all_greedy: bool  # every temperature is 0
-    no_filters: bool  # no row uses top_k, top_p or min_p
+    no_filters: bool  # no row with a temperature uses top_k, top_p or min_p
     no_top_k: bool = False
     no_top_p: bool = False
 

@@ -7,8 +7,9 @@ magnitude such that the tokens that have at most that come to a target: to so ma
 A radix selection finds it in four rounds over the row: each adds what its tokens bring to the bins of a
 histogram, and the next looks for the bin in which the sum reaches the target. The first round's bins are 1/64
 of a score wide, so that a row's tokens spread over hundreds of them; the others split one bin by its bits,
-down to a single float. Masses are integers, in units of 2**-44: sums do not depend on the order of additions,
-so a row keeps the same tokens whatever else is in the batch. Rows are filtered by top_k first, then by top_p.
+down to a single float. Masses are integers, in units of 2**-44 (2**-43 and so on beyond 2**18 tokens): sums
+do not depend on the order of additions, so a row keeps the same tokens whatever else is in the batch. Rows
+are filtered by top_k first, then by top_p.
 
 Most tokens are never added: a row is made of blocks whose largest logits are known, and k tokens are no worse
 than the k-th of those; and what is so improbable that a whole vocabulary of it would have less mass than
@@ -24,12 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phloem.kernels.triton_ops.filter_bounds import asked, blocks_of, magnitude_of, worst_of_k, worst_of_p
+
 _BINS = 2048
 _TILE = 2048
 _ROUNDS = 4
 # A round's bin has this many magnitudes, as a power of 2; the first round's have 1/64 of a score each.
 _SHIFTS = (0, 19, 8, 0)
-_WIDTH = 1 / 64
+_BINS_OF_ONE = 64.0
 _MASS_BITS = 44
 _SIGN = -(2**31)
 _MAGNITUDE = 2**31 - 1
@@ -39,47 +42,9 @@ _PROGRAMS = 1024
 
 
 @triton.jit
-def _asked(row, largest, temperature, top_k, top_p, vocab):
-    """(best logit, temperature, k, p, whether k, whether p filters the row). largest `[B]`: of its blocks."""
-    heat, best = tl.load(temperature + row), tl.max(largest, axis=0)
-    k, p = tl.load(top_k + row), tl.load(top_p + row)
-    is_drawn = (heat > 0.0) & (best > float("-inf")) & (best < float("inf"))
-    return best, heat, k, p, is_drawn & (k > 0) & (k < vocab), is_drawn & (p < 1.0)
-
-
-@triton.jit
-def _of_blocks(largest, row, num_blocks, blocks: tl.constexpr):
-    block = tl.arange(0, blocks)
-    return tl.load(largest + row * num_blocks + block, mask=block < num_blocks, other=float("-inf"))
-
-
-@triton.jit
-def _magnitude(logit, best, heat, all_bits: tl.constexpr):
-    """(magnitude, score). The kernel that draws finds the same: a nucleus' last token must equal its own."""
-    score = tl.div_rn(logit - best, heat)
-    return score.to(tl.int32, bitcast=True) & all_bits, score
-
-
-@triton.jit
-def _worst_of_k(largest, k, best, heat, all_bits: tl.constexpr):
-    """A magnitude that k tokens do not exceed, one in each of k blocks; `all_bits` with fewer blocks."""
-    no_worse = tl.sum((largest[None, :] >= largest[:, None]).to(tl.int32), axis=1)
-    kth = tl.max(tl.where(no_worse >= k, largest, float("-inf")), axis=0)
-    magnitude, _score = _magnitude(kth, best, heat, all_bits)
-    return tl.where(tl.max(no_worse, axis=0) >= k, magnitude, all_bits)
-
-
-@triton.jit
-def _worst_of_p(p, vocab, all_bits: tl.constexpr):
-    """A magnitude that no token of the nucleus exceeds: the best has mass 1. A half is for the rounding."""
-    least = tl.log((1.0 - p.to(tl.float64)) / (2.0 * vocab))
-    return least.to(tl.float32).to(tl.int32, bitcast=True) & all_bits
-
-
-@triton.jit
-def _first_magnitude(bin_id, width: tl.constexpr, bins: tl.constexpr, infinite: tl.constexpr):
+def _first_magnitude(bin_id, bins_of_one: tl.constexpr, bins: tl.constexpr, infinite: tl.constexpr):
     """Where a bin of the first round begins; the last one has all that is worse, and ends behind infinity."""
-    edge = (bin_id.to(tl.float32) * width).to(tl.int32, bitcast=True)
+    edge = (bin_id.to(tl.float32) * (1.0 / bins_of_one)).to(tl.int32, bitcast=True)
     return tl.where(bin_id < bins, edge, infinite + 1)
 
 
@@ -105,7 +70,7 @@ def _range_of_round(
     of_p: tl.constexpr,
     last_shift: tl.constexpr,
     bins: tl.constexpr,
-    width: tl.constexpr,
+    bins_of_one: tl.constexpr,
     infinite: tl.constexpr,
 ):
     """(low, high, before, target): magnitudes from low to below high are looked at, what is better comes to
@@ -126,8 +91,8 @@ def _range_of_round(
             target = tl.load(found + 2)
         at, before = _reaching(histogram, tl.load(found + 1), target, bins)
         if number == 1:
-            low = _first_magnitude(at, width, bins, infinite)
-            high = _first_magnitude(at + 1, width, bins, infinite)
+            low = _first_magnitude(at, bins_of_one, bins, infinite)
+            high = _first_magnitude(at + 1, bins_of_one, bins, infinite)
         else:
             low = tl.load(found).to(tl.int32) + (at << last_shift)
             high = low + (1 << last_shift)
@@ -155,7 +120,7 @@ def _round_kernel(
     last_shift: tl.constexpr,
     tile: tl.constexpr,
     bins: tl.constexpr,
-    width: tl.constexpr,
+    bins_of_one: tl.constexpr,
     mass_bits: tl.constexpr,
     all_bits: tl.constexpr,
     infinite: tl.constexpr,
@@ -167,8 +132,8 @@ def _round_kernel(
     3]`: low, before and target of `_range_of_round`. The eight are top_k's four rounds, then top_p's.
     """
     row = tl.program_id(0).to(tl.int64)
-    of_blocks = _of_blocks(largest, row, num_blocks, blocks)
-    best, heat, k, p, has_k, has_p = _asked(row, of_blocks, temperature, top_k, top_p, vocab)
+    of_blocks = blocks_of(largest, row, num_blocks, blocks)
+    best, heat, k, p, has_k, has_p = asked(row, of_blocks, temperature, top_k, top_p, vocab)
     if has_p if of_p else has_k:
         this = (4 + number if of_p else number) * rows + row
         last = this - rows
@@ -183,7 +148,7 @@ def _round_kernel(
             of_p,
             last_shift,
             bins,
-            width,
+            bins_of_one,
             infinite,
         )
         if tl.program_id(1) == 0:
@@ -194,12 +159,12 @@ def _round_kernel(
         if number == 0:
             worst = min(
                 worst,
-                _worst_of_p(p, vocab, all_bits) if of_p else _worst_of_k(of_blocks, k, best, heat, all_bits),
+                worst_of_p(p, vocab, all_bits) if of_p else worst_of_k(of_blocks, k, best, heat, all_bits),
             )
         for step in tl.range(0, tiles):
             token = (tl.program_id(1) * tiles + step) * tile + tl.arange(0, tile)
             logit = tl.load(logits + row * row_stride + token, mask=token < vocab, other=float("-inf"))
-            magnitude, score = _magnitude(logit.to(tl.float32), best, heat, all_bits)
+            magnitude, score = magnitude_of(logit.to(tl.float32), best, heat, all_bits)
             inside = (token < vocab) & (magnitude >= low) & (magnitude < high)
             if tl.max(inside.to(tl.int32), axis=0) > 0:  # few tiles have any of a late round
                 if of_p:
@@ -210,7 +175,7 @@ def _round_kernel(
                 else:
                     amount = tl.full((tile,), 1, tl.int64)
                 if number == 0:
-                    bin_id = tl.minimum(-score / width, bins - 1.0).to(tl.int32)
+                    bin_id = tl.minimum(-score * bins_of_one, bins - 1.0).to(tl.int32)
                 else:
                     bin_id = (magnitude - low) >> shift
                 bin_id = tl.minimum(tl.maximum(bin_id, 0), bins - 1)  # of tokens outside, too
@@ -236,8 +201,8 @@ def _threshold_kernel(
     blocks: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    of_blocks = _of_blocks(largest, row, num_blocks, blocks)
-    _best, _heat, _k, _p, has_k, has_p = _asked(row, of_blocks, temperature, top_k, top_p, vocab)
+    of_blocks = blocks_of(largest, row, num_blocks, blocks)
+    _best, _heat, _k, _p, has_k, has_p = asked(row, of_blocks, temperature, top_k, top_p, vocab)
     threshold = tl.full((), float("-inf"), tl.float32)
     if has_k | has_p:
         last = tl.where(has_p, 7, 3) * rows + row
@@ -249,6 +214,11 @@ def _threshold_kernel(
     if least > 0.0:
         threshold = tl.maximum(threshold, tl.log(least.to(tl.float64)).to(tl.float32))
     tl.store(thresholds + row, threshold)
+
+
+def mass_bits(vocab: int) -> int:
+    """Of the best token's mass, as a power of 2. All may be as good, and int64 holds the sum."""
+    return min(_MASS_BITS, 62 - vocab.bit_length())
 
 
 def thresholds(
@@ -271,10 +241,11 @@ def thresholds(
     """
     rows, vocab = logits.shape
     num_blocks, all_tiles = largest.shape[1], triton.cdiv(vocab, _TILE)
-    sums = torch.zeros(rows * (2 * _ROUNDS * _BINS + 1), dtype=torch.int64, device=logits.device)
-    histograms, totals = sums[:-rows], sums[-rows:]
+    num_bins = 2 * _ROUNDS * rows * _BINS
+    sums = torch.zeros(num_bins + rows, dtype=torch.int64, device=logits.device)
+    histograms, totals = sums[:num_bins], sums[num_bins:]
     found = torch.empty((2 * _ROUNDS, rows, 3), dtype=torch.int64, device=logits.device)
-    tiles = triton.cdiv(all_tiles * rows, _PROGRAMS)
+    tiles = triton.cdiv(all_tiles * max(1, rows), _PROGRAMS)
     blocks = triton.next_power_of_2(num_blocks)
     for of_p in [False] * (not no_top_k) + [True] * (not no_top_p):
         for number in range(_ROUNDS):
@@ -298,8 +269,8 @@ def thresholds(
                 last_shift=_SHIFTS[number - 1],
                 tile=_TILE,
                 bins=_BINS,
-                width=_WIDTH,
-                mass_bits=min(_MASS_BITS, 62 - vocab.bit_length()),  # all of them may be as good as the best
+                bins_of_one=_BINS_OF_ONE,
+                mass_bits=mass_bits(vocab),
                 all_bits=_MAGNITUDE,
                 infinite=_INFINITE,
                 blocks=blocks,

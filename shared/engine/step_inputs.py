@@ -203,11 +203,12 @@ class StepInputs:
 
     def _hints(self, slots: Int64Array) -> ops.SamplingHints:
         table = self._slots
-        no_top_k = bool((table.top_k[slots] <= 0).all())
-        no_top_p = bool((table.top_p[slots] >= 1.0).all())
+        drawn = slots[table.temperature[slots] > 0.0]  # the best token passes every filter
+        no_top_k = bool((table.top_k[drawn] <= 0).all())
+        no_top_p = bool((table.top_p[drawn] >= 1.0).all())
         return ops.SamplingHints(
-            all_greedy=not bool(table.temperature[slots].any()),
-            no_filters=no_top_k and no_top_p and bool((table.min_p[slots] <= 0.0).all()),
+            all_greedy=not len(drawn),
+            no_filters=no_top_k and no_top_p and bool((table.min_p[drawn] <= 0.0).all()),
             no_top_k=no_top_k,
             no_top_p=no_top_p,
         )

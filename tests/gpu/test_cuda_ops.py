@@ -174,7 +174,8 @@ def test_sampled_tokens_are_those_of_the_cpu(rows: int, vocab: int, filters: boo
     temperature[::3] = 0.0  # greedy
     top_k, top_p, min_p = torch.zeros(rows, dtype=torch.int64), torch.ones(rows), torch.zeros(rows)
     if filters:
-        top_k[1::4], top_p[::2], min_p[::5] = 50, 0.9, 0.02
+        top_k[1::3], top_p[::2], min_p[::5] = 50, 0.9, 0.02
+        top_k[4::9], top_k[7::9] = vocab - 1, 300  # more than there are blocks, with a nucleus and without
     seed, position = torch.randint(-(2**62), 2**62, (rows,)), torch.arange(rows)
     drawn = (torch.randn(rows, vocab) * 3, temperature, top_k, top_p, min_p, seed, position)
     expected = ops.sample(*drawn)
@@ -185,7 +186,7 @@ def test_sampled_tokens_are_those_of_the_cpu(rows: int, vocab: int, filters: boo
 
 
 def test_the_last_of_a_nucleus_stays_in_it() -> None:
-    """Its score is found twice, by torch for the threshold and by the kernel: both must round alike."""
+    """Its score is found twice, for the threshold and by the kernel that draws: both must round alike."""
     rows, draws = 4096, 64
     logits, temperature = torch.randn(rows, 512, device=CUDA) * 0.1, torch.rand(rows, device=CUDA) + 0.3
     second = logits.topk(2).indices[:, 1]  # sampled in every third draw at least

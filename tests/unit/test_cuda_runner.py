@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -267,20 +268,33 @@ def test_masked_rows_are_drawn_again_and_go_on_from_there() -> None:
     assert masked_after == free_after
 
 
+class NotedOps:
+    """The names of ops that were called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+        self.called: list[str] = []
+        for name in names:
+            monkeypatch.setattr(ops, name, partial(self._call, name, getattr(ops, name)))
+
+    def _call(self, name: str, plain: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        self.called.append(name)
+        return plain(*args, **options)
+
+
 @pytest.mark.parametrize("rows", [1, SLOTS])
 def test_warm_up_draws_with_filters_and_a_mask(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[str] = []
-
-    def noted(name: str) -> None:
-        plain = getattr(ops, name)
-
-        def call(*args: Any, **options: Any) -> Any:
-            called.append(name)
-            return plain(*args, **options)
-
-        monkeypatch.setattr(ops, name, call)
-
-    noted("apply_bitmask")
-    noted("sample")
+    noted = NotedOps(monkeypatch, "apply_bitmask", "sample")
     warm_up_filters(Rig(200), rows, VOCAB)
-    assert called == ["apply_bitmask", "sample"]
+    assert noted.called == ["apply_bitmask", "sample"]
+
+
+@pytest.mark.parametrize(("temperature", "drawn"), [(0.0, []), (0.7, ["sample"])])
+def test_filters_of_greedy_requests_cost_nothing(
+    temperature: float, drawn: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(200)
+    requests = prefilled(rig, SamplingParams(max_tokens=8, temperature=temperature, top_p=0.9, top_k=5))
+    noted = NotedOps(monkeypatch, "sample")
+    step = DecodeStep(DecodeBatch(requests), np.array([2, 2]), [2, 7], [])
+    assert len(rig.launch(StepPlan.of_decodes(step)).token_ids()) == 2
+    assert noted.called == drawn

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phloem.kernels.triton_ops.thresholds import thresholds
+from phloem.kernels.triton_ops.thresholds import mass_bits, thresholds
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels for real")
 
@@ -68,12 +68,28 @@ def test_rows_that_are_not_sampled_or_not_filtered_keep_all() -> None:
     assert thresholds(logits, largest, ones, top_k * 0, ones, ones / 2)[2] == pytest.approx(math.log(0.5))
 
 
-def test_masses_of_a_large_flat_vocabulary_do_not_overflow() -> None:
-    logits = torch.zeros(1, 2**18 + 5)
-    logits[0, 7] = -1e-3
-    one, largest = torch.ones(1), largest_of(logits, 2048)
-    found = thresholds(logits, largest, one, torch.tensor([0]), 0.9 * one, 0 * one)
-    assert (logits[0] >= found).sum() == logits.shape[1] - 1
+@pytest.mark.parametrize("vocab", [2, 50_000, 2**17, 2**18 - 1, 2**18, 2**20])
+def test_the_masses_of_a_flat_vocabulary_do_not_overflow(vocab: int) -> None:
+    assert 2**59 < vocab * 2 ** mass_bits(vocab) < 2**63 or mass_bits(vocab) == 44
+
+
+@pytest.mark.parametrize("top_k", [50, 51, 2**31, -1])
+def test_as_many_as_there_are_filter_nothing(top_k: int) -> None:
+    logits, one = torch.randn(1, 50), torch.ones(1)
+    found = thresholds(logits, largest_of(logits, 16), one, torch.tensor([top_k]), one, 0 * one)
+    assert found.tolist() == [-math.inf]
+
+
+def test_rows_with_an_infinite_logit_are_not_filtered() -> None:
+    logits, one = torch.randn(1, 50), torch.ones(1)
+    logits[0, 7] = math.inf
+    found = thresholds(logits, largest_of(logits, 16), one, torch.tensor([5]), 0.5 * one, 0 * one)
+    assert found.tolist() == [-math.inf]
+
+
+def test_no_rows_are_fine() -> None:
+    none = torch.zeros(0)
+    assert thresholds(torch.zeros(0, 50), torch.zeros(0, 4), none, none.long(), none, none).shape == (0,)
 
 
 def test_what_can_not_be_in_a_nucleus_is_in_its_mass_all_the_same() -> None:

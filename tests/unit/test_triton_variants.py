@@ -28,6 +28,7 @@ def run(self, *args, grid, warmup, **kwargs):
 
 JITFunction.run = run
 most = torch.zeros(300, dtype=torch.int64)
+header = torch.zeros(2, dtype=torch.int32)[1:]
 all_logits = torch.empty(300, 128_256)
 
 
@@ -38,14 +39,15 @@ def rows_of(count, dtype):
 for count in range(1, 300):
     floats, ints = rows_of(count, torch.float32), rows_of(count, torch.int64)
     logits = all_logits[:count]
-    for hints in ({"no_filters": False}, {"no_filters": True}):
-        sampling.sample(logits, floats, ints, floats, floats, ints, ints, all_greedy=False, **hints)
+    sampling.sample(logits, floats, ints, floats, floats, ints, ints, all_greedy=False, no_filters=False)
+    for all_greedy in (False, True):  # without filters this is what all steps take
+        sampling.sample_to_slots(logits, floats, ints, ints, ints, most, most, header, all_greedy=all_greedy)
 for name, found in sorted(variants.items()):
     print(name, len(found))
 """
 
 EXPECTED = {
-    "_choose_kernel": 1,
+    "_choose_kernel": 3,  # for rows in order, and for slots of drawn and of greedy rows
     "_largest_of_block_kernel": 1,
     "_noisy_best_of_block_kernel": 2,  # with thresholds, and without
     "_round_kernel": 8,  # four rounds of top_k, and of top_p
