@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, cast
@@ -21,6 +20,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from benchmarks.graph_time import event_ms
 from phloem.kernels.triton_ops.thresholds import thresholds
 
 CUDA = torch.device("cuda")
@@ -86,18 +86,12 @@ def by_flashinfer(batch: Filters) -> Tensor:
     return cast(Tensor, probs)
 
 
-def device_ms(work: Callable[[], object], repeats: int = 20) -> float:
-    """The median of so many calls, by events; the device is kept busy first, so that launches queue up."""
+def device_ms(work: Callable[[], object]) -> float:
+    """The median of 20 calls; the device is kept busy first, so that launches queue up."""
     for _ in range(3):
         work()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
     torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
-    events[0].record()
-    for event in events[1:]:
-        work()
-        event.record()
-    torch.cuda.synchronize()
-    return float(statistics.median(first.elapsed_time(last) for first, last in itertools.pairwise(events)))
+    return event_ms(work, 20)
 
 
 def main() -> int:

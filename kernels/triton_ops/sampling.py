@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels.reference.sampling import GOLDEN, MIX_1, MIX_2
+from phloem.kernels.triton_ops.row_scores import blocks_of, is_finite, score_of
 from phloem.kernels.triton_ops.thresholds import thresholds
 
 _BLOCK = 2048
@@ -67,17 +68,12 @@ def _noisy_best_of_block_kernel(
     row = tl.program_id(0).to(tl.int64)
     heat = tl.load(temperature + row)
     if heat > 0.0:
-        column = tl.arange(0, blocks)
-        largest = tl.load(
-            block_logit + row * num_blocks + column, mask=column < num_blocks, other=float("-inf")
-        )
-        best = tl.max(largest, axis=0)
-        if (best > float("-inf")) & (best < float("inf")):
+        best = tl.max(blocks_of(block_logit, row, num_blocks, blocks), axis=0)
+        if is_finite(best):
             token = tl.program_id(1) * block + tl.arange(0, block)
             keep = token < vocab
             logit = tl.load(logits + row * row_stride + token, mask=keep, other=float("-inf")).to(tl.float32)
-            # Rounded as the thresholds are: the last token of a nucleus must equal its own.
-            score = tl.div_rn(logit - best, heat)
+            score = score_of(logit, best, heat)
             if has_threshold:
                 keep = keep & (score >= tl.load(threshold + row))
             key = _splitmix64(tl.load(seed + row), golden, mix_1, mix_2).to(tl.int64, bitcast=True)
@@ -110,14 +106,12 @@ def _choose_kernel(
     to_slots: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, blocks)
-    inside = column < num_blocks
-    largest = tl.load(block_logit + row * num_blocks + column, mask=inside, other=float("-inf"))
+    largest = blocks_of(block_logit, row, num_blocks, blocks)
     best, index = tl.max(largest, axis=0, return_indices=True, return_indices_tie_break_left=True)
     token = tl.load(block_token + row * num_blocks + index)
     if not all_greedy:  # noqa: SIM102  # known when it is compiled; the other is not
-        if (tl.load(temperature + row) > 0.0) & (best > float("-inf")) & (best < float("inf")):
-            score = tl.load(noisy_score + row * num_blocks + column, mask=inside, other=float("-inf"))
+        if (tl.load(temperature + row) > 0.0) & is_finite(best):
+            score = blocks_of(noisy_score, row, num_blocks, blocks)
             _, index = tl.max(score, axis=0, return_indices=True, return_indices_tie_break_left=True)
             token = tl.load(noisy_token + row * num_blocks + index)
     token = tl.minimum(token, vocab - 1).to(tl.int64)  # of logits that are no numbers, too, an id comes out

@@ -25,36 +25,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton_ops.filter_bounds import asked, blocks_of, magnitude_of, worst_of_k, worst_of_p
+from phloem.kernels.triton_ops.row_scores import (
+    asked,
+    blocks_of,
+    magnitude_of,
+    score_of,
+    worst_of_k,
+    worst_of_p,
+)
 
-_BINS = 2048
-_TILE = 2048
+_BINS = tl.constexpr(2048)
+_TILE = tl.constexpr(2048)
 _ROUNDS = 4
 # A round's bin has this many magnitudes, as a power of 2; the first round's have 1/64 of a score each.
 _SHIFTS = (0, 19, 8, 0)
-_BINS_OF_ONE = 64.0
+_BINS_OF_ONE = tl.constexpr(64.0)
 _MASS_BITS = 44
-_SIGN = -(2**31)
-_MAGNITUDE = 2**31 - 1
-_INFINITE = 0x7F800000
+_SIGN = tl.constexpr(-(2**31))
+_BEHIND_INFINITY = tl.constexpr(0x7F800000 + 1)
 # Of a launch, about: enough programs to fill a device, and not so many that each has little to do.
 _PROGRAMS = 1024
 
 
 @triton.jit
-def _first_magnitude(bin_id, bins_of_one: tl.constexpr, bins: tl.constexpr, infinite: tl.constexpr):
+def _first_magnitude(bin_id):
     """Where a bin of the first round begins; the last one has all that is worse, and ends behind infinity."""
-    edge = (bin_id.to(tl.float32) * (1.0 / bins_of_one)).to(tl.int32, bitcast=True)
-    return tl.where(bin_id < bins, edge, infinite + 1)
+    edge = (bin_id.to(tl.float32) * (1.0 / _BINS_OF_ONE)).to(tl.int32, bitcast=True)
+    return tl.where(bin_id < _BINS, edge, _BEHIND_INFINITY)
 
 
 @triton.jit
-def _reaching(histogram, before, target, bins: tl.constexpr):
+def _reaching(histogram, before, target):
     """(the bin in which `before` and the bins up to it come to the target, what they come to before it)."""
-    bin_id = tl.arange(0, bins)
+    bin_id = tl.arange(0, _BINS)
     amount = tl.load(histogram + bin_id)
     is_before = before + tl.cumsum(amount, axis=0) < target
-    at = tl.minimum(tl.sum(is_before.to(tl.int32), axis=0), bins - 1)
+    at = tl.minimum(tl.sum(is_before.to(tl.int32), axis=0), _BINS - 1)
     return at, before + tl.sum(tl.where(bin_id < at, amount, 0), axis=0)
 
 
@@ -69,30 +75,27 @@ def _range_of_round(
     number: tl.constexpr,
     of_p: tl.constexpr,
     last_shift: tl.constexpr,
-    bins: tl.constexpr,
-    bins_of_one: tl.constexpr,
-    infinite: tl.constexpr,
 ):
     """(low, high, before, target): magnitudes from low to below high are looked at, what is better comes to
     `before`. `histogram` and `found` are those of the round before, which for top_p's first is top_k's last.
     """
     low = tl.full((), 0, tl.int32)
-    high = tl.full((), infinite + 1, tl.int32)
+    high = tl.full((), _BEHIND_INFINITY, tl.int32)
     before = tl.full((), 0, tl.int64)
     target = k
     if number == 0:
         if of_p and has_k:  # what top_k keeps is all there is
-            at, _before = _reaching(histogram, tl.load(found + 1), tl.load(found + 2), bins)
+            at, _before = _reaching(histogram, tl.load(found + 1), tl.load(found + 2))
             high = tl.load(found).to(tl.int32) + at + 1
     else:
         if of_p and number == 1:
             target = tl.ceil(p.to(tl.float64) * tl.load(total).to(tl.float64)).to(tl.int64)
         elif of_p:
             target = tl.load(found + 2)
-        at, before = _reaching(histogram, tl.load(found + 1), target, bins)
+        at, before = _reaching(histogram, tl.load(found + 1), target)
         if number == 1:
-            low = _first_magnitude(at, bins_of_one, bins, infinite)
-            high = _first_magnitude(at + 1, bins_of_one, bins, infinite)
+            low = _first_magnitude(at)
+            high = _first_magnitude(at + 1)
         else:
             low = tl.load(found).to(tl.int32) + (at << last_shift)
             high = low + (1 << last_shift)
@@ -118,17 +121,12 @@ def _round_kernel(
     of_p: tl.constexpr,
     shift: tl.constexpr,
     last_shift: tl.constexpr,
-    tile: tl.constexpr,
-    bins: tl.constexpr,
-    bins_of_one: tl.constexpr,
     mass_bits: tl.constexpr,
-    all_bits: tl.constexpr,
-    infinite: tl.constexpr,
     blocks: tl.constexpr,
 ):
     """Round `number` (0 to 3) of a filter, for `tiles` tiles of a row.
 
-    histograms int64 `[8, R, bins]`, and totals int64 `[R]` of the mass, zero at first; found int64 `[8, R,
+    histograms int64 `[8, R, _BINS]`, and totals int64 `[R]` of the mass, zero at first; found int64 `[8, R,
     3]`: low, before and target of `_range_of_round`. The eight are top_k's four rounds, then top_p's.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -138,18 +136,7 @@ def _round_kernel(
         this = (4 + number if of_p else number) * rows + row
         last = this - rows
         low, high, before, target = _range_of_round(
-            histograms + last * bins,
-            found + last * 3,
-            totals + row,
-            k,
-            p,
-            has_k,
-            number,
-            of_p,
-            last_shift,
-            bins,
-            bins_of_one,
-            infinite,
+            histograms + last * _BINS, found + last * 3, totals + row, k, p, has_k, number, of_p, last_shift
         )
         if tl.program_id(1) == 0:
             tl.store(found + this * 3, low.to(tl.int64))
@@ -157,14 +144,12 @@ def _round_kernel(
             tl.store(found + this * 3 + 2, target)
         worst = high - 1
         if number == 0:
-            worst = min(
-                worst,
-                worst_of_p(p, vocab, all_bits) if of_p else worst_of_k(of_blocks, k, best, heat, all_bits),
-            )
+            worst = min(worst, worst_of_p(p, vocab) if of_p else worst_of_k(of_blocks, k, best, heat))
         for step in tl.range(0, tiles):
-            token = (tl.program_id(1) * tiles + step) * tile + tl.arange(0, tile)
+            token = (tl.program_id(1) * tiles + step) * _TILE + tl.arange(0, _TILE)
             logit = tl.load(logits + row * row_stride + token, mask=token < vocab, other=float("-inf"))
-            magnitude, score = magnitude_of(logit.to(tl.float32), best, heat, all_bits)
+            score = score_of(logit.to(tl.float32), best, heat)
+            magnitude = magnitude_of(score)
             inside = (token < vocab) & (magnitude >= low) & (magnitude < high)
             if tl.max(inside.to(tl.int32), axis=0) > 0:  # few tiles have any of a late round
                 if of_p:
@@ -173,14 +158,14 @@ def _round_kernel(
                         mass = tl.sum(tl.where(inside, amount, 0), axis=0)
                         tl.atomic_add(totals + row, mass, sem="relaxed")
                 else:
-                    amount = tl.full((tile,), 1, tl.int64)
+                    amount = tl.full((_TILE,), 1, tl.int64)
                 if number == 0:
-                    bin_id = tl.minimum(-score * bins_of_one, bins - 1.0).to(tl.int32)
+                    bin_id = tl.minimum(-score * _BINS_OF_ONE, _BINS - 1.0).to(tl.int32)
                 else:
                     bin_id = (magnitude - low) >> shift
-                bin_id = tl.minimum(tl.maximum(bin_id, 0), bins - 1)  # of tokens outside, too
+                bin_id = tl.minimum(tl.maximum(bin_id, 0), _BINS - 1)  # of tokens outside, too
                 added = inside & (magnitude <= worst)
-                tl.atomic_add(histograms + this * bins + bin_id, amount, mask=added, sem="relaxed")
+                tl.atomic_add(histograms + this * _BINS + bin_id, amount, mask=added, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -196,8 +181,6 @@ def _threshold_kernel(
     vocab,
     rows,
     num_blocks,
-    bins: tl.constexpr,
-    sign: tl.constexpr,
     blocks: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -207,9 +190,9 @@ def _threshold_kernel(
     if has_k | has_p:
         last = tl.where(has_p, 7, 3) * rows + row
         before, target = tl.load(found + last * 3 + 1), tl.load(found + last * 3 + 2)
-        at, _before = _reaching(histograms + last * bins, before, target, bins)
+        at, _before = _reaching(histograms + last * _BINS, before, target)
         magnitude = (tl.load(found + last * 3) + at).to(tl.int32)
-        threshold = (magnitude | sign).to(tl.float32, bitcast=True)
+        threshold = (magnitude | _SIGN).to(tl.float32, bitcast=True)
     least = tl.load(min_p + row)
     if least > 0.0:
         threshold = tl.maximum(threshold, tl.log(least.to(tl.float64)).to(tl.float32))
@@ -240,8 +223,8 @@ def thresholds(
     KiB a row. `no_top_k`, `no_top_p`: no row uses it, which spares launches.
     """
     rows, vocab = logits.shape
-    num_blocks, all_tiles = largest.shape[1], triton.cdiv(vocab, _TILE)
-    num_bins = 2 * _ROUNDS * rows * _BINS
+    num_blocks, all_tiles = largest.shape[1], triton.cdiv(vocab, _TILE.value)
+    num_bins = 2 * _ROUNDS * rows * _BINS.value
     sums = torch.zeros(num_bins + rows, dtype=torch.int64, device=logits.device)
     histograms, totals = sums[:num_bins], sums[num_bins:]
     found = torch.empty((2 * _ROUNDS, rows, 3), dtype=torch.int64, device=logits.device)
@@ -267,12 +250,7 @@ def thresholds(
                 of_p=of_p,
                 shift=_SHIFTS[number],
                 last_shift=_SHIFTS[number - 1],
-                tile=_TILE,
-                bins=_BINS,
-                bins_of_one=_BINS_OF_ONE,
                 mass_bits=mass_bits(vocab),
-                all_bits=_MAGNITUDE,
-                infinite=_INFINITE,
                 blocks=blocks,
                 num_warps=8,
             )
@@ -289,8 +267,6 @@ def thresholds(
         vocab,
         rows,
         num_blocks,
-        bins=_BINS,
-        sign=_SIGN,
         blocks=blocks,
         num_warps=8,
     )
