@@ -37,7 +37,7 @@ from phloem.shared.engine.step_advice import (
     step_of,
     step_too_large,
 )
-from phloem.shared.engine.step_memory import StepSizes, rehearsal_pages, step_cost
+from phloem.shared.engine.step_memory import StepSizes, step_cost
 from phloem.shared.engine.step_runner import StepRunner
 from phloem.shared.engine.weights.loader import count_parameters, load_decoder, resolve_dtype
 from phloem.shared.errors import PhloemError
@@ -131,11 +131,11 @@ class ModelLoading:
         self._gauge.release()
         memory = self._gauge.read()
         self._send(Progress("memory", 0, 1))
-        num_pages = rehearsal_pages(self._sizes, options.page_size, self._length)
+        rehearsal = self._rehearsal()
         measured = measure_overhead(
             self._gauge,
-            lambda: self._rehearse(decoder, backend, num_pages),
-            (num_pages + 1) * self._page_bytes,
+            lambda: self._rehearse(decoder, backend, rehearsal),
+            rehearsal.pool_bytes(self._sizes),
         )
         self._send(Progress("memory", 1, 1))
         wish = PoolWish(
@@ -145,16 +145,15 @@ class ModelLoading:
             options.mem_fraction_static,
             options.max_total_tokens,
         )
-        channels, one = channels_reserve(options), channels_reserve(options, num_peers=1)
-        beside = BesidePool(measured, channels, one, self._sizes, self._cost)
+        beside = BesidePool(measured, rehearsal.channels, rehearsal.one_channel, self._sizes, self._cost)
         plan = plan_pool(wish, memory, beside)
         if plan.note is not None:
             log.warning("%s", plan.note)
         return PoolSize(plan.num_pages, beside.total)
 
-    def _rehearse(self, decoder: Decoder, backend: Backend, num_pages: int) -> object:
+    def _rehearse(self, decoder: Decoder, backend: Backend, rehearsal: Rehearsal) -> object:
         """A runner over a small pool, after its largest step; whoever drops it frees what it holds."""
-        rehearsal, memory, sizes = self._rehearsal(), self._gauge.read(), self._sizes
+        memory, sizes = self._gauge.read(), self._sizes
 
         def failed(what: str) -> Callable[[], PhloemError]:
             return lambda: rehearsal_failed(what, rehearsal, memory)
@@ -164,7 +163,7 @@ class ModelLoading:
                 self._send(Progress("memory", message.done, message.total + 1))
 
         step = step_of(sizes, self._cost)
-        model = self._allocate(decoder, num_pages, failed(pages_of(rehearsal)))
+        model = self._allocate(decoder, rehearsal.num_pages(sizes), failed(pages_of(rehearsal)))
         # Tables are as wide as the real pool's may need.
         model = model._replace(context_length=self._length)
         with out_of_memory_as(failed(graphs_of(sizes) if sizes.graph_rows else step)):

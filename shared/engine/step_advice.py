@@ -31,9 +31,13 @@ class Rehearsal(NamedTuple):
     channels: int = 0
     one_channel: int = 0
 
+    def num_pages(self, sizes: StepSizes) -> int:
+        """That a step writes."""
+        return rehearsal_pages(sizes, self.page_size, self.context_length)
+
     def pool_bytes(self, sizes: StepSizes) -> int:
         """Of the pages that a step writes, with the scratch page."""
-        return (rehearsal_pages(sizes, self.page_size, self.context_length) + 1) * self.page_bytes
+        return (self.num_pages(sizes) + 1) * self.page_bytes
 
     def need(self, sizes: StepSizes, channels: int) -> int:
         """Of all that must fit beside the weights."""

@@ -20,6 +20,7 @@ from phloem.shared.engine.models.kv_cache import KVCache
 from phloem.shared.engine.rehearsal import HostGauge, measure_overhead
 from phloem.shared.engine.runners import for_device
 from phloem.shared.engine.sizing import CPU_MAX_TOKENS, host_pool_pages
+from phloem.shared.engine.step_advice import Rehearsal
 from phloem.shared.errors import PhloemError
 from phloem.shared.protocol.engine import EngineUp, Progress
 from phloem.shared.transfer.config import NCCL_BYTES_PER_CTA
@@ -235,9 +236,9 @@ class RehearsedLoading(ModelLoading):
         self._fake, self._overhead = gauge, overhead
         self.rehearsed_pages = 0
 
-    def _rehearse(self, decoder: object, backend: object, num_pages: int) -> object:
-        self.rehearsed_pages = num_pages
-        return self._fake.hold(self._overhead + (num_pages + 1) * PAGE_BYTES)
+    def _rehearse(self, decoder: object, backend: object, rehearsal: Rehearsal) -> object:
+        self.rehearsed_pages = rehearsal.num_pages(rehearsal.sizes)
+        return self._fake.hold(self._overhead + (self.rehearsed_pages + 1) * PAGE_BYTES)
 
 
 def test_cuda_pool_is_what_the_rehearsal_leaves(options: EngineOptions) -> None:
